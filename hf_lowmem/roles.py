@@ -1,23 +1,57 @@
-"""What every parameter of a model is: its role, which axes are fan_in and fan_out, and the parts of fused weights."""
+"""What every parameter of a model is: its role, which axes are fan_in and fan_out, and the parts of fused weights.
+
+The evidence, strongest first: adapter leaves, norms and biases, identity with the model's input and output embeddings,
+the owner module's type (which gives the axes), then the owner's exact name inside its attention or MLP block. A
+substring of the full path is never evidence, and what is not recognised is `unknown`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import torch.nn as nn
+from torch.nn.modules.conv import _ConvNd
 
-@dataclass(frozen=True)
-class Part:
-    """One piece of a fused weight (the query rows of a QKV projection, the gate half of gate|up).
+from hf_lowmem.fused_layouts import Part, gate_up_parts, key_value_parts, qkv_parts
 
-    The fan_out axis, of size n, is viewed as (outer, n // outer); the part is `[:, start:stop]` of that view.
-    A contiguous slice has outer = 1; GPT-NeoX interleaves by head (outer = heads); gpt-oss interleaves gate and up
-    row by row (outer = n // 2).
-    """
+__all__ = ["ROLES", "ParamRole", "Part", "assign_roles", "canonical_name"]
 
-    role: str
-    outer: int
-    start: int
-    stop: int
+ROLES = {
+    "attention_query": "query projection; head_dim rows per head",
+    "attention_key": "key projection; head_dim rows per head",
+    "attention_value": "value projection",
+    "attention_output": "projection of the concatenated heads back to the residual stream",
+    "attention_qkv": "query, key and value fused; parts say which rows are which",
+    "attention_key_value": "key and value fused (MLA kv_b_proj, cross-attention of GPT-2)",
+    "attention_down": "MLA projection down to the latent (q_a_proj, kv_a_proj_with_mqa)",
+    "mlp_up": "MLP input projection, or the linear half of a gated MLP",
+    "mlp_gate": "the half of a gated MLP that goes through the activation",
+    "mlp_gate_up": "gate and up fused; parts say which rows are which",
+    "mlp_down": "MLP output projection",
+    "router": "scores of the experts",
+    "token_embedding": "one row per token, also where it is tied to the head",
+    "position_embedding": "one row per position",
+    "embedding": "any other nn.Embedding (token types)",
+    "lm_head": "one row per token, not tied",
+    "classifier": "classification, regression, pooling and value heads",
+    "ssm": "matrices of a state-space or gated linear-attention mixer, and A_log",
+    "conv": "general convolution; no axes where it is grouped or depthwise",
+    "patch_conv": "convolution whose stride is its kernel: a Linear over patches",
+    "norm": "scale of a normalisation layer",
+    "bias": "bias of any rank",
+    "vector": "any other tensor of at most one axis (sinks, D, dt_bias)",
+    "relative_bias": "table of relative position biases, one column per head",
+    "lora_A": "LoRA factor (rank, fan_in)",
+    "lora_B": "LoRA factor (fan_out, rank)",
+    "lora_embedding_A": "LoRA factor (rank, vocab) of an embedding",
+    "lora_embedding_B": "LoRA factor (dim, rank) of an embedding",
+    "lora_magnitude": "DoRA magnitudes",
+    "unknown": "not recognised; keeps its axes where the module type gives them",
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +59,10 @@ class ParamRole:
     """The role of one parameter.
 
     `fan_out` is the output-feature axis, `fan_in` the input-feature axes; both are None / empty where the parameter
-    has no such axes (vectors, unknown tensors). `expert_axis` is the axis of stacked experts, never averaged over.
-    `head_dim` is the number of consecutive fan_out entries of one attention head (queries and keys only).
+    has no such axes (vectors, unknown tensors). An embedding (vocab, dim) has its token axis as fan_out.
+    `expert_axis` is the axis of stacked experts, never averaged over. `head_dim` is the number of consecutive fan_out
+    entries of one attention head (queries and keys only; in a fused weight, within the query and key parts).
+    `tied` marks an input embedding that is the output embedding too.
     `why` says in a few words what the role was read from.
     """
 
@@ -38,4 +74,318 @@ class ParamRole:
     expert_axis: int | None = None
     head_dim: int | None = None
     parts: tuple[Part, ...] = ()
+    tied: bool = False
     why: str = ""
+
+
+def assign_roles(model: nn.Module) -> list[tuple[nn.Parameter, ParamRole]]:
+    """The role of every parameter, trainable or not, in `named_parameters` order; a tied one once, by its first name.
+
+    Shapes are read and values are not, so a model on the meta device will do.
+    """
+    identity = _embeddings_by_identity(model)
+    tied = _weights_answering(model, "get_input_embeddings", (nn.Embedding,))
+    tied &= _weights_answering(model, "get_output_embeddings", (nn.Embedding, nn.Linear))
+    roles = ((param, _assign(model, name, param, identity)) for name, param in model.named_parameters())
+    return [(p, replace(role, tied=id(p) in tied and role.role == "token_embedding")) for p, role in roles]
+
+
+_WRAPPER = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+_DDP = re.compile(r"^(?:module\.)+")
+_PEFT_MODEL = re.compile(r"(?<![^.])base_model\.model\.")
+_SAVED_COPY = re.compile(r"(?<=\.)modules_to_save\.default\.")
+_DEFAULT_ADAPTER = re.compile(r"(?<=\.)((?:lora_\w+|trainable_tokens_delta))\.default(?=\.|$)")
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name without FSDP, torch.compile, checkpointing, DDP and PEFT wrappers.
+
+    Only the adapter called `default` loses its name, so that the factors of two adapters keep different names.
+    """
+    name = _PEFT_MODEL.sub("", _DDP.sub("", _WRAPPER.sub("", name)))
+    return _DEFAULT_ADAPTER.sub(r"\1", _SAVED_COPY.sub("", name))
+
+
+_ADAPTER_LEAVES = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+    "lora_magnitude_vector": "lora_magnitude",
+    "trainable_tokens_delta": "token_embedding",
+}
+_ATTENTION_NAMES = {
+    **dict.fromkeys(("q_proj", "q", "query", "q_lin", "query_proj", "wq", "q_attn", "q_b_proj"), "attention_query"),
+    **dict.fromkeys(("k_proj", "k", "key", "k_lin", "key_proj", "wk"), "attention_key"),
+    **dict.fromkeys(("v_proj", "v", "value", "v_lin", "value_proj", "wv"), "attention_value"),
+    **dict.fromkeys(("o_proj", "out_lin"), "attention_output"),
+    **dict.fromkeys(("qkv_proj", "Wqkv", "qkv", "query_key_value", "c_attn", "att_proj"), "attention_qkv"),
+    **dict.fromkeys(("kv_b_proj", "kv_proj", "kv"), "attention_key_value"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj", "kv_a_proj_with_mqa"), "attention_down"),
+}
+_MLP_NAMES = {
+    **dict.fromkeys(("up_proj", "fc1", "c_fc", "fc_in", "wi", "wi_1", "lin1", "linear1", "w3"), "mlp_up"),
+    **dict.fromkeys(("dense_h_to_4h", "ffn"), "mlp_up"),
+    **dict.fromkeys(("gate_proj", "wi_0", "w1"), "mlp_gate"),
+    **dict.fromkeys(("down_proj", "fc2", "fc_out", "lin2", "linear2", "w2"), "mlp_down"),
+    **dict.fromkeys(("dense_4h_to_h", "ffn_output"), "mlp_down"),
+    **dict.fromkeys(("gate_up_proj", "Wi"), "mlp_gate_up"),
+}
+# Names that mean something only inside a block of that kind.
+_BLOCK_NAMES = {
+    "attention": {
+        **dict.fromkeys(("out_proj", "dense", "proj", "c_proj", "o", "wo", "Wo", "output_proj"), "attention_output"),
+        "in_proj": "attention_qkv",
+    },
+    "mlp": {**dict.fromkeys(("c_proj", "wo", "Wo", "down"), "mlp_down"), "up": "mlp_up", "gate": "mlp_gate"},
+    "mlp_input": {"dense": "mlp_up"},
+    "mlp_output": {"dense": "mlp_down"},
+}
+_NAMES = _ATTENTION_NAMES | _MLP_NAMES
+# How a block's own attribute name, or its class name, ends.
+_BLOCKS = {
+    "attention": re.compile(r"(attn|attention)$", re.I),
+    "mlp": re.compile(r"(mlp|^ff|ffn|feed_?forward|actdense|densereludense|moe|experts?)$", re.I),
+    "mlp_input": re.compile(r"intermediate$", re.I),
+    "mlp_output": re.compile(r"(?<!Self)(?<!Attention)Output$"),
+    "router": re.compile(r"^router$|(Router|Gating)$"),
+    "head": re.compile(r"^(pooler|classifier|classification_head|v_head|head)$|(Pooler|Head|HeadTransform)$"),
+}
+_HEAD_NAMES = {"score", "classifier", "qa_outputs", "pre_classifier", "seq_relationship", "summary", "v_head", "head"}
+_TOKEN_NAMES = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings", "token_embedding"}
+_POSITION_NAMES = {"wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"}
+_RELATIVE_NAMES = {"relative_attention_bias", "relative_position_bias_table"}
+_ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
+_MAX_ROUTER_OUTPUTS = 512
+_NORM_CLASS = re.compile(r"Norm(?![a-z])")
+_HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+# Children that stand for their parent: they take its name, and the parent is forgotten.
+_INNER = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+_INNER |= {"base_layer", "original_module", "modules_to_save", "token_adapter"}
+
+_Owners = list[tuple[str, nn.Module]]
+_Found = Callable[..., ParamRole]  # ParamRole with the name, the shape and perhaps the axes filled in
+
+
+def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int, str]) -> ParamRole:
+    *path, leaf = name.split(".")
+    owners = _owners(model, path)
+    owner_name, owner = owners[-1]
+    found = partial(ParamRole, canonical_name(name), tuple(param.shape))
+    by_row = partial(found, fan_out=0, fan_in=tuple(range(1, param.ndim)))
+
+    if leaf == "bias" or (leaf.endswith("_bias") and leaf != "dt_bias"):
+        return found("bias", why="leaf name")
+    for segment in (*path, leaf):
+        if segment in _ADAPTER_LEAVES:
+            return _assign_adapter(_ADAPTER_LEAVES[segment], owners, found, by_row)
+    if _NORM_CLASS.search(type(owner).__name__):
+        return found("norm", why=f"in {type(owner).__name__}")
+    if param.ndim <= 1:
+        return found("vector", why="at most one axis")
+    if id(param) in identity:
+        return by_row(identity[id(param)], why="the model's own input or output embedding")
+    if {owner_name, leaf} & _RELATIVE_NAMES:
+        return found("relative_bias", why="exact name")
+    if isinstance(owner, nn.Embedding):
+        return by_row(_embedding_role(owner_name, owner), why=f"nn.Embedding named {owner_name}")
+    if isinstance(owner, _ConvNd) and leaf == "weight":
+        return _assign_conv(owner, param.ndim, found, by_row)
+    if param.ndim == 3 and leaf in _MLP_NAMES:
+        return _assign_stacked_experts(owners, leaf, param, found)
+    if leaf == "A_log":
+        return found("ssm", why="leaf name")
+    if isinstance(owner, nn.MultiheadAttention):
+        owners = [*owners, (leaf.removesuffix("_weight"), owner)]
+        return _assign_matrix(owners, param, found, fan_out=0)
+    if leaf == "weight" and isinstance(owner, nn.Linear):
+        return _assign_matrix(owners, param, found, fan_out=0)
+    if leaf == "weight" and _is_transformers_conv1d(owner):
+        return _assign_matrix(owners, param, found, fan_out=1)
+    if leaf == "weight" and param.ndim == 2 and _is_router(owners, param.shape[0]):
+        return by_row("router", why=f"named {owner_name}")
+    return found("unknown", why=f"raw parameter of {type(owner).__name__}")
+
+
+def _assign_adapter(role: str, owners: _Owners, found: _Found, by_row: _Found) -> ParamRole:
+    if role == "lora_magnitude":
+        return found(role, why="adapter leaf")
+    if any(type(module).__name__ == "ParamWrapper" for _, module in owners):
+        return found(role, why="adapter of stacked experts, which are flattened into its rank")
+    if role == "lora_embedding_A":
+        return found(role, fan_out=1, fan_in=(0,), why="adapter leaf")
+    return by_row(role, why="adapter leaf")
+
+
+def _assign_conv(conv: _ConvNd, ndim: int, found: _Found, by_row: _Found) -> ParamRole:
+    if conv.groups != 1:
+        return found("conv", why="grouped convolution")
+    if conv.transposed:
+        return found("conv", fan_out=1, fan_in=(0, *range(2, ndim)), why="transposed convolution")
+    if conv.stride == conv.kernel_size:
+        return by_row("patch_conv", why="stride equals kernel")
+    return by_row("conv", why="convolution")
+
+
+def _assign_stacked_experts(owners: _Owners, leaf: str, param: nn.Parameter, found: _Found) -> ParamRole:
+    """Experts (expert, fan_out, fan_in), or (expert, fan_in, fan_out) where the module stores them transposed."""
+    experts, role = owners[-1][1], _MLP_NAMES[leaf]
+    transposed = _experts_transposed(experts)
+    if transposed is None:
+        return found("unknown", expert_axis=0, why="stacked experts of unknown orientation")
+    fan_out, fan_in = (2, 1) if transposed else (1, 2)
+    parts: tuple[Part, ...] = ()
+    why = "stacked experts"
+    if role == "mlp_gate_up":
+        parts = gate_up_parts(experts, _model_type(owners), param.shape[fan_out])
+        why += "" if parts else ", layout unknown"
+    return found(role, fan_out=fan_out, fan_in=(fan_in,), expert_axis=0, parts=parts, why=why)
+
+
+def _assign_matrix(owners: _Owners, param: nn.Parameter, found: _Found, fan_out: int) -> ParamRole:
+    rows = param.shape[fan_out]
+    role, why = _matrix_role(owners, rows)
+    parent = owners[-2][1] if len(owners) > 1 else owners[-1][1]
+    head_dim: int | None = None
+    parts: tuple[Part, ...] = ()
+    if role in ("attention_query", "attention_key", "attention_qkv", "attention_key_value"):
+        head_dim = _head_dim(owners, role)
+    if role == "attention_qkv":
+        parts = qkv_parts(parent, _model_type(owners), rows, head_dim)
+    elif role == "attention_key_value":
+        parts = key_value_parts(parent, _model_type(owners), rows)
+    elif role == "mlp_gate_up":
+        parts = gate_up_parts(parent, _model_type(owners), rows)
+    if role in ("attention_qkv", "attention_key_value", "mlp_gate_up") and not parts:
+        why += ", layout unknown"
+    heads = [part.stop - part.start for part in parts if part.role != "attention_value"] or [rows]
+    if head_dim and any(size % head_dim for size in heads):
+        head_dim = None
+    return found(role, fan_out=fan_out, fan_in=(1 - fan_out,), head_dim=head_dim, parts=parts, why=why)
+
+
+def _matrix_role(owners: _Owners, rows: int) -> tuple[str, str]:
+    """The role of a Linear by its exact name and the nearest block around it, and what it was read from."""
+    name = owners[-1][0]
+    block = _block(owners)
+    why = f"{name} in {block}" if block else f"named {name}"
+    if any("A_log" in module._parameters for _, module in owners[-2:-1]):
+        return "ssm", f"{name} beside A_log"
+    if name == "c_attn" and getattr(owners[-2][1], "is_cross_attention", False):
+        return "attention_key_value", "c_attn of a cross-attention"
+    if _is_router(owners, rows):
+        return "router", why
+    role = _BLOCK_NAMES.get(block, {}).get(name) or _NAMES.get(name)
+    if role is None and name == "lm_head":
+        role = "lm_head"
+    if role is None and (name in _HEAD_NAMES or block == "head"):
+        role = "classifier"
+    return (role, why) if role else ("unknown", f"{why}: not a known name")
+
+
+def _embedding_role(name: str, embedding: nn.Embedding) -> str:
+    if name in _POSITION_NAMES or "Position" in type(embedding).__name__:
+        return "position_embedding"
+    return "token_embedding" if name in _TOKEN_NAMES else "embedding"
+
+
+def _is_router(owners: _Owners, outputs: int) -> bool:
+    beside = owners[-2][1]._modules if len(owners) > 1 else {}
+    named = owners[-1][0] in _ROUTER_NAMES or _block(owners) == "router"
+    return named and outputs <= _MAX_ROUTER_OUTPUTS and "up" not in beside  # a gate beside an up is a SwiGLU
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    return hasattr(module, "nf") and any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _experts_transposed(experts: nn.Module) -> bool | None:
+    """Whether stacked experts are stored (expert, fan_in, fan_out): their own flag, else where hidden_size lies."""
+    flag = getattr(experts, "is_transposed", None)
+    if flag is not None:
+        return bool(flag)
+    hidden = getattr(experts, "hidden_size", None) or getattr(experts, "hidden_dim", None)
+    for leaf, param in experts.named_parameters(recurse=False):
+        if leaf in _MLP_NAMES and param.ndim == 3 and (param.shape[1] == hidden) != (param.shape[2] == hidden):
+            return (param.shape[1] == hidden) != (_MLP_NAMES[leaf] == "mlp_down")
+    return None
+
+
+def _head_dim(owners: _Owners, role: str) -> int | None:
+    names = ("qk_nope_head_dim", *_HEAD_DIMS) if role == "attention_key_value" else _HEAD_DIMS
+    for _, module in _layer(owners):
+        for name in names:
+            value = getattr(module, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    config = _config(owners)
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None)
+
+
+def _block(owners: _Owners) -> str:
+    """The kind of the nearest block around a module, "" if there is none in its layer."""
+    for name, module in _layer(owners):
+        for kind, ending in _BLOCKS.items():
+            if ending.search(name) or ending.search(type(module).__name__):
+                return kind
+    return ""
+
+
+def _layer(owners: _Owners) -> Iterator[tuple[str, nn.Module]]:
+    """The modules around the last one, nearest first, out to the numbered layer that holds it."""
+    for name, module in reversed(owners[:-1]):
+        yield name, module
+        if name.isdigit():
+            return
+
+
+def _config(owners: _Owners) -> Any:
+    configs = (getattr(module, "config", None) for _, module in reversed(owners))
+    return next((config for config in configs if isinstance(getattr(config, "model_type", None), str)), None)
+
+
+def _model_type(owners: _Owners) -> str:
+    return getattr(_config(owners), "model_type", "")
+
+
+def _owners(model: nn.Module, path: list[str]) -> _Owners:
+    """The named modules from the model down to a parameter's owner, wrappers replaced by what they wrap."""
+    module, owners, previous = model, [("", model)], ""
+    for segment in path:
+        module = module.get_submodule(segment)
+        if segment in _INNER or previous == "modules_to_save":
+            owners[-1] = (owners[-1][0], module)
+        else:
+            owners.append((segment, module))
+        previous = segment
+    return owners
+
+
+def _embeddings_by_identity(model: nn.Module) -> dict[int, str]:
+    """The id of every weight that the model or one of its submodules calls its input or output embedding."""
+    outputs = _weights_answering(model, "get_output_embeddings", (nn.Embedding, nn.Linear))
+    # Inputs last: a tied weight is an embedding. Vision towers return convolutions or patch projections: no tokens.
+    inputs = _weights_answering(model, "get_input_embeddings", (nn.Embedding,))
+    return dict.fromkeys(outputs, "lm_head") | dict.fromkeys(inputs, "token_embedding")
+
+
+def _weights_answering(model: nn.Module, getter: str, types: tuple[type[nn.Module], ...]) -> set[int]:
+    """The ids of the weights of all modules of `types` that some submodule's `getter` returns."""
+    found = set()
+    for module in model.modules():
+        try:
+            answer = getattr(module, getter)()
+        except Exception:  # no such method, or one that does not apply to this model
+            continue
+        found |= {id(candidate.weight) for candidate in _unwrap(answer) if isinstance(candidate, types)}
+    return found
+
+
+def _unwrap(module: Any) -> Iterator[nn.Module]:
+    """A module and everything that it only wraps (every copy of PEFT's modules_to_save)."""
+    if isinstance(module, nn.Module):
+        yield module
+        for name, child in module.named_children():
+            if name in _INNER or isinstance(module, nn.ModuleDict):
+                yield from _unwrap(child)

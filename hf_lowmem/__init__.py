@@ -1,0 +1,51 @@
+"""Low-memory optimizers for Hugging Face Trainer, TRL and PEFT, chosen by name.
+
+    import hf_lowmem
+    hf_lowmem.register()
+    args = TrainingArguments(..., optim="slim_adamw_8bit")
+
+Importing the package has no side effect and loads neither torch nor transformers; each name below is loaded when it is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_lowmem import algorithms
+    from hf_lowmem.trainer.build import build_optimizer, explain, optimizer_cls_and_kwargs
+    from hf_lowmem.trainer.names import optim_names
+    from hf_lowmem.trainer.registration import register
+
+_HOME = {
+    "build_optimizer": "hf_lowmem.trainer.build",
+    "explain": "hf_lowmem.trainer.build",
+    "optim_names": "hf_lowmem.trainer.names",
+    "optimizer_cls_and_kwargs": "hf_lowmem.trainer.build",
+    "register": "hf_lowmem.trainer.registration",
+}
+
+__all__ = [
+    "algorithms",
+    "build_optimizer",
+    "explain",
+    "optim_names",
+    "optimizer_cls_and_kwargs",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "algorithms":
+        return import_module("hf_lowmem.algorithms")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,15 @@
+"""One file per paper: equations, source, recipe, class."""
+
+from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
+from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
+from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
+from hf_lowmem.algorithms.signum import Signum, SignumRecipe
+from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
+from hf_lowmem.param_groups import Recipe
+
+RECIPES: dict[str, type[Recipe]] = {
+    recipe.algorithm: recipe
+    for recipe in (LowMemAdamWRecipe, SlimAdamRecipe, AdamMiniRecipe, AdalayerRecipe, SignumRecipe)
+}
+
+__all__ = ["Adalayer", "AdamMini", "LowMemAdamW", "RECIPES", "Signum", "SlimAdamW"]

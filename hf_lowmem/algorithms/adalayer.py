@@ -1,0 +1,54 @@
+"""Adalayer: one second-moment number per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
+from hf_lowmem.param_groups import EMBEDDINGS, FULL, Recipe, SecondMoment
+from hf_lowmem.roles import ParamRole
+
+
+class Adalayer(GroupedAdamW):
+    """AdamW that keeps one second-moment number per weight, and one per logit of the last layer.
+
+        m   <- b1 m + (1 - b1) g
+        v_l <- b2 v_l + (1 - b2) mean(g^2)
+        w   <- w - lr (m_hat / (sqrt(v_hat_l) + eps) + weight_decay w)
+
+    Source: arXiv:2407.07972, sections 4 and 5.
+    Each expert of a stack and each part of a fused weight is a layer of its own. Less stable than SlimAdam at high
+    learning rates.
+
+    State per weight: exp_avg of its shape; exp_avg_sq with size 1 on every axis but the experts'.
+    """
+
+    algorithm = "adalayer"
+
+
+@dataclass(frozen=True)
+class AdalayerRecipe(Recipe):
+    """Which weights get one number.
+
+    Args:
+        variant: "star": all, but one number per logit in the last layer; "all": every weight; "slim_repo": all but
+            embeddings, head and norms, which keep the full second moment (the rules that SlimAdam's authors ship).
+    """
+
+    variant: Literal["star", "all", "slim_repo"] = "star"
+
+    algorithm = "adalayer"
+    optimizer_cls = Adalayer
+
+    def second_moment(self, role: ParamRole) -> SecondMoment:
+        if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
+            return FULL, "variant=slim_repo"
+        if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):
+            return {"axes": role.fan_in}, "last layer: one per logit"
+        if role.role == "unknown" and len(role.shape) > 2:
+            return FULL, "unknown role: its first axis may be experts"
+        axes = tuple(axis for axis in range(max(len(role.shape), 1)) if axis != role.expert_axis)
+        if role.parts:
+            return segments_of(role, [{"axes": axes}] * len(role.parts)), "one per fused part"
+        return {"axes": axes}, "one per weight"

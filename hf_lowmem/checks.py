@@ -1,0 +1,92 @@
+"""Bad input, told in one sentence before it does harm: hyperparameters, parameters, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
+from hf_lowmem.state import TensorSpec
+
+Group = Mapping[str, Any]
+
+
+def check_hyperparameters(values: Mapping[str, Any]) -> None:
+    """Check the hyperparameters present in `values`."""
+    for name in ("lr", "eps", "weight_decay"):
+        if name in values and not 0.0 <= values[name] < float("inf"):
+            raise ValueError(f"{name}={values[name]} is not a finite number of at least 0.")
+    betas = values.get("betas", ())
+    if "betas" in values and (len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas)):
+        raise ValueError(f"betas={betas} must be two numbers, each at least 0 and below 1.")
+    for name, legal in (("state_bits", STATE_BITS), ("block_size", BLOCK_SIZES)):
+        if name in values and values[name] not in legal:
+            raise ValueError(f"{name}={values[name]} is not supported: use one of {', '.join(map(str, legal))}.")
+    for name, least in (("min_8bit_size", 0), ("rows_per_block", 1)):
+        if name in values and (not isinstance(values[name], int) or values[name] < least):
+            raise ValueError(f"{name}={values[name]!r} must be a whole number of at least {least}.")
+
+
+def check_param(param: Tensor) -> None:
+    if param.is_complex():
+        raise ValueError(
+            f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "
+            "train torch.view_as_real of it, or give it to another optimizer."
+        )
+
+
+def check_unsharded(param: Tensor) -> None:
+    if hasattr(param, "placements"):
+        raise ValueError(
+            f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: train with DDP or in one "
+            "process."
+        )
+
+
+def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_options: Sequence[str]) -> None:
+    """Refuse a checkpoint whose groups were made by another algorithm, other rules or another model."""
+    algorithm = current[0]["algorithm"]
+    written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
+    if written_by != {algorithm}:
+        raise ValueError(
+            f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
+            "resume with the same optim name, or without the checkpoint's optimizer state."
+        )
+    hint = "resume with the same model, optim name, rules and state_bits as the checkpoint"
+    for number, (mine, theirs) in enumerate(zip(current, saved, strict=False)):
+        for option in layout_options:
+            if theirs.get(option) != mine[option]:
+                raise ValueError(
+                    f"Checkpoint group {number} has {option}={theirs.get(option)!r}, expected {mine[option]!r}: {hint}."
+                )
+        names, saved_names = mine.get("param_names"), theirs.get("param_names")
+        if names and saved_names and names != saved_names:
+            differing = sorted(set(names) ^ set(saved_names)) or list(names)
+            raise ValueError(
+                f"Checkpoint group {number} holds other parameters, {differing[0]!r} among the differing ones: {hint}."
+            )
+        if len(mine["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"Checkpoint group {number} holds {len(theirs['params'])} parameters, expected {len(mine['params'])}: "
+                f"{hint}."
+            )
+    if len(current) != len(saved):
+        raise ValueError(f"The checkpoint has {len(saved)} parameter groups, expected {len(current)}: {hint}.")
+
+
+def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape: tuple[int, ...]) -> None:
+    """Refuse saved state that is not laid out as declared for a parameter of `shape`."""
+    hint = "Resume with the same optim name, rules and state_bits."
+    if set(saved) != set(specs):
+        raise ValueError(
+            f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
+        )
+    for name, spec in specs.items():
+        found = (tuple(saved[name].shape), saved[name].dtype)
+        if found != (spec.shape, spec.dtype):
+            raise ValueError(
+                f"Checkpoint state {name!r} has shape {found[0]} and {found[1]}, expected {spec.shape} and "
+                f"{spec.dtype}. {hint}"
+            )

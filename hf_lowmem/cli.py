@@ -1,0 +1,141 @@
+"""The command line `hf-lowmem`. Imports wait until they are needed, so that help and `optims` answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from argparse import REMAINDER, ArgumentParser
+from importlib.util import find_spec
+from typing import Any
+
+from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; `script.py ARGS` is short for `run script.py ARGS`.
+
+    Args:
+        argv: the arguments, `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in COMMANDS and os.path.isfile(argv[0]):
+        argv = ["run", *argv]
+    parser = ArgumentParser(prog="hf-lowmem", description="Low-memory optimizers for Hugging Face Trainer and TRL.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=str(command.__doc__).splitlines()[0].rstrip("."), add_help=False)
+    command = parser.parse_args(argv[:1]).command  # each command parses the rest itself
+    if command is None:
+        parser.print_help()
+        return 0
+    COMMANDS[command](argv[1:])
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Run a Python script in which `optim` knows our names.
+
+    Works under launchers too: `accelerate launch -m hf_lowmem script.py ARGS`, `torchrun -m hf_lowmem script.py ARGS`.
+    """
+    parser = ArgumentParser(prog="hf-lowmem run", description=run.__doc__)
+    parser.add_argument("script", help="the script, run as `python SCRIPT ARGS` would")
+    parser.add_argument("args", nargs=REMAINDER, metavar="ARGS", help="the script's own arguments")
+    args = parser.parse_args(argv)
+    if not os.path.exists(args.script):
+        parser.exit(2, f"hf-lowmem run: there is no script {args.script!r}.\n")
+    sys.argv = [args.script, *args.args]
+    sys.path[0] = os.path.dirname(os.path.abspath(args.script))
+
+    from hf_lowmem.trainer.registration import register
+
+    register()
+    runpy.run_path(args.script, run_name="__main__")
+
+
+def sft(argv: list[str]) -> None:
+    """Fine-tune with TRL's SFT script: its options, our optim names (see `hf-lowmem sft --help`)."""
+    parser = ArgumentParser(prog="hf-lowmem sft", add_help=False, allow_abbrev=False)
+    parser.add_argument("--optim")
+    parser.add_argument("--config")
+    args, _ = parser.parse_known_args(argv)
+    if find_spec("trl") is None:
+        parser.exit(2, "hf-lowmem sft: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n")
+    optim = args.optim
+    if optim is None and args.config is not None:
+        import yaml
+
+        with open(args.config) as file:
+            optim = (yaml.safe_load(file) or {}).get("optim")
+    if optim is not None and optim not in OPTIM_NAMES:
+        from transformers.training_args import OptimizerNames
+
+        known = [*OPTIM_NAMES, *(member.value for member in OptimizerNames)]
+        if optim not in known:
+            parser.exit(2, f"hf-lowmem sft: {unknown_optim(optim, known)}\n")
+
+    from hf_lowmem.trainer.sft import launch
+
+    launch(argv)
+
+
+def inspect(argv: list[str]) -> None:
+    """Show what an optimizer keeps for each part of a model, and the bytes; no weights are loaded."""
+    parser = ArgumentParser(prog="hf-lowmem inspect", description=inspect.__doc__)
+    parser.add_argument("model", help="a local folder, a hub id, or a config.json")
+    parser.add_argument("--optim", required=True, metavar="NAME", help="an optim name, see `hf-lowmem optims`")
+    parser.add_argument("--optim-args", metavar="TEXT", help="options: key=value,key=value or a JSON object")
+    parser.add_argument("--rows", action="store_true", help="one line per parameter instead of one per role")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    args = parser.parse_args(argv)
+    if args.optim not in OPTIM_NAMES:
+        parser.exit(2, f"hf-lowmem inspect: {unknown_optim(args.optim)}\n")
+
+    from hf_lowmem import explain
+
+    try:
+        table = explain(_meta_model(args.model), args.optim, args.optim_args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"hf-lowmem inspect: {error}\n")
+    if args.json:
+        print(json.dumps(table.to_dict(), indent=2))
+    else:
+        print(table if args.rows else table.by_role())
+
+
+def _meta_model(name: str) -> Any:
+    """Build the model of a config on the meta device, which takes no memory."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        for architecture in config.architectures or ():
+            if hasattr(transformers, architecture):
+                return getattr(transformers, architecture)(config)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError:  # not a causal language model
+            return transformers.AutoModel.from_config(config)
+
+
+def optims(argv: list[str]) -> None:
+    """List the optim names, with the bytes of optimizer state per parameter."""
+    ArgumentParser(prog="hf-lowmem optims", description=optims.__doc__).parse_args(argv)
+    print(f"{'name':<20}{'bytes/parameter':>16}  (Llama 2 7B; AdamW in fp32 keeps 8)")
+    for name, optim in OPTIM_NAMES.items():
+        print(f"{name:<20}{optim.bytes_per_param:>16.3f}  {optim.summary}")
+
+
+def demo(argv: list[str]) -> None:
+    """Train a small Llama on this machine's Python documentation, with AdamW and with ours."""
+    from hf_lowmem.demo import main as demo_main
+
+    demo_main(argv)
+
+
+COMMANDS = {"run": run, "sft": sft, "inspect": inspect, "optims": optims, "demo": demo}

@@ -1,0 +1,83 @@
+"""`hf-lowmem demo`: fine-tune one small Llama with several optimizers and compare their memory and loss.
+
+Each optimizer starts from the same weights and sees the same batches; only `optim=` differs. Prints a table and
+writes `demo.png` and `demo.json` to the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+BASELINE = "adamw_torch"
+
+# About 5 million parameters. Every width is a multiple of 256, the size of an 8-bit block.
+MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of one demo share."""
+
+    optims: tuple[str, ...] = (BASELINE, "slim_adamw_8bit", "adam_mini_8bit")
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    seed: int = 0
+    output_dir: Path = Path("demo_output")
+    vocab_size: int = 4096
+    max_length: int = 128
+    held_out_pairs: int = 128
+    model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo with these arguments, `sys.argv[1:]` by default; returns the exit status."""
+    settings = parse_args(argv)
+    try:
+        from .train import describe_unknown_optims, run_demo
+    except ModuleNotFoundError as error:
+        fail(f"'{error.name}' is missing, install it with `pip install 'hf_lowmem[trl,plots]'`.")
+    if problem := describe_unknown_optims(settings.optims):
+        fail(problem)
+    run_demo(settings)
+    return 0
+
+
+def fail(problem: str) -> NoReturn:
+    sys.stderr.write(f"hf-lowmem demo: {problem}\n")
+    raise SystemExit(2)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Settings:
+    """Read the command line into Settings; a wrong value ends the program with one sentence."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="hf-lowmem demo", description="Fine-tune one small Llama with several optimizers and compare them."
+    )
+    optims = ",".join(default.optims)
+    parser.add_argument("--optims", default=optims, help="comma-separated optim names (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=default.steps, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="default: %(default)s pairs")
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--output-dir", type=Path, default=default.output_dir, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    args.optims = tuple(name.strip() for name in args.optims.split(",") if name.strip())
+    if not args.optims:
+        parser.error("--optims needs at least one optim name")
+    for option in ("steps", "batch_size", "learning_rate"):
+        if getattr(args, option) <= 0:
+            parser.error(f"--{option.replace('_', '-')} must be greater than 0, got {getattr(args, option)}")
+    return Settings(**vars(args))

@@ -1,0 +1,182 @@
+"""The demo's training runs: SFTTrainer as a user's own script would call it, once per optim name."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig, SFTTrainer
+
+from ..trainer.names import unknown_optim
+from ..trainer.registration import register
+from . import Settings
+from .data import Pair, build_pairs, train_tokenizer
+from .report import Run, measure_state, print_table, save_json, save_png
+
+EVALUATIONS = 6
+
+
+def run_demo(settings: Settings) -> list[Run]:
+    """Train once per optim name, print the table and write the figure and the JSON."""
+    register()
+    quieten()
+    started = time.perf_counter()
+    console = Console(highlight=False, soft_wrap=True)
+
+    train_pairs, held_out_pairs = build_pairs()
+    tokenizer = train_tokenizer(train_pairs, settings.vocab_size)
+    held_out_pairs = held_out_pairs[: settings.held_out_pairs]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    console.print(
+        f"{len(train_pairs)} question/answer pairs from Python's documentation, {len(held_out_pairs)} more held out\n"
+        f"{settings.steps} steps of {settings.batch_size} pairs for each optimizer ({device})"
+    )
+
+    runs = [train(optim, settings, tokenizer, train_pairs, held_out_pairs, console) for optim in settings.optims]
+
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    figure, numbers = settings.output_dir / "demo.png", settings.output_dir / "demo.json"
+    print_table(runs, console)
+    save_png(runs, figure)
+    save_json(runs, settings, device, numbers)
+    console.print(f"{time.perf_counter() - started:.0f} s in all. Figure: {figure}, numbers: {numbers}")
+    return runs
+
+
+def describe_unknown_optims(optims: Sequence[str]) -> str | None:
+    """One sentence about the first name that the Trainer does not know, or None."""
+    register()
+    known = [str(name.value) for name in OptimizerNames]
+    return next((unknown_optim(name, known) for name in optims if name not in known), None)
+
+
+def quieten() -> None:
+    """Leave the terminal to the demo's own lines."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    # TRL sets the deprecated `gradient_checkpointing` itself, whatever the caller does.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+
+
+def train(
+    optim: str,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    train_pairs: list[Pair],
+    held_out_pairs: list[Pair],
+    console: Console,
+) -> Run:
+    """Fine-tune a fresh model with the optimizer of this name."""
+    use_gpu = torch.cuda.is_available()
+    set_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=settings.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **settings.model,
+        )
+    )
+    args = SFTConfig(
+        output_dir=str(settings.output_dir / "trainer"),
+        optim=optim,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=32,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 10),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_length=settings.max_length,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="steps",
+        eval_steps=max(1, settings.steps // EVALUATIONS),
+        logging_steps=max(1, settings.steps // 50),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        bf16=use_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not use_gpu,
+        seed=settings.seed,
+    )
+    watch = Watch(optim, settings.steps, console)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(train_pairs),
+        eval_dataset=datasets.Dataset.from_list(held_out_pairs),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # `watch` shows the progress
+    with watch.progress:
+        trainer.train()
+        if not watch.held_out_losses or watch.held_out_losses[-1][0] < settings.steps:
+            trainer.evaluate()
+
+    return Run(
+        optim=optim,
+        **measure_state(trainer.model, trainer.optimizer),
+        held_out_loss=watch.held_out_losses[-1][1],
+        seconds_per_step=statistics.median(watch.step_seconds),
+        train_losses=watch.train_losses,
+        held_out_losses=watch.held_out_losses,
+    )
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Keeps one run's losses and step times and shows them: a live line, or a line per evaluation without a TTY."""
+
+    def __init__(self, optim: str, steps: int, console: Console) -> None:
+        self.optim, self.steps, self.console = optim, steps, console
+        self.train_losses: list[tuple[int, float]] = []
+        self.held_out_losses: list[tuple[int, float]] = []
+        self.step_seconds: list[float] = []
+        self.step_started = 0.0
+        self.progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(optim, total=steps, losses="")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - self.step_started)
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.train_losses.append((state.global_step, float(logs["loss"])))
+        if "eval_loss" in logs:
+            self.held_out_losses.append((state.global_step, float(logs["eval_loss"])))
+        curves = {"train": self.train_losses, "held-out": self.held_out_losses}
+        losses = "  ".join(f"{name} {curve[-1][1]:.3f}" for name, curve in curves.items() if curve)
+        self.progress.update(self.task, losses=losses)
+        if "eval_loss" in logs and not self.console.is_terminal:
+            self.console.print(f"{self.optim:<16} step {state.global_step}/{self.steps}  {losses}")

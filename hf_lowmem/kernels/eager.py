@@ -1,0 +1,245 @@
+"""In-place steps in plain torch: cache-sized tiles, reused temporaries, no pass over memory that is not needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import Int8Blockwise
+from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
+from hf_lowmem.kernels.seam import Hyper, Slot
+from hf_lowmem.moments import GroupMean
+from hf_lowmem.scratch import Scratch, known_finite
+
+Index = tuple[slice, ...]
+View = Callable[[Tensor], Tensor]
+
+
+def tile_size(device: torch.device) -> int:
+    """Entries per tile: what a CPU core's cache holds with its temporaries, or enough to fill an accelerator."""
+    return 65536 * torch.get_num_threads() if device.type == "cpu" else 1 << 24
+
+
+def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
+    """Cover `shape` with tiles of at most `limit` entries, cutting only the first `depth` axes."""
+    if math.prod(shape) <= limit or depth == 0:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if shape[0] > 1 and row <= limit:
+        rows = limit // row
+        for start in range(0, shape[0], rows):
+            yield (slice(start, min(start + rows, shape[0])),)
+        return
+    for start in range(shape[0]):
+        for rest in tiles(shape[1:], limit, depth - 1):
+            yield (slice(start, start + 1), *rest)
+
+
+def broadcast_tile(stored: Tensor, index: Index) -> Tensor:
+    """The part of `stored` that broadcasts against tile `index` of the tensor that `stored` broadcasts against."""
+    return stored[tuple(s if stored.shape[axis] > 1 else slice(None) for axis, s in enumerate(index))]
+
+
+@dataclass
+class StoredMoment:
+    """A full moment, or a view of it: float, or 8-bit codes with the scales of their blocks."""
+
+    name: str
+    data: Tensor
+    absmax: Tensor | None = None
+    signed: bool = True
+
+    @classmethod
+    def of(cls, slot: Slot, name: str, view: View, signed: bool = True) -> StoredMoment:
+        quantized = isinstance(slot.plan.codec, Int8Blockwise)
+        return cls(name, view(slot.state[name]), view(slot.state[f"{name}_absmax"]) if quantized else None, signed)
+
+    def __getitem__(self, index: Index) -> StoredMoment:
+        absmax = self.absmax
+        if absmax is not None:
+            if len(index) == absmax.ndim:  # the last axis is cut too, at whole blocks
+                block_size = self.data.shape[-1] // absmax.shape[-1]
+                last = slice(index[-1].start // block_size, index[-1].stop // block_size)
+                absmax = absmax[(*index[:-1], last)]
+            else:
+                absmax = absmax[index]
+        return StoredMoment(self.name, self.data[index], absmax, self.signed)
+
+    def load(self, scratch: Scratch) -> Tensor:
+        """As float32: in place where it is stored so, else a temporary to hand to `store`."""
+        if self.absmax is None:
+            return as_float32(self.data, self.name, scratch)
+        out = scratch.get(self.name, self.data.shape)
+        dequantize(self.data, self.absmax, self.signed, out=out, scratch=scratch)
+        return out
+
+    def store(self, value: Tensor, scratch: Scratch) -> None:
+        """Write back what `load` gave; a temporary is overwritten."""
+        if self.absmax is not None:
+            quantize(value, self.data, self.absmax, self.signed, scratch=scratch)
+        elif value is not self.data:
+            self.data.copy_(value)
+
+
+def as_float32(tile: Tensor, name: str, scratch: Scratch) -> Tensor:
+    return tile if tile.dtype == torch.float32 else scratch.get(name, tile.shape).copy_(tile)
+
+
+@dataclass
+class Weight:
+    """A parameter with its gradient and first moment, or one view or tile of all three."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: StoredMoment
+
+    @classmethod
+    def of(cls, slot: Slot, view: View) -> Weight:
+        return cls(view(slot.param), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
+
+    def __getitem__(self, index: Index) -> Weight:
+        return Weight(self.param[index], self.grad[index], self.exp_avg[index]) if index else self
+
+    def load_grad(self, scratch: Scratch) -> Tensor:
+        return as_float32(self.grad, "grad", scratch)
+
+    def load(self, grad: Tensor, hyper: Hyper, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """The decayed weights and the first moment with `grad` averaged in, as float32."""
+        param = as_float32(self.param, "param", scratch)
+        if hyper.weight_decay:
+            param.mul_(1 - hyper.lr * hyper.weight_decay)
+        return param, self.exp_avg.load(scratch).lerp_(grad, 1 - hyper.beta1)
+
+    def store(self, param: Tensor, exp_avg: Tensor, scratch: Scratch) -> None:
+        if param is not self.param:
+            self.param.copy_(param)
+        self.exp_avg.store(exp_avg, scratch)
+
+
+def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """Signum: no second moment."""
+    scratch = Scratch(slots[0].param.device)
+    for slot in slots:
+        weight = Weight.of(slot, at_least_1d)
+        for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
+            tile = weight[index]
+            param, exp_avg = tile.load(tile.load_grad(scratch), hyper, scratch)
+            param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=hyper.lr)
+            tile.store(param, exp_avg, scratch)
+
+
+def adamw_full(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """AdamW with one second-moment number per entry."""
+    scratch = Scratch(slots[0].param.device)
+    for slot in slots:
+        correction1, root_correction2 = corrections(slot, hyper)
+        weight = Weight.of(slot, at_least_1d)
+        second = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
+        for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
+            tile, exp_avg_sq = weight[index], second[index]
+            grad = tile.load_grad(scratch)
+            param, exp_avg = tile.load(grad, hyper, scratch)
+            loaded = exp_avg_sq.load(scratch)
+            if exp_avg_sq.absmax is not None:  # codes hold the square root, which the step needs too
+                loaded.square_()
+            loaded.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+            root = torch.sqrt(loaded, out=loaded if exp_avg_sq.absmax is not None else scratch.get("root", grad.shape))
+            denominator = torch.add(root, hyper.eps * root_correction2, out=scratch.get("denominator", grad.shape))
+            param.addcdiv_(exp_avg, denominator, value=-hyper.lr * root_correction2 / correction1)
+            exp_avg_sq.store(loaded, scratch)
+            tile.store(param, exp_avg, scratch)
+
+
+def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """AdamW with one second-moment number per group of entries."""
+    scratch = Scratch(slots[0].param.device)
+    for slot in slots:
+        moment = slot.plan.moments["exp_avg_sq"]
+        assert isinstance(moment, GroupMean)
+        stored = [s.broadcast(slot.state[moment.state_name("exp_avg_sq", s)]) for s in moment.segments]
+        # 8-bit blocks run along the last axis. Where no segment splits that axis, each segment is a view of weights,
+        # codes and scales alike and is stepped on its own; else the segments are taken inside decoded tiles.
+        if all(segment.axis < slot.param.ndim - 1 for segment in moment.segments):
+            for segment, exp_avg_sq in zip(moment.segments, stored, strict=True):
+                weight = Weight.of(slot, segment.view)
+                groups = Groups(at_least_1d, exp_avg_sq, segment.mean_dims)
+                step_means(weight, [groups], weight.param.ndim, slot, hyper, scratch)
+        else:
+            parts = [Groups(s.view, v, s.mean_dims) for s, v in zip(moment.segments, stored, strict=True)]
+            split_axis = min(segment.axis for segment in moment.segments)
+            step_means(Weight.of(slot, at_least_1d), parts, split_axis, slot, hyper, scratch)
+
+
+@dataclass
+class Groups:
+    """A part of a weight: the view of it, its stored means, which broadcast against the view, and the averaged axes."""
+
+    view: View
+    exp_avg_sq: Tensor
+    dims: tuple[int, ...]
+
+    def __getitem__(self, index: Index) -> Groups:
+        return Groups(self.view, broadcast_tile(self.exp_avg_sq, index), self.dims) if index else self
+
+
+def step_means(
+    weight: Weight, parts: Sequence[Groups], depth: int, slot: Slot, hyper: Hyper, scratch: Scratch
+) -> None:
+    """Step a weight of which the first `depth` axes may be cut: first along axes that no group crosses."""
+    limit = tile_size(scratch.device)
+    correction1, root_correction2 = corrections(slot, hyper)
+    crossed = {axis for part in parts for axis in part.dims}
+    free = next((axis for axis in range(depth) if axis in crossed), depth)
+    for chunk_index in tiles(weight.param.shape, limit, free):
+        chunk = weight[chunk_index]
+        groups = [part[chunk_index] for part in parts]
+        inner = list(tiles(chunk.param.shape, limit, depth))
+        grad = average_squares(chunk, groups, inner, hyper, scratch)
+        roots = [part.exp_avg_sq.sqrt().add_(hyper.eps * root_correction2) for part in groups]
+        for index in inner:
+            tile = chunk[index]
+            param, exp_avg = tile.load(tile.load_grad(scratch) if grad is None else grad, hyper, scratch)
+            for part, root in zip(groups, roots, strict=True):
+                part.view(param).addcdiv_(
+                    part.view(exp_avg), broadcast_tile(root, index), value=-hyper.lr * root_correction2 / correction1
+                )
+            tile.store(param, exp_avg, scratch)
+
+
+def average_squares(
+    chunk: Weight, groups: Sequence[Groups], inner: Sequence[Index], hyper: Hyper, scratch: Scratch
+) -> Tensor | None:
+    """Average the squared gradient into the stored means; returns the loaded gradient where it is a single tile."""
+    totals = [torch.zeros_like(part.exp_avg_sq) for part in groups]
+    for index in inner:
+        grad = chunk[index].load_grad(scratch)
+        for part, total in zip(groups, totals, strict=True):
+            broadcast_tile(total, index).add_(square_sum(part.view(grad), part.dims, scratch))
+    for part, total in zip(groups, totals, strict=True):
+        count = part.view(chunk.param).numel() // total.numel()
+        part.exp_avg_sq.mul_(hyper.beta2).add_(total, alpha=(1 - hyper.beta2) / count)
+    return grad if len(inner) == 1 else None
+
+
+def square_sum(grad: Tensor, dims: tuple[int, ...], scratch: Scratch) -> Tensor:
+    """Sum of squares over `dims`, kept. A square that is not finite counts as zero: it concerns its own entry only."""
+    square = torch.mul(grad, grad, out=scratch.get("square", grad.shape))
+    total = square.sum(dims, keepdim=True)
+    if not known_finite(total):
+        total = torch.nan_to_num(square, 0.0, 0.0, 0.0, out=square).sum(dims, keepdim=True)
+    return total
+
+
+def corrections(slot: Slot, hyper: Hyper) -> tuple[float, float]:
+    """Bias correction of the first moment, and the root of the second's, which is moved from the tensors to the lr."""
+    step = slot.state["step"].item()
+    return 1 - hyper.beta1**step, math.sqrt(1 - hyper.beta2**step)
+
+
+def at_least_1d(tensor: Tensor) -> Tensor:
+    return tensor.view(1) if tensor.ndim == 0 else tensor

@@ -1,0 +1,28 @@
+"""A moment with one number per entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_lowmem.state import Codec, State, TensorSpec
+
+
+@dataclass(frozen=True)
+class Full:
+    """One number per entry of the parameter, stored through the plan's codec."""
+
+    signed: bool = True
+
+    def spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        return TensorSpec(shape, tuple(range(len(shape))), signed=self.signed)
+
+    def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
+        return codec.specs(name, self.spec(shape))
+
+    def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
+        spec = self.spec(tuple(value.shape))
+        estimate = beta * codec.decode(state, name, spec) + (1 - beta) * value
+        codec.encode(state, name, spec, estimate)
+        return estimate

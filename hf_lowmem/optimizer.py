@@ -1,0 +1,211 @@
+"""The one optimizer: it allocates, steps, saves and loads whatever state its algorithms declare."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lowmem.checks import check_groups, check_hyperparameters, check_param, check_state, check_unsharded
+from hf_lowmem.composed import compiled_step, composed_step
+from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
+from hf_lowmem.state import State, StatePlan
+
+Group = dict[str, Any]
+
+
+class Roles(Protocol):
+    """Which options each parameter of a model gets: the seam between a model's roles and the optimizer's groups."""
+
+    def of(self, param: Tensor) -> tuple[str, dict[str, Any]] | None:
+        """(name, options) of a parameter, or None if it is not known; the options become plain values of its group."""
+
+
+class LowMemOptimizer(Optimizer):
+    """Base of every algorithm: a subclass names its rule, its options and the plan of one parameter's state.
+
+    Args:
+        params: parameters or groups, as for any `torch.optim.Optimizer`.
+        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; weight decay is decoupled.
+        roles: options per parameter; each incoming group is split by them. Options given in a group win.
+        options: the algorithm's own options, the defaults of every group.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an option that does not fit a parameter, or nothing to train.
+    """
+
+    algorithm: ClassVar[str]
+    rule: ClassVar[str]
+    layout_options: ClassVar[dict[str, Any]]  # the group values that a state's layout depends on, with their defaults
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        roles: Roles | None = None,
+        **options: Any,
+    ) -> None:
+        self._roles = roles
+        self._plans: dict[tuple, StatePlan] = {}
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **options)
+        check_hyperparameters(defaults)
+        super().__init__(params, {**defaults, "algorithm": self.algorithm})
+        if not self.param_groups:
+            raise ValueError("The optimizer got no parameter to train: unfreeze some, or pass a non-empty group.")
+
+    # -- what a subclass defines ------------------------------------------------------------------------------------
+
+    @classmethod
+    def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
+        """The state of a parameter of `shape` under the group's `layout_options`."""
+        raise NotImplementedError
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, split by the options that the roles give its parameters."""
+        group = dict(param_group)
+        params = group.pop("params")
+        named = [params] if isinstance(params, Tensor) else list(params)
+        if self._roles is None:
+            if named:
+                self._add_checked({**group, "params": named})
+            return
+        split: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
+        for entry in named:
+            name, param = entry if isinstance(entry, tuple) else (None, entry)
+            known = self._roles.of(param)
+            name = known[0] if known else name or f"unnamed.{len(self.state) + sum(map(len, split.values()))}"
+            split[tuple(sorted((known[1] if known else {}).items()))].append((name, param))
+        for options, members in split.items():
+            self._add_checked({**dict(options), **group, "params": members})
+
+    def _add_checked(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        try:
+            for param in added["params"]:
+                check_param(param)
+                self.plan(added, tuple(param.shape))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def plan(self, group: Group, shape: tuple[int, ...]) -> StatePlan:
+        """The plan of a parameter of `shape` in `group`; a function of these alone."""
+        options = tuple(group[option] for option in self.layout_options)
+        plan = self._plans.get((shape, options))
+        if plan is None:
+            plan = self.make_plan(shape, **dict(zip(self.layout_options, options, strict=True)))
+            self._plans[shape, options] = plan
+        return plan
+
+    # -- stepping ---------------------------------------------------------------------------------------------------
+
+    def init_state(self, param: Tensor, group: Group) -> State:
+        """Allocate the declared state of one parameter, all zero; `step` stays on the CPU."""
+        check_unsharded(param)
+        specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
+        state = {
+            name: spec.zeros(torch.device("cpu") if name == "step" else param.device) for name, spec in specs.items()
+        }
+        self.state[param] = state
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step. A parameter without a gradient is left alone: no decay, and its `step` does not advance."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            buckets: dict[KernelKey, list[Slot]] = defaultdict(list)
+            for param in group["params"]:
+                slot = self._slot(param, group)
+                if slot is not None:
+                    buckets[key_of(self.rule, slot.plan, param.device.type)].append(slot)
+            for key, slots in buckets.items():
+                self._run(key, slots, group)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: Group) -> None:
+        """Step one parameter of `group`."""
+        slot = self._slot(param, group)
+        if slot is not None:
+            self._run(key_of(self.rule, slot.plan, param.device.type), [slot], group)
+
+    def _slot(self, param: Tensor, group: Group) -> Slot | None:
+        # Every trainable parameter gets its state at the first step, gradient or not: all ranks hold the same keys.
+        if param.grad is None and not param.requires_grad:
+            return None
+        state = self.state.get(param) or self.init_state(param, group)
+        if param.grad is None:
+            return None
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
+                "use sparse=False in the embedding."
+            )
+        state["step"] += 1
+        return Slot(param, param.grad, state, self.plan(group, tuple(param.shape)))
+
+    def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
+        slots = [slot for slot in slots if slot.param.numel()]
+        if not slots:
+            return
+        beta1, beta2 = group["betas"]
+        hyper = Hyper(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
+        kernel = None if group["compile"] else find_kernel(key)
+        if kernel:
+            kernel(slots, hyper)
+            return
+        for slot in slots:
+            (compiled_step if group["compile"] else composed_step)(self.rule, slot, hyper)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._roles = None  # parameters are other objects after a copy; the groups hold all that is needed
+        self._plans = {}
+        super().__setstate__(state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned: hyperparameters and bit-exact state.
+
+        torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
+
+        Raises:
+            ValueError: the state was written by another algorithm, or under other rules, sizes or `state_bits`.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved_groups = state_dict["param_groups"]
+        check_groups(self.param_groups, saved_groups, self.layout_options)
+        loaded: dict[Tensor, State] = {}
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for param, key in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(key)
+                if saved:
+                    specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
+                    check_state(saved, specs, tuple(param.shape))
+                    loaded[param] = {
+                        name: saved[name].to("cpu" if name == "step" else param.device, copy=True) for name in specs
+                    }
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
+        self.state.clear()
+        self.state.update(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)

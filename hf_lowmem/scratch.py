@@ -1,0 +1,30 @@
+"""Temporaries that live for one optimizer step and are reused from tile to tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Named buffers on one device, grown to the largest request; a fresh temporary per use would cost page faults."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialized contiguous tensor; its content lasts until the same name is asked for again."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
+        return buffer[:numel].view(tuple(shape))
+
+
+def known_finite(reduced: Tensor) -> bool:
+    """Whether a small tensor holds no NaN or Inf; False where asking would make an accelerator wait."""
+    return reduced.device.type == "cpu" and bool(torch.isfinite(reduced).all())

@@ -1,0 +1,118 @@
+"""From a model and an optim name to an optimizer, with the Trainer's grouping."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_lowmem.param_groups import plan_roles
+from hf_lowmem.planner import Explanation, explain_plan
+from hf_lowmem.trainer.optim_args import recipe_for
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    optim_args: str | Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer that a `Trainer` with `optim=name` would build for `model`.
+
+    Weight decay applies to the parameters that `Trainer.get_decay_parameter_names` lists (no biases, no norms).
+
+    Args:
+        model: the model; parameters that need no gradient are left out.
+        name: an optim name of this package, such as "slim_adamw_8bit".
+        lr: learning rate.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        optim_args: the algorithm's options: "key=value,key=value", a JSON object, or a mapping.
+
+    Raises:
+        ValueError: for an unknown name or an illegal option.
+    """
+    optimizer_cls, kwargs = optimizer_cls_and_kwargs(
+        model, name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, optim_args=optim_args
+    )
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for name, param in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [param for name, param in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return optimizer_cls(groups, **kwargs)
+
+
+def optimizer_cls_and_kwargs(
+    model: nn.Module | None,
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    optim_args: str | Mapping[str, Any] | None = None,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing of transformers is changed.
+
+    The Trainer's groups bring their own weight decay, from `TrainingArguments.weight_decay`; the one given here holds
+    for groups that bring none.
+
+    Args:
+        model: the model that the Trainer gets; with None every parameter is treated by its shape alone.
+        name, lr, betas, eps, weight_decay, optim_args: as in `build_optimizer`.
+
+    Raises:
+        ValueError: for an unknown name or an illegal option.
+    """
+    recipe = recipe_for(name, optim_args)
+    if model is None:
+        logger.warning("No model was given for optim %r, so roles are unknown.", name)
+    kwargs = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **recipe.shared_options()}
+    roles = None
+    if model is not None:
+        roles = plan_roles(model, recipe)
+        log_summary(explain_plan(roles, recipe))
+    return recipe.optimizer_cls, {**kwargs, "roles": roles}
+
+
+def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | None = None) -> Explanation:
+    """What `build_optimizer(model, name, optim_args=...)` would do with every parameter; nothing is allocated.
+
+    Args:
+        model: any module, the meta device will do.
+        name, optim_args: as in `build_optimizer`.
+
+    Returns:
+        A table that prints, with `.rows`, `.by_role()` and `.to_dict()`.
+
+    Raises:
+        ValueError: for an unknown name or an illegal option.
+    """
+    recipe = recipe_for(name, optim_args)
+    return explain_plan(plan_roles(model, recipe), recipe)
+
+
+def log_summary(explanation: Explanation) -> None:
+    """Log what each role gets; matrices of unknown role, which stay full, are a warning."""
+    logger.info("Optimizer state by role:\n%s", explanation.by_role())
+    unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
+    if unknown:
+        logger.warning(
+            "%d matrices have an unknown role and keep what it says in the summary (%s%s); a rules file overrides it.",
+            len(unknown),
+            ", ".join(unknown[:5]),
+            ", ..." if len(unknown) > 5 else "",
+        )

@@ -1,0 +1,46 @@
+"""The optim names, and what each stands for. Importable without torch or transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import NamedTuple
+
+
+class OptimName(NamedTuple):
+    """What one optim name stands for.
+
+    `state_bits` is None where `optim_args` may choose it. `bytes_per_param` is the optimizer state of Llama 2 7B over
+    its parameters, at the default options; `summary` is one line for a person.
+    """
+
+    algorithm: str
+    state_bits: int | None
+    bytes_per_param: float
+    summary: str
+
+
+OPTIM_NAMES: dict[str, OptimName] = {
+    "lowmem_adamw": OptimName("lowmem_adamw", None, 8.0, "AdamW with the storage options of the others"),
+    "lowmem_adamw_8bit": OptimName("lowmem_adamw", 8, 2.0, "AdamW, both moments in 8 bit"),
+    "slim_adamw": OptimName("slim_adamw", None, 4.0, "SlimAdam: one second moment per row or column"),
+    "slim_adamw_8bit": OptimName("slim_adamw", 8, 1.0, "SlimAdam, first moment in 8 bit"),
+    "adam_mini": OptimName("adam_mini", None, 4.0, "Adam-mini: one second moment per head, neuron or token"),
+    "adam_mini_8bit": OptimName("adam_mini", 8, 1.0, "Adam-mini, first moment in 8 bit"),
+    "adalayer": OptimName("adalayer", None, 4.0, "Adalayer: one second moment per tensor"),
+    "adalayer_8bit": OptimName("adalayer", 8, 1.0, "Adalayer, first moment in 8 bit"),
+    "signum": OptimName("signum", None, 4.0, "Signum: the sign of the first moment"),
+    "signum_8bit": OptimName("signum", 8, 1.0, "Signum, first moment in 8 bit"),
+}
+
+
+def optim_names() -> list[str]:
+    """The names that `register()` adds to transformers' `optim` choices."""
+    return list(OPTIM_NAMES)
+
+
+def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
+    """One sentence about an optim name that is not in `known`, with the nearest names that are."""
+    known = list(known)
+    nearest = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    return f"Unknown optim name {name!r}; the {'nearest' if nearest else 'legal'} names: {', '.join(nearest or known)}."

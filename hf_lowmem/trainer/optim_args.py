@@ -1,0 +1,129 @@
+"""`optim_args` as text, JSON or a mapping, checked against the dataclass fields of the algorithm's recipe."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hf_lowmem.algorithms import RECIPES
+from hf_lowmem.param_groups import Recipe
+from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "none"}
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def recipe_for(name: str, optim_args: str | Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that an optim name stands for, with the user's options.
+
+    Args:
+        name: an optim name of this package, such as "slim_adamw_8bit".
+        optim_args: "key=value,key=value", a JSON object, or a mapping.
+
+    Raises:
+        ValueError: for an unknown name, an unknown or repeated key, a value of the wrong type, or a `state_bits` that
+            contradicts the name.
+    """
+    if name not in OPTIM_NAMES:
+        raise ValueError(unknown_optim(name))
+    algorithm, state_bits = OPTIM_NAMES[name][:2]
+    recipe_cls = RECIPES[algorithm]
+    options = typed_options(recipe_cls, read_optim_args(optim_args), name)
+    if state_bits is not None and options.setdefault("state_bits", state_bits) != state_bits:
+        raise ValueError(
+            f"optim_args state_bits={options['state_bits']} contradicts the optim name {name!r}, which fixes "
+            f"state_bits={state_bits}: leave it out, or use the name {algorithm!r}."
+        )
+    return recipe_cls(**options)
+
+
+def read_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Split `optim_args` into keys and values; the values of "key=value" text stay strings.
+
+    Raises:
+        ValueError: for text that is neither "key=value,key=value" nor a JSON object, or that repeats a key.
+    """
+    if not optim_args:
+        return {}
+    if isinstance(optim_args, Mapping):
+        return dict(optim_args)
+    if optim_args.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(optim_args, object_pairs_hook=_unique))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"optim_args {optim_args!r} is not valid JSON: {error}.") from None
+    return _unique([_key_and_value(item, optim_args) for item in optim_args.split(",")])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise ValueError(f"optim_args has the keys {', '.join(key for key, _ in pairs)}: give each key once.")
+    return options
+
+
+def _key_and_value(item: str, optim_args: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(
+            f"optim_args {optim_args!r} must be key=value,key=value or a JSON object, but {item.strip()!r} is not "
+            "key=value; give values that hold a comma as JSON."
+        )
+    return key.strip(), value.strip()
+
+
+def typed_options(recipe_cls: type[Recipe], options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Check the options' keys against the recipe's fields, and convert the values to the fields' types."""
+    annotations = get_type_hints(recipe_cls)
+    legal = [field.name for field in fields(recipe_cls)]
+    for key in options:
+        if key not in legal:
+            nearest = get_close_matches(key, legal, n=1, cutoff=0.5)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"optim_args has no key {key!r} for {name!r}{hint}; legal keys: {', '.join(legal)}.")
+    return {key: _typed(key, value, annotations[key]) for key, value in options.items()}
+
+
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+    """Convert one value to the field's annotated type."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    alternatives = get_args(annotation) if union else (annotation,)
+    # None first: "none" is no string where None is legal.
+    for alternative in sorted(alternatives, key=lambda kind: kind is not type(None)):
+        try:
+            return _convert(value, alternative)
+        except ValueError:
+            continue
+    expected = " or ".join(map(_describe, alternatives))
+    raise ValueError(f"optim_args {key}={value!r} is not legal: expected {expected}.")
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Convert text, or a value read from JSON, to `kind`; ValueError where it does not fit."""
+    text = value.lower() if isinstance(value, str) else None
+    if get_origin(kind) is Literal:
+        for legal in get_args(kind):
+            if (type(legal) is type(value) and legal == value) or (text is not None and str(legal).lower() == text):
+                return legal
+    elif kind is type(None):
+        if value is None or text in ("none", "null"):
+            return None
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in _BOOLS:
+            return _BOOLS[str(value).lower()]
+    elif kind in (int, float):
+        if text is not None or type(value) in (int, kind):
+            return kind(value)
+    elif isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _describe(kind: Any) -> str:
+    return "one of " + ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else _EXPECTED[kind]

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning with TRL and a low-memory optimizer.
+
+    python scripts/sft.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B \
+        --dataset_name trl-lib/Capybara \
+        --optim slim_adamw_8bit \
+        --learning_rate 2e-5 \
+        --output_dir Qwen2.5-0.5B-sft
+
+The model is a hub id or a local folder; the dataset is a hub id, a local folder, or a .jsonl, .json, .csv or .parquet
+file. On several processes: `accelerate launch scripts/sft.py ...`. All options: `python scripts/sft.py --help`.
+"""
+
+from hf_lowmem.trainer.sft import main
+
+if __name__ == "__main__":
+    main()

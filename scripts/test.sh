@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# All tests on a fresh machine: makes .venv-test, installs the package and its tools there, and runs pytest.
+#
+#     bash scripts/test.sh [PYTEST ARGS]        for example: bash scripts/test.sh -m "not slow" -x
+#
+# PYTHON picks the interpreter (3.10 or later). Tests marked `gpu` are left out where there is no GPU.
+set -euo pipefail
+
+folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$folder/.venv-test"
+wanted="$(cat "$folder"/{setup.cfg,pyproject.toml,constraints.txt} | cksum)"
+
+if [[ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]]; then
+    echo "Installing into $venv (once; takes a few minutes)"
+    "${PYTHON:-python3}" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --constraint "$folder/constraints.txt" --editable "$folder[dev]"
+    echo "$wanted" >"$venv/installed"
+fi
+
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+markers=""
+"$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || markers="not gpu"
+cd "$folder"
+exec "$venv/bin/python" -m pytest -m "$markers" "$@"

@@ -1,0 +1,695 @@
+"""Every tensor of every family has the role, axes, parts and head_dim written down here, by hand, from its model code.
+
+The second half checks the fused layouts by what the models do: a part called `key` must change the cached keys only.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers as tf
+from model_families import ADAPTED, DECODER_LMS, FAMILIES, VOCAB_SIZE, tiny_model
+
+from hf_lowmem import fused_layouts, roles
+from hf_lowmem.roles import ROLES, ParamRole, Part, assign_roles, canonical_name
+
+# ---------------------------------------------------------------- the expected roles, by hand
+
+
+def linear(role: str, head_dim: int | None = None, parts: tuple[Part, ...] = ()) -> ParamRole:
+    """A weight (fan_out, fan_in), or an embedding (token, dim)."""
+    return ParamRole("", (), role, fan_out=0, fan_in=(1,), head_dim=head_dim, parts=parts)
+
+
+def conv1d(role: str, head_dim: int | None = None, parts: tuple[Part, ...] = ()) -> ParamRole:
+    """A GPT-2 weight (fan_in, fan_out)."""
+    return ParamRole("", (), role, fan_out=1, fan_in=(0,), head_dim=head_dim, parts=parts)
+
+
+def experts(role: str, fan_out: int, fan_in: int, parts: tuple[Part, ...] = ()) -> ParamRole:
+    return ParamRole("", (), role, fan_out=fan_out, fan_in=(fan_in,), expert_axis=0, parts=parts)
+
+
+def no_axes(role: str) -> ParamRole:
+    return ParamRole("", (), role)
+
+
+def qkv(outer: int, query: int, key: int, value: int) -> tuple[Part, ...]:
+    """The three stops of query, key and value inside each of `outer` blocks."""
+    return (
+        Part("attention_query", outer, 0, query),
+        Part("attention_key", outer, query, key),
+        Part("attention_value", outer, key, value),
+    )
+
+
+def gate_up(outer: int, gate: int, up: int) -> tuple[Part, ...]:
+    return (Part("mlp_gate", outer, 0, gate), Part("mlp_up", outer, gate, up))
+
+
+Table = dict[str, ParamRole]
+
+EMBEDDING = {"*embed_tokens.weight": linear("token_embedding")}
+HEAD = {"*lm_head.weight": linear("lm_head")}
+NORM = {"*norm.weight": no_axes("norm")}
+BIAS = {"*.bias": no_axes("bias")}
+LAYER_NORMS = {"*.ln_*.weight": no_axes("norm")}
+GATED_MLP = {
+    "*.gate_proj.weight": linear("mlp_gate"),
+    "*.up_proj.weight": linear("mlp_up"),
+    "*.down_proj.weight": linear("mlp_down"),
+}
+FC_MLP = {"*.fc1.weight": linear("mlp_up"), "*.fc2.weight": linear("mlp_down")}
+DENSE_MLP = {
+    "*.mlp.dense_h_to_4h.weight": linear("mlp_up"),
+    "*.mlp.dense_4h_to_h.weight": linear("mlp_down"),
+}
+
+
+def attention(head_dim: int, output: str = "o_proj", block: str = "*.self_attn") -> Table:
+    return {
+        f"{block}.q_proj.weight": linear("attention_query", head_dim),
+        f"{block}.k_proj.weight": linear("attention_key", head_dim),
+        f"{block}.v_proj.weight": linear("attention_value"),
+        f"{block}.{output}.weight": linear("attention_output"),
+    }
+
+
+def fused_attention(parts: tuple[Part, ...], output: str = "dense", fused: str = "query_key_value") -> Table:
+    return {
+        f"*.{fused}.weight": linear("attention_qkv", 8, parts),
+        f"*attention.{output}.weight": linear("attention_output"),
+    }
+
+
+def llama_like(head_dim: int) -> Table:
+    return EMBEDDING | NORM | attention(head_dim) | GATED_MLP
+
+
+def falcon_like(parts: tuple[Part, ...]) -> Table:
+    return {
+        "transformer.word_embeddings.weight": linear("token_embedding"),
+        "*.h.?.*layernorm.weight": no_axes("norm"),
+        **LAYER_NORMS,
+        **fused_attention(parts),
+        **DENSE_MLP,
+        **BIAS,
+    }
+
+
+def moe(intermediate: int) -> Table:
+    """Experts stored (expert, fan_out, fan_in), gate before up; the router is a raw parameter."""
+    return {
+        "*.mlp.gate.weight": linear("router"),
+        "*.experts.gate_up_proj": experts("mlp_gate_up", 1, 2, gate_up(1, intermediate, 2 * intermediate)),
+        "*.experts.down_proj": experts("mlp_down", 1, 2),
+    }
+
+
+def gpt2_like(c_attn: ParamRole, matrix: Any) -> Table:
+    return {
+        "transformer.wte.weight": linear("token_embedding"),
+        "transformer.wpe.weight": linear("position_embedding"),
+        "*.attn.c_attn.weight": c_attn,
+        "*.attn.c_proj.weight": matrix("attention_output"),
+        "*.mlp.c_fc.weight": matrix("mlp_up"),
+        "*.mlp.c_proj.weight": matrix("mlp_down"),
+        **LAYER_NORMS,
+        **BIAS,
+    }
+
+
+def seq2seq(conv: Table) -> Table:
+    return {
+        "model.shared.weight": linear("token_embedding"),
+        "*.embed_positions.weight": linear("position_embedding"),
+        **attention(8, "out_proj"),
+        **attention(8, "out_proj", "*.encoder_attn"),
+        **FC_MLP,
+        "*norm*.weight": no_axes("norm"),
+        **BIAS,
+        **conv,
+    }
+
+
+BERT = {
+    "*.word_embeddings.weight": linear("token_embedding"),
+    "*.position_embeddings.weight": linear("position_embedding"),
+    "*.token_type_embeddings.weight": linear("embedding"),
+    "*.attention.self.query.weight": linear("attention_query", 8),
+    "*.attention.self.key.weight": linear("attention_key", 8),
+    "*.attention.self.value.weight": linear("attention_value"),
+    "*.attention.output.dense.weight": linear("attention_output"),
+    "*.intermediate.dense.weight": linear("mlp_up"),
+    "*.layer.?.output.dense.weight": linear("mlp_down"),
+    "*.LayerNorm.weight": no_axes("norm"),
+    **BIAS,
+}
+VISION_CONV = ParamRole("", (), "patch_conv", fan_out=0, fan_in=(1, 2, 3))
+SSM_MIXER = {
+    "*.in_proj*.weight": linear("ssm"),
+    "*.mixer.out_proj.weight": linear("ssm"),
+    "*.D": no_axes("vector"),
+    "*.conv1d.weight": no_axes("conv"),
+}
+
+EXPECTED: dict[str, Table] = {
+    "llama": llama_like(8) | HEAD,
+    "mistral": llama_like(16) | HEAD,
+    "qwen2": llama_like(8) | HEAD | BIAS,
+    "qwen3": llama_like(16) | HEAD,
+    "gemma2": llama_like(16),
+    "gemma3": llama_like(16),
+    "phi3": EMBEDDING
+    | HEAD
+    | NORM
+    | {
+        "*.qkv_proj.weight": linear("attention_qkv", 8, qkv(1, 32, 48, 64)),
+        "*.o_proj.weight": linear("attention_output"),
+        "*.gate_up_proj.weight": linear("mlp_gate_up", None, gate_up(1, 48, 96)),
+        "*.down_proj.weight": linear("mlp_down"),
+    },
+    "glm4": EMBEDDING
+    | HEAD
+    | NORM
+    | BIAS
+    | attention(16)
+    | {
+        "*.gate_up_proj.weight": linear("mlp_gate_up", None, gate_up(1, 48, 96)),
+        "*.down_proj.weight": linear("mlp_down"),
+    },
+    "gpt2": gpt2_like(conv1d("attention_qkv", 8, qkv(1, 32, 64, 96)), conv1d),
+    "gpt_bigcode": gpt2_like(linear("attention_qkv", 8, qkv(1, 32, 40, 48)), linear),
+    "gpt_bigcode_mha": gpt2_like(linear("attention_qkv", 8, qkv(4, 8, 16, 24)), linear),
+    "gpt_neox": {
+        "gpt_neox.embed_in.weight": linear("token_embedding"),
+        "*norm.weight": no_axes("norm"),
+        **fused_attention(qkv(4, 8, 16, 24)),
+        **DENSE_MLP,
+        **HEAD,
+        **BIAS,
+    },
+    "falcon_mqa": falcon_like(qkv(1, 32, 40, 48)),
+    "falcon_mha": falcon_like(qkv(4, 8, 16, 24)),
+    "falcon_grouped": falcon_like(qkv(2, 16, 24, 32)),
+    "bloom": falcon_like(qkv(4, 8, 16, 24)) | {"*.word_embeddings_layernorm.weight": no_axes("norm")},
+    "opt": {
+        "*.embed_positions.weight": linear("position_embedding"),
+        **EMBEDDING,
+        **attention(8, "out_proj"),
+        **FC_MLP,
+        "*norm.weight": no_axes("norm"),
+        **BIAS,
+    },
+    "mpt": {
+        "transformer.wte.weight": linear("token_embedding"),
+        "*.attn.Wqkv.weight": linear("attention_qkv", 8, qkv(1, 32, 64, 96)),
+        "*.attn.out_proj.weight": linear("attention_output"),
+        "*.ffn.up_proj.weight": linear("mlp_up"),
+        "*.ffn.down_proj.weight": linear("mlp_down"),
+        "*norm*.weight": no_axes("norm"),
+    },
+    "mixtral": EMBEDDING | HEAD | NORM | attention(8) | moe(48),
+    "qwen2_moe": llama_like(8) | HEAD | BIAS | moe(24) | {"*.shared_expert_gate.weight": linear("router")},
+    "qwen3_moe": EMBEDDING | HEAD | NORM | attention(16) | moe(24),
+    "qwen3_next": llama_like(16)
+    | HEAD
+    | moe(24)
+    | {
+        "*.shared_expert_gate.weight": linear("router"),
+        "*.linear_attn.in_proj_*.weight": linear("ssm"),
+        "*.linear_attn.out_proj.weight": linear("ssm"),
+        "*.linear_attn.conv1d.weight": no_axes("conv"),
+        "*.linear_attn.A_log": no_axes("vector"),
+        "*.linear_attn.dt_bias": no_axes("vector"),
+    },
+    "gpt_oss": EMBEDDING
+    | HEAD
+    | NORM
+    | BIAS
+    | attention(16)
+    | {
+        "*.sinks": no_axes("vector"),
+        "*.mlp.router.weight": linear("router"),
+        # stored (expert, fan_in, fan_out), gate and up alternating
+        "*.experts.gate_up_proj": experts("mlp_gate_up", 2, 1, gate_up(48, 1, 2)),
+        "*.experts.down_proj": experts("mlp_down", 2, 1),
+        "*.experts.*_proj_bias": no_axes("bias"),
+    },
+    "deepseek_v3": EMBEDDING
+    | HEAD
+    | NORM
+    | GATED_MLP
+    | moe(24)
+    | {
+        "*.q_a_proj.weight": linear("attention_down"),
+        "*.q_b_proj.weight": linear("attention_query", 12),
+        "*.kv_a_proj_with_mqa.weight": linear("attention_down"),
+        "*.kv_b_proj.weight": linear(
+            "attention_key_value", 8, (Part("attention_key", 4, 0, 8), Part("attention_value", 4, 8, 14))
+        ),
+        "*.o_proj.weight": linear("attention_output"),
+    },
+    "llama4": llama_like(16)
+    | HEAD
+    | {
+        "*.router.weight": linear("router"),
+        # stored (expert, fan_in, fan_out), without a flag that says so
+        "*.experts.gate_up_proj": experts("mlp_gate_up", 2, 1, gate_up(1, 48, 96)),
+        "*.experts.down_proj": experts("mlp_down", 2, 1),
+    },
+    "mamba": {
+        "backbone.embeddings.weight": linear("token_embedding"),
+        "*.A_log": no_axes("ssm"),
+        "*.x_proj.weight": linear("ssm"),
+        "*.dt_proj.weight": linear("ssm"),
+        "*norm*.weight": no_axes("norm"),
+        **SSM_MIXER,
+        **BIAS,
+    },
+    "mamba2": {
+        "backbone.embeddings.weight": linear("token_embedding"),
+        "*.A_log": no_axes("vector"),
+        "*.dt_bias": no_axes("vector"),
+        "*norm*.weight": no_axes("norm"),
+        **SSM_MIXER,
+        **HEAD,
+        **BIAS,
+    },
+    "t5": {
+        "shared.weight": linear("token_embedding"),
+        "*Attention.q.weight": linear("attention_query", 16),
+        "*Attention.k.weight": linear("attention_key", 16),
+        "*Attention.v.weight": linear("attention_value"),
+        "*Attention.o.weight": linear("attention_output"),
+        "*.relative_attention_bias.weight": no_axes("relative_bias"),
+        "*.DenseReluDense.wi_0.weight": linear("mlp_gate"),
+        "*.DenseReluDense.wi_1.weight": linear("mlp_up"),
+        "*.DenseReluDense.wo.weight": linear("mlp_down"),
+        "*norm.weight": no_axes("norm"),
+    },
+    "bart": seq2seq({}),
+    "whisper": {
+        **{name: role for name, role in seq2seq({}).items() if name != "model.shared.weight"},
+        **EMBEDDING,
+        "model.encoder.conv?.weight": ParamRole("", (), "conv", fan_out=0, fan_in=(1, 2)),
+    },
+    "bert": BERT | {"cls.predictions.transform.dense.weight": linear("classifier")},
+    "bert_classifier": BERT
+    | {"bert.pooler.dense.weight": linear("classifier"), "classifier.weight": linear("classifier")},
+    "modernbert": {
+        "*.tok_embeddings.weight": linear("token_embedding"),
+        "*.attn.Wqkv.weight": linear("attention_qkv", 8, qkv(1, 32, 64, 96)),
+        "*.attn.Wo.weight": linear("attention_output"),
+        "*.mlp.Wi.weight": linear("mlp_gate_up", None, gate_up(1, 48, 96)),
+        "*.mlp.Wo.weight": linear("mlp_down"),
+        "head.dense.weight": linear("classifier"),
+        "*norm.weight": no_axes("norm"),
+        **BIAS,
+    },
+    "vit": {
+        "*.cls_token": no_axes("unknown"),
+        "*.position_embeddings": no_axes("unknown"),
+        "*.patch_embeddings.projection.weight": VISION_CONV,
+        **attention(8, "o_proj", "*.attention"),
+        **FC_MLP,
+        "classifier.weight": linear("classifier"),
+        "*norm*.weight": no_axes("norm"),
+        **BIAS,
+    },
+    "clip": {
+        "logit_scale": no_axes("vector"),
+        "*.class_embedding": no_axes("vector"),
+        "*.token_embedding.weight": linear("token_embedding"),
+        "*.position_embedding.weight": linear("position_embedding"),
+        "*.patch_embedding.weight": VISION_CONV,
+        **attention(8, "out_proj"),
+        **FC_MLP,
+        "*_projection.weight": linear("unknown"),
+        "*rm*.weight": no_axes("norm"),  # CLIP spells one of them pre_layrnorm
+        **BIAS,
+    },
+    "qwen2_vl": llama_like(8)
+    | HEAD
+    | BIAS
+    | FC_MLP
+    | {
+        "model.visual.patch_embed.proj.weight": ParamRole("", (), "patch_conv", fan_out=0, fan_in=(1, 2, 3, 4)),
+        "*.attn.qkv.weight": linear("attention_qkv", 8, qkv(1, 32, 64, 96)),
+        "*.attn.proj.weight": linear("attention_output"),
+        "*.merger.mlp.?.weight": linear("unknown"),
+        "model.visual.*.norm?.weight": no_axes("norm"),
+        "*.ln_q.weight": no_axes("norm"),
+    },
+}
+
+FROZEN_LLAMA = {
+    **NORM,
+    "*.layers.?.self_attn.q_proj.base_layer.weight": linear("attention_query", 8),
+    "*.layers.?.self_attn.k_proj.weight": linear("attention_key", 8),
+    "*.layers.?.self_attn.v_proj.weight": linear("attention_value"),
+    "*.layers.?.self_attn.o_proj.weight": linear("attention_output"),
+    "*.gate_proj.weight": linear("mlp_gate"),
+    "*.up_proj.weight": linear("mlp_up"),
+    "*.layers.?.mlp.down_proj.base_layer.weight": linear("mlp_down"),
+    "*.lora_A.weight": linear("lora_A"),
+    "*.lora_B.weight": linear("lora_B"),
+}
+EXPECTED_ADAPTED: dict[str, Table] = {
+    "llama_lora": FROZEN_LLAMA
+    | HEAD
+    | {
+        "model.embed_tokens.base_layer.weight": linear("token_embedding"),
+        "model.embed_tokens.lora_embedding_A": conv1d("lora_embedding_A"),  # (rank, vocab): tokens are axis 1
+        "model.embed_tokens.lora_embedding_B": linear("lora_embedding_B"),
+    },
+    "llama_dora": FROZEN_LLAMA | HEAD | EMBEDDING | {"*.lora_magnitude_vector.weight": no_axes("lora_magnitude")},
+    "llama_modules_to_save": FROZEN_LLAMA
+    | {
+        "model.embed_tokens.weight": linear("token_embedding"),
+        "model.embed_tokens.original_module.weight": linear("token_embedding"),
+        "lm_head.weight": linear("lm_head"),
+        "lm_head.original_module.weight": linear("lm_head"),
+    },
+    "llama_trainable_tokens": FROZEN_LLAMA
+    | HEAD
+    | {
+        "model.embed_tokens.token_adapter.base_layer.weight": linear("token_embedding"),
+        "model.embed_tokens.token_adapter.trainable_tokens_delta": linear("token_embedding"),
+    },
+}
+
+
+def meta_model(family: str) -> nn.Module:
+    with torch.device("meta"):
+        return tiny_model(family)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ADAPTED])
+def test_every_tensor_has_the_expected_role(family: str) -> None:
+    table = (EXPECTED | EXPECTED_ADAPTED)[family]
+    unused = set(table)
+    for _, found in assign_roles(meta_model(family)):
+        patterns = [pattern for pattern in table if fnmatchcase(found.name, pattern)]
+        assert len(set(map(id, (table[pattern] for pattern in patterns)))) > 0, f"{found} is not in the table"
+        for pattern in patterns:
+            assert dataclasses.replace(found, name="", shape=(), why="") == table[pattern], found
+        unused -= set(patterns)
+    assert not unused
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ADAPTED])
+def test_every_parameter_once_in_order_and_parts_fill_the_rows(family: str) -> None:
+    model = meta_model(family)
+    assigned = assign_roles(model)
+    assert [id(param) for param, _ in assigned] == [id(param) for param in model.parameters()]
+    assert len({found.name for _, found in assigned}) == len(assigned)
+    for param, found in assigned:
+        assert found.shape == tuple(param.shape)
+        assert found.role in ROLES
+        assert found.why
+        if found.parts:
+            assert found.fan_out is not None
+            rows = torch.cat([part_rows(part, found.shape[found.fan_out]) for part in found.parts])
+            assert rows.sort().values.tolist() == list(range(found.shape[found.fan_out]))
+
+
+@pytest.mark.parametrize("family", DECODER_LMS)
+def test_no_decoder_lm_has_an_unknown_role(family: str) -> None:
+    assert not [found.name for _, found in assign_roles(meta_model(family)) if found.role == "unknown"]
+
+
+# ---------------------------------------------------------------- what the fused layouts do in the real models
+
+TOKENS = torch.arange(3, 11).unsqueeze(0)
+FUSED_ATTENTION = [family for family in DECODER_LMS if any("qkv" in role.role for role in EXPECTED[family].values())]
+FUSED_MLP = ["phi3", "glm4", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4", "modernbert"]
+
+
+def part_rows(part: Part, rows: int) -> torch.Tensor:
+    return torch.arange(rows).view(part.outer, -1)[:, part.start : part.stop].reshape(-1)
+
+
+def seeded_model(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny_model(family).eval()
+    for param in model.parameters():  # larger than the usual 0.02, so that every change is far above rounding
+        if param.ndim > 1:
+            nn.init.normal_(param, std=0.2)
+    return model
+
+
+def first_fused(model: nn.Module, *names: str) -> tuple[nn.Parameter, ParamRole]:
+    return next((param, found) for param, found in assign_roles(model) if found.role in names)
+
+
+def scale_rows(weight: nn.Parameter, axis: int, rows: torch.Tensor, factor: float) -> None:
+    with torch.no_grad():
+        weight.index_copy_(axis, rows, weight.index_select(axis, rows) * factor)
+
+
+def first_layer(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention probabilities, cached keys and cached values of layer 0, each with the head axis first."""
+    output = model(TOKENS, use_cache=True, output_attentions=True)
+    cache = output.past_key_values.layers[0]
+    return tuple(tensor[0].clone() for tensor in (output.attentions[0], cache.keys, cache.values))
+
+
+def changed_heads(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    return [head for head in range(len(before)) if not torch.allclose(before[head], after[head], atol=1e-6)]
+
+
+@pytest.mark.parametrize("family", [*FUSED_ATTENTION, "deepseek_v3"])
+@torch.no_grad()
+def test_each_head_of_a_fused_projection_is_where_its_part_says(family: str) -> None:
+    """Scaling one head's query, key or value rows changes that head of that tensor in layer 0, and no other."""
+    model = seeded_model(family)
+    model.set_attn_implementation("eager")
+    weight, found = first_fused(model, "attention_qkv", "attention_key_value")
+    assert found.fan_out is not None
+    assert found.head_dim is not None
+    before = first_layer(model)
+    tensors = {"attention_query": 0, "attention_key": 1, "attention_value": 2}
+    for part in found.parts:
+        rows = part_rows(part, weight.shape[found.fan_out])
+        head_dim = len(rows) // 4 if found.role == "attention_key_value" else found.head_dim
+        for head, head_rows in enumerate(rows.split(head_dim)):
+            scale_rows(weight, found.fan_out, head_rows, 2.0)
+            after = first_layer(model)
+            scale_rows(weight, found.fan_out, head_rows, 0.5)
+            index = tensors[part.role]
+            repeats = len(before[index]) // (len(rows) // head_dim)  # Falcon caches its shared keys once per query head
+            heads = list(range(head * repeats, (head + 1) * repeats))
+            assert changed_heads(before[index], after[index]) == heads, part
+            assert all(not changed_heads(before[other], after[other]) for other in {1, 2} - {index}), part
+
+
+@pytest.mark.parametrize("family", FUSED_MLP)
+@torch.no_grad()
+def test_the_mlp_is_affine_in_the_up_part_and_not_in_the_gate_part(family: str) -> None:
+    model = seeded_model(family)
+    weight, found = first_fused(model, "mlp_gate_up")
+    assert found.fan_out is not None
+    block = model.get_submodule(found.name.removesuffix(".weight").rpartition(".")[0])
+    outputs: list[torch.Tensor] = []
+    block.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    bent = {}
+    for part in found.parts:
+        rows = part_rows(part, weight.shape[found.fan_out])
+        outputs.clear()
+        for factor in (1.0, 2.0, 0.0):
+            scale_rows(weight, found.fan_out, rows, factor)
+            model(TOKENS)
+            if factor == 2.0:
+                kept = weight.index_select(found.fan_out, rows) / 2
+        weight.index_copy_(found.fan_out, rows, kept)
+        once, twice, none = outputs
+        bent[part.role] = ((twice + none - 2 * once).abs().max() / once.abs().max()).item()
+    assert bent["mlp_up"] < 1e-5
+    assert bent["mlp_gate"] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "transformer.h.0.mlp.c_proj"),
+        ("llama", "model.layers.0.mlp.down_proj"),
+        ("mixtral", "model.layers.0.mlp.experts.down_proj"),
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj"),
+        ("llama4", "model.layers.1.feed_forward.experts.down_proj"),
+    ],
+)
+@torch.no_grad()
+def test_a_slice_of_fan_out_changes_one_output_feature(family: str, name: str) -> None:
+    model = seeded_model(family)
+    weight, found = next(pair for pair in assign_roles(model) if pair[1].name.removesuffix(".weight") == name)
+    assert found.fan_out is not None
+    block = model.get_submodule(name if found.expert_axis is None else name.rpartition(".")[0])
+    outputs: list[torch.Tensor] = []
+    block.register_forward_hook(lambda _module, _args, output: outputs.append(output.flatten(0, -2)))
+    for factor in (1.0, 2.0):
+        scale_rows(weight, found.fan_out, torch.tensor([5]), factor)
+        model(TOKENS)
+    assert changed_heads(outputs[0].T, outputs[1].T) == [5]
+
+
+# ---------------------------------------------------------------- cases that are not a family
+
+
+def only(model: nn.Module, role: str) -> ParamRole:
+    (found,) = [found for _, found in assign_roles(model) if found.role == role]
+    return found
+
+
+def test_tied_embedding_is_one_token_embedding() -> None:
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB_SIZE, tie_word_embeddings=True
+        )
+    )
+    found = [role for param, role in assign_roles(model) if param is model.lm_head.weight]
+    assert [(role.name, role.role) for role in found] == [("model.embed_tokens.weight", "token_embedding")]
+
+
+def test_gpt2_cross_attention_has_keys_then_values() -> None:
+    config = tf.GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)
+    found = only(tf.GPT2LMHeadModel(config), "attention_key_value")
+    assert found.name == "transformer.h.0.crossattention.c_attn.weight"
+    assert found.parts == (Part("attention_key", 1, 0, 32), Part("attention_value", 1, 32, 64))
+    assert (found.fan_out, found.fan_in, found.head_dim) == (1, (0,), 8)
+
+
+def test_multihead_attention_keeps_its_three_thirds() -> None:
+    model = nn.TransformerEncoderLayer(d_model=32, nhead=4, dim_feedforward=48)
+    found = {role.name: role for _, role in assign_roles(model)}
+    assert found["self_attn.in_proj_weight"].parts == qkv(1, 32, 64, 96)
+    assert found["self_attn.in_proj_weight"].head_dim == 8
+    assert found["self_attn.in_proj_bias"].role == "bias"
+    assert found["self_attn.out_proj.weight"].role == "attention_output"
+    assert found["linear1.weight"].role == "mlp_up"
+    assert found["linear2.weight"].role == "mlp_down"
+
+
+def test_fused_weight_without_a_known_model_type_has_no_parts() -> None:
+    class CausalSelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn = nn.Linear(8, 24, bias=False)
+
+    found = only(CausalSelfAttention(), "attention_qkv")
+    assert found.parts == ()
+    assert found.head_dim is None
+    assert "layout unknown" in found.why
+
+
+def test_names_are_read_exactly_and_never_from_the_path() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v_proj_adapter = nn.Linear(4, 4, bias=False)
+            self.q_proj = nn.ModuleDict({"anything": nn.Linear(4, 4, bias=False)})
+            self.gate = nn.Linear(4, 600, bias=False)  # too many outputs for a router
+            self.mixer_weight = nn.Parameter(torch.zeros(4, 4))
+
+    assert {role.role for _, role in assign_roles(Odd())} == {"unknown"}
+    axes = {role.name: role.fan_out for _, role in assign_roles(Odd())}
+    assert axes["v_proj_adapter.weight"] == 0
+    assert axes["mixer_weight"] is None
+
+
+def test_gate_beside_up_is_an_mlp_gate_and_beside_experts_a_router() -> None:
+    class MLP(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(4, 4, bias=False))
+
+    found = [role.role for _, role in assign_roles(nn.ModuleDict({"mlp": MLP("gate", "up", "down")}))]
+    assert found == ["mlp_gate", "mlp_up", "mlp_down"]
+    assert [role.role for _, role in assign_roles(nn.ModuleDict({"mlp": MLP("gate")}))] == ["router"]
+
+
+def test_stacked_experts_of_unknown_orientation_are_unknown() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.zeros(2, 8, 8))
+
+    ((_, found),) = assign_roles(Experts())
+    assert (found.role, found.fan_out, found.expert_axis) == ("unknown", None, 0)
+
+
+def test_adapters_of_stacked_experts_have_no_axes() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    )
+    model = peft.get_peft_model(tiny_model("mixtral"), config)
+    assigned = [found for _, found in assign_roles(model)]
+    assert len({found.name for found in assigned}) == len(assigned)
+    adapters = [found for found in assigned if ".experts." in found.name and "lora_" in found.name]
+    assert len(adapters) == 8
+    assert {(found.role, found.fan_out) for found in adapters} == {("lora_A", None), ("lora_B", None)}
+    frozen = {found.name.rpartition(".")[2]: found for found in assigned if found.expert_axis == 0}
+    assert set(frozen) == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("conv", "role", "fan_out", "fan_in"),
+    [
+        (nn.Conv2d(3, 8, kernel_size=4, stride=4), "patch_conv", 0, (1, 2, 3)),
+        (nn.Conv2d(3, 8, kernel_size=4, stride=2), "conv", 0, (1, 2, 3)),
+        (nn.Conv1d(8, 8, kernel_size=3, groups=8), "conv", None, ()),
+        (nn.ConvTranspose2d(3, 8, kernel_size=2, stride=2), "conv", 1, (0, 2, 3)),
+    ],
+)
+def test_convolutions(conv: nn.Module, role: str, fan_out: int | None, fan_in: tuple[int, ...]) -> None:
+    found = assign_roles(conv)[0][1]
+    assert (found.role, found.fan_out, found.fan_in) == (role, fan_out, fan_in)
+
+
+def test_wrappers_change_neither_roles_nor_names() -> None:
+    plain = meta_model("llama")
+    expected = [found for _, found in assign_roles(plain)]
+    wrapped = nn.Module()
+    wrapped.module = nn.Module()
+    wrapped.module._orig_mod = meta_model("llama")
+    for layer in list(wrapped.module._orig_mod.model.layers):
+        inner, layer.self_attn = layer.self_attn, nn.Module()
+        layer.self_attn._fsdp_wrapped_module = inner
+    found = {role.name: role for _, role in assign_roles(wrapped)}
+    assert found == {role.name: role for role in expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("module._orig_mod.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("_fsdp_wrapped_module.lm_head._checkpoint_wrapped_module.weight", "lm_head.weight"),
+        ("base_model.model.model.norm.weight", "model.norm.weight"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight"),
+        ("base_model.model.lm_head.original_module.weight", "lm_head.original_module.weight"),
+        ("base_model.model.q_proj.lora_A.default.weight", "q_proj.lora_A.weight"),
+        ("base_model.model.q_proj.lora_A.other.weight", "q_proj.lora_A.other.weight"),
+        ("embed_tokens.lora_embedding_A.default", "embed_tokens.lora_embedding_A"),
+        ("encoder.module.default.weight", "encoder.module.default.weight"),
+    ],
+)
+def test_canonical_name(name: str, canonical: str) -> None:
+    assert canonical_name(name) == canonical
+    assert canonical_name(canonical) == canonical
+
+
+def test_roles_import_only_torch_and_each_other() -> None:
+    for module in (roles, fused_layouts):
+        tree = ast.parse(inspect.getsource(module))
+        imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert {name.partition(".")[0] for name in imported} & {"transformers", "peft", "trl"} == set()
