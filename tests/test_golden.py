@@ -1,0 +1,82 @@
+"""The algorithms against trajectories of their authors' code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import hf_lowmem
+from hf_lowmem.trainer.optim_args import recipe_for
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {
+    "slim_llama_adamw": ("lowmem_adamw", None),
+    "slim_llama_layermap": ("slim_adamw", None),
+    "slim_gpt2_canonical": ("slim_adamw", None),
+    "slim_mixtral_canonical": ("slim_adamw", None),
+    "slim_phi3_canonical": ("slim_adamw", None),
+    "mini_llama_default": ("adam_mini", None),
+    "mini_llama_wv_empty": ("adam_mini", "value=tensor"),
+    "mini_gpt2_canonical": ("adam_mini", None),
+    "mini_mixtral_canonical": ("adam_mini", None),
+    "adalayer_llama_all": ("adalayer", "variant=all"),
+    "adalayer_llama_star": ("adalayer", None),
+    "signum_llama": ("signum", None),
+}
+
+
+def follow(case: str, name: str, optim_args: str | None) -> float:
+    """Replay a case and return the largest distance to the recorded parameters."""
+    meta = json.loads((GOLDEN / f"{case}.json").read_text())
+    run = json.loads((GOLDEN / f"{meta['family']}_gradients.json").read_text())
+    given = load_file(GOLDEN / f"{meta['family']}_gradients.safetensors")
+    expected = load_file(GOLDEN / f"{case}.safetensors")
+
+    config = getattr(transformers, run["config_class"])(**run["config_kwargs"])
+    model = getattr(transformers, run["model_class"])(config).float()
+    params = dict(model.named_parameters())
+    for key, param in params.items():
+        param.data.copy_(given[f"param0/{key}"])
+    cls, kwargs = hf_lowmem.optimizer_cls_and_kwargs(
+        model, name, lr=1.0, betas=tuple(meta["betas"]), eps=meta["eps"], optim_args=optim_args
+    )
+    decays = sorted(set(meta["weight_decay"].values()))
+    groups = [
+        {"params": [p for key, p in params.items() if meta["weight_decay"][key] == decay], "weight_decay": decay}
+        for decay in decays
+    ]
+    optimizer = cls(groups, **kwargs)
+
+    worst = 0.0
+    for step in range(1, run["steps"] + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = run["lr_per_step"][step - 1]
+        for key, param in params.items():
+            missing = key in run["grads_missing"].get(str(step), [])
+            param.grad = None if missing else given[f"grad/{step}/{key}"].float()
+        optimizer.step()
+        for key, param in params.items():
+            if f"param/{step}/{key}" in expected:
+                worst = max(worst, (param - expected[f"param/{step}/{key}"]).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str) -> None:
+    assert follow(case, *CASES[case]) <= 2e-6
+
+
+@pytest.mark.parametrize("case", ["slim_llama_layermap", "mini_gpt2_canonical", "signum_llama"])
+def test_golden_without_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    assert follow(case, *CASES[case]) <= 2e-6
+
+
+def test_every_reduced_algorithm_has_a_golden_case() -> None:
+    covered = {recipe_for(name).algorithm for name, _ in CASES.values()}
+    assert covered == {recipe_for(name).algorithm for name in hf_lowmem.optim_names()}
