@@ -23,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in COMMANDS and os.path.isfile(argv[0]):
+    if argv and argv[0] not in COMMANDS and (argv[0].endswith(".py") or os.path.isfile(argv[0])):
         argv = ["run", *argv]
-    parser = ArgumentParser(prog="hf-lowmem", description="Low-memory optimizers for Hugging Face Trainer and TRL.")
+    parser = ArgumentParser(
+        prog="hf-lowmem",
+        description="Low-memory optimizers for Hugging Face Trainer and TRL.",
+        epilog="`hf-lowmem COMMAND --help` says more; `hf-lowmem script.py ARGS` is short for `hf-lowmem run`.",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=str(command.__doc__).splitlines()[0].rstrip("."), add_help=False)
@@ -65,12 +69,15 @@ def sft(argv: list[str]) -> None:
     args, _ = parser.parse_known_args(argv)
     if find_spec("trl") is None:
         parser.exit(2, "hf-lowmem sft: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n")
+    if args.config is not None and not os.path.isfile(args.config):
+        parser.exit(2, f"hf-lowmem sft: there is no config file {args.config!r}.\n")
     optim = args.optim
     if optim is None and args.config is not None:
-        import yaml
+        import yaml  # type: ignore[import-untyped]
 
         with open(args.config) as file:
-            optim = (yaml.safe_load(file) or {}).get("optim")
+            config = yaml.safe_load(file)
+        optim = config.get("optim") if isinstance(config, dict) else None
     if optim is not None and optim not in OPTIM_NAMES:
         from transformers.training_args import OptimizerNames
 

@@ -141,7 +141,6 @@ _BLOCK_NAMES = {
     "mlp_input": {"dense": "mlp_up"},
     "mlp_output": {"dense": "mlp_down"},
 }
-_NAMES = _ATTENTION_NAMES | _MLP_NAMES
 # How a block's own attribute name, or its class name, ends.
 _BLOCKS = {
     "attention": re.compile(r"(attn|attention)$", re.I),
@@ -151,7 +150,8 @@ _BLOCKS = {
     "router": re.compile(r"^router$|(Router|Gating)$"),
     "head": re.compile(r"^(pooler|classifier|classification_head|v_head|head)$|(Pooler|Head|HeadTransform)$"),
 }
-_HEAD_NAMES = {"score", "classifier", "qa_outputs", "pre_classifier", "seq_relationship", "summary", "v_head", "head"}
+_HEAD_NAMES = {"score", "classifier", "qa_outputs", "pre_classifier", "seq_relationship", "summary"}
+_HEAD_NAMES |= {"pooler", "v_head", "head"}
 _TOKEN_NAMES = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings", "token_embedding"}
 _POSITION_NAMES = {"wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"}
 _RELATIVE_NAMES = {"relative_attention_bias", "relative_position_bias_table"}
@@ -275,7 +275,12 @@ def _matrix_role(owners: _Owners, rows: int) -> tuple[str, str]:
         return "attention_key_value", "c_attn of a cross-attention"
     if _is_router(owners, rows):
         return "router", why
-    role = _BLOCK_NAMES.get(block, {}).get(name) or _NAMES.get(name)
+    names = dict(_BLOCK_NAMES.get(block, {}))
+    if block != "mlp":  # RWKV's feed_forward has a key and a value too
+        names |= _ATTENTION_NAMES
+    if block != "attention":
+        names |= _MLP_NAMES
+    role = names.get(name)
     if role is None and name == "lm_head":
         role = "lm_head"
     if role is None and (name in _HEAD_NAMES or block == "head"):

@@ -81,7 +81,6 @@ def _next_up(x: Tensor) -> Tensor:
     return torch.nextafter(x, torch.full_like(x, math.inf))
 
 
-@cache
 def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     """(slope, intercept) of the lines whose minimum reaches n at the boundary below the n-th code from zero.
 
@@ -97,15 +96,20 @@ def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     return tuple(lines)
 
 
+# Plain numbers, found before anything is compiled: a graph cannot hold the search for them.
+_LINES = {signed: _encode_lines(signed) for signed in (True, False)}
+_TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}
+
+
 def encode_lines(x: Tensor, signed: bool) -> Tensor:
     """uint8 codes of x in [-1, 1] ([0, 1] if not signed): the nearest code up to float rounding at a boundary."""
     magnitude = x.abs() if signed else x
     count = torch.full_like(x, math.inf)
-    for slope, intercept in _encode_lines(signed):
+    for slope, intercept in _LINES[signed]:
         count = torch.minimum(count, magnitude * slope + intercept)
     count = count.floor().clamp(max=127 if signed else 254)  # the top code is added below
     code = torch.where(x < 0, 127 - count, 127 + count) if signed else count
-    return (code + (x >= boundaries(signed)[-1].item())).to(torch.uint8)
+    return (code + (x >= _TOP[signed])).to(torch.uint8)
 
 
 def decode_lines(codes: Tensor, signed: bool) -> Tensor:

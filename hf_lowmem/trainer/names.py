@@ -21,16 +21,16 @@ class OptimName(NamedTuple):
 
 
 OPTIM_NAMES: dict[str, OptimName] = {
-    "lowmem_adamw": OptimName("lowmem_adamw", None, 8.0, "AdamW with the storage options of the others"),
-    "lowmem_adamw_8bit": OptimName("lowmem_adamw", 8, 2.0, "AdamW, both moments in 8 bit"),
-    "slim_adamw": OptimName("slim_adamw", None, 4.0, "SlimAdam: one second moment per row or column"),
-    "slim_adamw_8bit": OptimName("slim_adamw", 8, 1.0, "SlimAdam, first moment in 8 bit"),
-    "adam_mini": OptimName("adam_mini", None, 4.0, "Adam-mini: one second moment per head, neuron or token"),
-    "adam_mini_8bit": OptimName("adam_mini", 8, 1.0, "Adam-mini, first moment in 8 bit"),
-    "adalayer": OptimName("adalayer", None, 4.0, "Adalayer: one second moment per tensor"),
-    "adalayer_8bit": OptimName("adalayer", 8, 1.0, "Adalayer, first moment in 8 bit"),
-    "signum": OptimName("signum", None, 4.0, "Signum: the sign of the first moment"),
-    "signum_8bit": OptimName("signum", 8, 1.0, "Signum, first moment in 8 bit"),
+    "lowmem_adamw": OptimName("lowmem_adamw", None, 8.000, "AdamW with the storage options of the others"),
+    "lowmem_adamw_8bit": OptimName("lowmem_adamw", 8, 2.147, "AdamW, both moments in 8 bit"),
+    "slim_adamw": OptimName("slim_adamw", None, 4.001, "SlimAdam: one second moment per row or column"),
+    "slim_adamw_8bit": OptimName("slim_adamw", 8, 1.016, "SlimAdam, first moment in 8 bit"),
+    "adam_mini": OptimName("adam_mini", None, 4.001, "Adam-mini: one second moment per head, neuron or token"),
+    "adam_mini_8bit": OptimName("adam_mini", 8, 1.016, "Adam-mini, first moment in 8 bit"),
+    "adalayer": OptimName("adalayer", None, 4.000, "Adalayer: one second moment per tensor"),
+    "adalayer_8bit": OptimName("adalayer", 8, 1.016, "Adalayer, first moment in 8 bit"),
+    "signum": OptimName("signum", None, 4.000, "Signum: the sign of the first moment"),
+    "signum_8bit": OptimName("signum", 8, 1.074, "Signum, first moment in 8 bit"),
 }
 
 
@@ -43,4 +43,5 @@ def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
     """One sentence about an optim name that is not in `known`, with the nearest names that are."""
     known = list(known)
     nearest = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    return f"Unknown optim name {name!r}; the {'nearest' if nearest else 'legal'} names: {', '.join(nearest or known)}."
+    which = "nearest" if nearest else "legal"
+    return f"Unknown optim name {name!r}; the {which} names: {', '.join(nearest or known)}."

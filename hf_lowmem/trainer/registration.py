@@ -94,7 +94,7 @@ def _handler(context: Any) -> tuple[type, dict[str, Any]]:
     """What the Trainer calls for our names; the options are read from the raw text, not from its naive split."""
     return optimizer_cls_and_kwargs(
         context.model,
-        context.args.optim.value,
+        _OptimizerNames(context.args.optim).value,
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         optim_args=context.args.optim_args,

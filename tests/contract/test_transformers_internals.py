@@ -1,0 +1,114 @@
+"""Pins what we touch inside transformers, TRL and accelerate, so that a new release fails here and says where."""
+
+import importlib.util
+import inspect
+from enum import Enum
+
+import pytest
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, trainer, trainer_optimizer, training_args
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lowmem.trainer import registration
+
+
+def test_optimizer_names_is_an_enum_of_strings_with_the_tables_that_a_member_is_added_to():
+    names = training_args.OptimizerNames
+    assert issubclass(names, str)
+    assert issubclass(names, Enum)
+    member = names("adamw_torch")
+    assert names._value2member_map_["adamw_torch"] is names._member_map_["ADAMW_TORCH"] is member
+    assert "ADAMW_TORCH" in names._member_names_
+    added = registration.optim_member("slim_adamw")
+    assert vars(member).keys() <= vars(added).keys()
+
+
+def test_the_trainer_reads_the_handler_table_that_we_add_to():
+    assert trainer._OPTIMIZER_HANDLERS is trainer_optimizer._OPTIMIZER_HANDLERS
+    assert training_args.OptimizerNames("adamw_torch") in trainer_optimizer._OPTIMIZER_HANDLERS
+    used = inspect.unwrap(Trainer.get_optimizer_cls_and_kwargs).__code__.co_names
+    assert {"_OPTIMIZER_HANDLERS", "_parse_optim_args"} <= set(used)
+
+
+def test_the_context_that_a_handler_gets(monkeypatch, tmp_path):
+    contexts = []
+    member = training_args.OptimizerNames("adamw_torch")
+    monkeypatch.setitem(trainer._OPTIMIZER_HANDLERS, member, lambda context: (contexts.append(context), {}))
+    args = TrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="a=1", learning_rate=0.1, adam_beta1=0.5)
+    model = torch.nn.Linear(2, 2)
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+    (context,) = contexts
+    assert context.args is args
+    assert context.model is model
+    assert context.optimizer_kwargs == {"lr": 0.1}
+    assert context.adam_kwargs == {"betas": (0.5, 0.999), "eps": 1e-8}
+
+
+def test_transformers_parser_splits_at_commas_and_fails_on_the_rest():
+    parse = trainer_optimizer._parse_optim_args
+    assert parse("a=1, b=x") == {"a": "1", "b": "x"}
+    assert parse(None) == {}
+    for refused in ('{"a": 1}', "a", "a=b=c"):
+        with pytest.raises(ValueError, match="values to unpack"):
+            parse(refused)
+
+
+def test_train_asks_get_last_checkpoint_when_resume_is_true(tmp_path):
+    used = inspect.unwrap(Trainer.train).__code__.co_names
+    assert "get_last_checkpoint" in used
+    assert list(inspect.signature(get_last_checkpoint).parameters) == ["folder"]
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_decay_rule_needs_no_trainer():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    assert Trainer.get_decay_parameter_names(None, model) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("module", "internal"),
+    [
+        (training_args, "OptimizerNames"),
+        (trainer_optimizer, "_OPTIMIZER_HANDLERS"),
+        (trainer, "_parse_optim_args"),
+        (trainer, "get_last_checkpoint"),
+    ],
+)
+def test_an_unknown_layout_fails_at_import_and_names_what_is_missing(module, internal, monkeypatch):
+    monkeypatch.delattr(module, internal)
+    spec = importlib.util.spec_from_file_location("hf_lowmem.trainer.second_registration", registration.__file__)
+    expected = f"transformers {transformers.__version__}, which has no {module.__name__}.{internal}"
+    with pytest.raises(ImportError, match=expected.replace(".", r"\.")):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_trl_takes_a_launch_function_and_separates_the_launchers_arguments():
+    pytest.importorskip("trl")
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.cli.accelerate_launcher import launch_training_script
+    from trl.cli.commands.training import _subtract_subsequence
+    from trl.scripts import sft
+    from trl.scripts.utils import DatasetConfig, TrlParser
+
+    assert {"script_name", "launch_args", "training_script_args", "launch_command_fn"} <= set(
+        inspect.signature(launch_training_script).parameters
+    )
+    assert "separate_remaining_strings" in inspect.signature(TrlParser.parse_args_and_config).parameters
+    assert "prog" in inspect.signature(sft.make_parser).parameters
+    assert list(inspect.signature(sft.main).parameters) == [
+        "script_args",
+        "training_args",
+        "model_args",
+        "dataset_args",
+    ]
+    assert {"path", "data_files"} <= set(inspect.signature(DatasetConfig).parameters)
+    assert resolve_accelerate_config_argument(["--num_processes", "2"]) == ["--num_processes", "2"]
+    assert _subtract_subsequence(["--a", "1", "--b", "2"], ["--b", "2"]) == ["--a", "1"]
+    launched = []
+    launch_training_script("sft.py", ["--num_processes", "1"], ["--x", "y"], launch_command_fn=launched.append)
+    assert not launched[0].module
+    assert launched[0].training_script.endswith("sft.py")
+    assert launched[0].training_script_args == ["--x", "y"]

@@ -1,0 +1,147 @@
+"""8-bit state: the code map, the nearest code, blocks, and what a code map can and cannot hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_lowmem.codecs import BFloat16, Float32, Int8Blockwise, codec_for
+from hf_lowmem.codecs.dynamic_map import boundaries, decode_lines, decode_table, encode_lines
+from hf_lowmem.state import TensorSpec
+
+CPU = torch.device("cpu")
+
+
+def spec_of(shape: tuple[int, ...], signed: bool = True) -> TensorSpec:
+    return TensorSpec(shape, tuple(range(len(shape))), signed=signed)
+
+
+def stored(value: torch.Tensor, signed: bool = True, block_size: int = 256) -> dict[str, torch.Tensor]:
+    codec, spec = Int8Blockwise(block_size), spec_of(tuple(value.shape), signed)
+    state = {name: s.zeros(CPU) for name, s in codec.specs("x", spec).items()}
+    codec.encode(state, "x", spec, value)
+    return state
+
+
+def restored(state: dict[str, torch.Tensor], signed: bool = True, block_size: int = 256) -> torch.Tensor:
+    return Int8Blockwise(block_size).decode(state, "x", spec_of(tuple(state["x"].shape), signed))
+
+
+def wide_range(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * 10 ** (-6 * torch.rand(shape, generator=generator))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_code_map_equals_bitsandbytes(signed: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(decode_table(signed, CPU), functional.create_dynamic_map(signed=signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_and_scales_equal_bitsandbytes_definition(signed: bool) -> None:
+    """Scale: the largest magnitude of 256 consecutive entries. Code: the nearest entry of bitsandbytes' map."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    value = wide_range((64, 1024))
+    value = value if signed else value.square()
+    state = stored(value, signed)
+    blocks = (value if signed else value.sqrt()).view(-1, 256)
+    scale = blocks.abs().amax(1)
+    code_map = functional.create_dynamic_map(signed=signed).double()
+    units = (blocks / scale[:, None]).double()
+    nearest = (units[..., None] - code_map).abs().argmin(-1)
+    assert torch.equal(state["x_absmax"].view(-1), scale)
+    assert torch.equal(state["x"].view(-1, 256).long(), nearest)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_boundary_falls_on_its_side(signed: bool) -> None:
+    edges = boundaries(signed)
+    below = torch.nextafter(edges, torch.tensor(-2.0))
+    probes = torch.stack([edges, below])
+    value = torch.ones(2, 256)  # the last entry is 1, so that the scale is 1 and the probes are units
+    value[:, :255] = probes
+    codes = stored(value if signed else value.double().square().float(), signed)["x"].long()
+    if signed:
+        assert torch.equal(codes[0, :255], torch.arange(1, 256))
+        assert torch.equal(codes[1, :255], torch.arange(255))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_compiled_form_of_the_map(signed: bool) -> None:
+    """The straight lines give every code's value, and the nearest code but at the boundary of two."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    torch.testing.assert_close(decode_lines(codes, signed), decode_table(signed, CPU), rtol=1e-6, atol=1e-12)
+    units = wide_range((1 << 18,)).clamp(-1, 1)
+    units = units if signed else units.abs()
+    nearest = torch.bucketize(units, boundaries(signed), right=True)
+    difference = (encode_lines(units, signed).long() - nearest).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-4
+
+
+def test_second_moment_stored_directly_blows_the_step_up() -> None:
+    """Why codes hold the square root: the square of the gradient spans more decades than the map does."""
+    grad = torch.full((1, 256), 1e-5)
+    grad[0, 0] = 1.0
+    second = grad.square()
+    exact_step = grad / (second.sqrt() + 1e-8)
+
+    direct = restored(stored(second, signed=True))  # the signed map: no root is taken
+    rooted = restored(stored(second, signed=False), signed=False)
+    blown_up = (grad / (direct.sqrt() + 1e-8) / exact_step).max()
+    assert 100 < blown_up < 10_000
+    assert (grad / (rooted.sqrt() + 1e-8) / exact_step).max() < 2
+
+
+def test_blocks_end_with_the_row() -> None:
+    value = wide_range((3, 192))
+    state = stored(value, block_size=64)
+    assert state["x_absmax"].shape == (3, 3)
+    alone = torch.cat([restored(stored(row[None], block_size=64), block_size=64) for row in value])
+    assert torch.equal(restored(state, block_size=64), alone)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_entries_stay_out_of_the_scale(bad: float) -> None:
+    value = wide_range((2, 256))
+    broken = value.clone()
+    broken[0, 7] = bad
+    clean = value.clone()
+    clean[0, 7] = 0.0
+    assert torch.equal(restored(stored(broken)), restored(stored(clean)))
+
+
+def test_zero_and_tiny_blocks() -> None:
+    value = torch.zeros(3, 256)
+    value[1] = 1e-44
+    value[2, 0] = -3e38
+    back = restored(stored(value))
+    assert torch.isfinite(back).all()
+    assert not back[0].any()
+    assert back[2, 0] < -2.9e38
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 5), blocks=st.integers(1, 4), size=st.sampled_from([64, 128, 256]), seed=st.integers(0, 99))
+def test_round_trip_is_close_and_stable(rows: int, blocks: int, size: int, seed: int) -> None:
+    value = wide_range((rows, blocks * size), seed)
+    state = stored(value, block_size=size)
+    back = restored(state, block_size=size)
+    scale = state["x_absmax"].repeat_interleave(size, dim=1)
+    assert ((back - value).abs() <= 0.0071 * scale + 1e-12).all()
+    again = stored(back, block_size=size)
+    positive_top = (value.unflatten(1, (-1, size)).amax(-1) == state["x_absmax"]).repeat_interleave(size, dim=1)
+    assert torch.equal(again["x"][positive_top], state["x"][positive_top])  # the map has no -1 to hold a negative top
+
+
+def test_codec_for() -> None:
+    assert codec_for((64, 512), 8, 256, 4096) == Int8Blockwise(256)
+    assert codec_for((64, 384), 8, 256, 4096) == Int8Blockwise(128)
+    assert codec_for((64, 512), 8, 64, 4096) == Int8Blockwise(64)
+    assert codec_for((64, 513), 8, 256, 4096) == Float32()
+    assert codec_for((4, 256), 8, 256, 4096) == Float32()
+    assert codec_for((), 8, 256, 0) == Float32()
+    assert codec_for((7,), 16, 256, 4096) == BFloat16()

@@ -1,0 +1,67 @@
+"""Imports point one way: a module may import its own layer and those after it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import hf_lowmem
+
+PACKAGE = Path(hf_lowmem.__file__).parent
+LAYERS = [
+    {"__init__", "__main__", "cli", "demo"},
+    {"trainer"},
+    {"planner"},
+    {"algorithms"},
+    {"param_groups"},
+    {"rules", "roles", "fused_layouts"},
+    {"optimizer"},
+    {"checks", "composed"},
+    {"kernels"},
+    {"update_rules", "moments", "codecs"},
+    {"state", "scratch"},
+]
+DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+EDGE_ONLY = {"transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"}
+EDGE = DEPTH["trainer"]
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the import in full"
+            found += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "hf_lowmem" else [node.module]
+    return [name for name in found if name]
+
+
+def layer_of(module: str) -> int:
+    return DEPTH[(module.split(".") + ["__init__"])[1] if "." in module else "__init__"]
+
+
+def test_every_module_has_a_layer() -> None:
+    top = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert {name for name in top if name != "py"} <= set(DEPTH)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        own = DEPTH[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+        for name in imports(path):
+            if name.split(".")[0] == "hf_lowmem" and own > 0 and layer_of(name) < own:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+            if name.split(".")[0] in EDGE_ONLY and own > EDGE:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_one_file_touches_transformers_internals() -> None:
+    private = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if any(word in path.read_text() for word in ("_OPTIMIZER_HANDLERS", "_value2member_map_", "get_last_checkpoint ="))
+    ]
+    assert private == ["registration.py"]

@@ -1,0 +1,393 @@
+"""The optimizer classes as a user without a Trainer has them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.kernels import eager
+
+QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
+INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
+LAST_AXIS = (("query", 1, 1, 0, 128, (0,), 64), ("key", 1, 1, 128, 256, (0,), 1), ("value", 1, 1, 256, 384, (1,), 1))
+
+# Each class with options that bring out its branches, and a shape that they fit.
+VARIANTS: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
+    (LowMemAdamW, {}, (16, 128)),
+    (SlimAdamW, {"axes": (1,)}, (16, 128)),
+    (SlimAdamW, {"axes": (0,)}, (16, 128)),
+    (SlimAdamW, {"axes": (1,)}, (3, 8, 64)),
+    (SlimAdamW, {"segments": QKV}, (16, 128)),
+    (SlimAdamW, {"segments": INTERLEAVED}, (16, 128)),
+    (SlimAdamW, {"segments": LAST_AXIS}, (24, 384)),
+    (AdamMini, {"axes": (1,), "rows_per_block": 4}, (16, 128)),
+    (AdamMini, {"axes": (0,), "rows_per_block": 32}, (16, 128)),
+    (AdamMini, {"axes": (1, 2, 3)}, (6, 3, 4, 64)),
+    (Adalayer, {"axes": (0, 1)}, (16, 128)),
+    (Adalayer, {"axes": (1, 2)}, (3, 8, 64)),
+    (Signum, {}, (16, 128)),
+]
+IDS = [f"{cls.__name__}-{'x'.join(map(str, shape))}-{n}" for n, (cls, _, shape) in enumerate(VARIANTS)]
+
+
+def run(
+    cls: type, options: dict[str, Any], param: torch.Tensor, grads: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    param = nn.Parameter(param.clone(memory_format=torch.preserve_format))
+    optimizer = cls([param], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
+    for grad in grads:
+        param.grad = None if grad is None else grad.clone(memory_format=torch.preserve_format)
+        optimizer.step()
+    return param.detach(), optimizer
+
+
+def gradients(shape: tuple[int, ...], steps: int = 4, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("tile", [64, 512, 1 << 20])
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+def test_kernels_compute_what_the_rules_define(
+    cls: type, options: dict, shape: tuple[int, ...], bits: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}
+    start, grads = torch.randn(shape), gradients(shape)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+        expected, reference = run(cls, options, start, grads)
+    monkeypatch.setattr(eager, "tile_size", lambda device: tile)
+    actual, optimizer = run(cls, options, start, grads)
+    # A code on the boundary of two may fall to either side: one code is 1.4 % of its block's largest entry.
+    tolerance = 1e-6 if bits == 32 else 2e-3
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=tolerance)
+    mine, theirs = next(iter(optimizer.state.values())), next(iter(reference.state.values()))
+    assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+def test_state_bytes_equal_the_declared_bytes(cls: type, options: dict, shape: tuple[int, ...], bits: int) -> None:
+    options = {**options, "state_bits": bits, "min_8bit_size": 0}
+    _, optimizer = run(cls, options, torch.randn(shape), gradients(shape, 1))
+    (param,) = optimizer.state
+    declared = optimizer.plan(optimizer.param_groups[0], shape)
+    assert sum(t.untyped_storage().nbytes() for t in optimizer.state[param].values()) == declared.nbytes(shape)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in optimizer.state[param].items()} == {
+        n: (s.shape, s.dtype) for n, s in declared.specs(shape).items()
+    }
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+def test_bfloat16_weights_follow_the_float32_rule(cls: type, options: dict, shape: tuple[int, ...], bits: int) -> None:
+    options = {**options, "state_bits": bits, "min_8bit_size": 0}
+    start, grads = torch.randn(shape).bfloat16(), gradients(shape, 1, torch.bfloat16)
+    actual, optimizer = run(cls, options, start, grads)
+    expected, _ = run(cls, options, start.float(), [g.float() for g in grads])
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected.bfloat16())
+    if cls is not Signum and bits == 32:
+        assert all(t.dtype == torch.float32 for t in optimizer.state[next(iter(optimizer.state))].values())
+
+
+def test_lowmem_adamw_is_adamw() -> None:
+    start, grads = torch.randn(37, 19), gradients((37, 19), 20)
+    actual, _ = run(LowMemAdamW, {}, start, grads)
+    expected, _ = run(torch.optim.AdamW, {}, start, grads)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 67]), max_size=4).map(tuple)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    shape=shapes,
+    which=st.sampled_from([LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum]),
+    bits=st.sampled_from([32, 16, 8]),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape(shape: tuple[int, ...], which: type, bits: int, transposed: bool, data: st.DataObject) -> None:
+    """Size-1 and prime axes, 0-d, empty, 3-D and 4-D, weights and gradients that are not contiguous."""
+    options: dict[str, Any] = {"state_bits": bits, "min_8bit_size": 0}
+    if which not in (LowMemAdamW, Signum) and shape:
+        options["axes"] = tuple(sorted(data.draw(st.sets(st.integers(0, len(shape) - 1)))))
+    start, grads = torch.randn(shape), gradients(shape, 2)
+    expected, _ = run(which, options, start, grads)
+    assert torch.isfinite(expected).all()
+    if transposed:
+        order = tuple(reversed(range(len(shape))))
+        actual, _ = run(
+            which,
+            options,
+            start.permute(order).contiguous().permute(order),
+            [g.permute(order).contiguous().permute(order) for g in grads],
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 if bits == 8 else 1e-5)
+
+
+# -- NaN and Inf ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+def test_non_finite_gradients_do_what_they_do_under_adamw(
+    cls: type, options: dict, shape: tuple[int, ...], bits: int, bad: float
+) -> None:
+    grads = gradients(shape, 6)
+    grads[2].view(-1)[5] = bad
+    actual, _ = run(cls, {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}, torch.ones(shape), grads)
+    adamw, _ = run(torch.optim.AdamW, {}, torch.ones(shape), grads)
+    assert torch.isfinite(adamw).sum() == adamw.numel() - 1
+    assert torch.isfinite(actual)[torch.isfinite(adamw)].all()
+    if cls is not Signum:
+        assert torch.equal(torch.isfinite(actual), torch.isfinite(adamw))
+
+
+# -- behaves like any torch optimizer -------------------------------------------------------------------------------
+
+
+def model_and_optimizer(cls: type = SlimAdamW, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    options = {"axes": (1,)} | options if cls is SlimAdamW else options
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return model, cls([{"params": matrices, **options}, {"params": vectors}], lr=1e-2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_closure() -> None:
+    model, optimizer = model_and_optimizer()
+    twin, other = model_and_optimizer()
+    batch = torch.randn(8, 64)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    twin(batch).square().mean().backward()
+    other.step()
+    assert same(model, twin)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_deepcopy_and_pickle_continue_alike(bits: int) -> None:
+    model, optimizer = model_and_optimizer(state_bits=bits)
+    train(model, optimizer, 2)
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    pickled_model, pickled = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in ((model, optimizer), (copied_model, copied), (pickled_model, pickled)):
+        train(m, o, 2, seed=1)
+    assert same(model, copied_model)
+    assert same(model, pickled_model)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum])
+def test_state_dict_round_trip_is_bit_exact_and_plain(cls: type, bits: int) -> None:
+    model, optimizer = model_and_optimizer(cls, state_bits=bits)
+    train(model, optimizer, 3)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    twin, other = model_and_optimizer(cls, state_bits=bits)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(state_dict=saved)
+    for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert all(torch.equal(mine[n], theirs[n]) and mine[n].dtype == theirs[n].dtype for n in mine)
+        assert not {t.data_ptr() for t in theirs.values()} & {t.data_ptr() for t in saved["state"][0].values()}
+    train(model, optimizer, 3, seed=1)
+    train(twin, other, 3, seed=1)
+    assert same(model, twin)
+
+
+def test_loading_hyperparameters_as_torch_does() -> None:
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.5
+    _, other = model_and_optimizer()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_add_param_group() -> None:
+    model, optimizer = model_and_optimizer()
+    extra = nn.Parameter(torch.ones(4, 6))
+    optimizer.add_param_group({"params": extra, "axes": (0,), "lr": 1.0})
+    extra.grad = torch.ones_like(extra)
+    optimizer.step()
+    assert optimizer.state[extra]["exp_avg_sq"].shape == (1, 6)
+    torch.testing.assert_close(extra.detach(), torch.zeros(4, 6), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="axes"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(3)), "axes": (1,)})
+    assert len(optimizer.param_groups) == 3
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    used, unused, frozen = (nn.Parameter(torch.ones(4, 64)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = SlimAdamW([used, unused, frozen], lr=0.1, weight_decay=0.5, axes=(1,))
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(unused.detach(), torch.ones(4, 64))
+    assert optimizer.state[unused]["step"] == 0, "state exists from the first step on, for all ranks to agree"
+    assert frozen not in optimizer.state
+    unused.grad = torch.ones_like(unused)
+    optimizer.step()
+    assert (optimizer.state[used]["step"], optimizer.state[unused]["step"]) == (2, 1)
+
+
+@pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, Signum])
+def test_sparse_and_complex_get_a_clear_error(cls: type) -> None:
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = cls(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*sparse=False"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"Complex parameters.*view_as_real"):
+        cls([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": float("nan")}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"state_bits": 4}, "state_bits=4 .* 32, 16, 8"),
+        ({"block_size": 100}, "block_size=100 .* 256, 128, 64"),
+        ({"min_8bit_size": -1}, "min_8bit_size"),
+        ({"rows_per_block": 0}, "rows_per_block"),
+        ({"rows_per_block": 3, "axes": (1,)}, "rows_per_block=3 does not divide"),
+        ({"axes": (5,)}, "axes"),
+    ],
+)
+def test_bad_hyperparameters(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SlimAdamW([nn.Parameter(torch.ones(4, 4))], **options)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        SlimAdamW([])
+    with pytest.raises(ValueError, match="no parameter to train"):
+        SlimAdamW([{"params": []}])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        ((SlimAdamW, {"axes": (1,)}), (AdamMini, {"axes": (1,)}), "written by adam_mini, not by slim_adamw"),
+        ((SlimAdamW, {"axes": (1,)}), (torch.optim.AdamW, {}), "written by another optimizer, not by slim_adamw"),
+        ((SlimAdamW, {"axes": (1,)}), (SlimAdamW, {"axes": (0,)}), r"axes=\(0,\), expected \(1,\)"),
+        ((SlimAdamW, {"state_bits": 8}), (SlimAdamW, {"state_bits": 32}), "state_bits=32, expected 8"),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused(mine: tuple, theirs: tuple, message: str) -> None:
+    param = nn.Parameter(torch.ones(64, 64))
+    param.grad = torch.ones_like(param)
+    other = theirs[0]([param], **theirs[1])
+    other.step()
+    optimizer = mine[0]([param], **mine[1])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_checkpoint_of_another_shape_is_refused() -> None:
+    saved = []
+    for shape in ((64, 64), (64, 32)):
+        param = nn.Parameter(torch.ones(shape))
+        param.grad = torch.ones_like(param)
+        optimizer = SlimAdamW([param], axes=(1,))
+        optimizer.step()
+        saved.append(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"'exp_avg' has shape \(64, 64\).*expected \(64, 32\)"):
+        optimizer.load_state_dict(saved[0])
+
+
+def test_grad_scaler() -> None:
+    model, optimizer = model_and_optimizer(state_bits=8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [p.detach().clone() for p in model.parameters()]
+    for bad in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, 64)).square().mean()).backward()
+        if bad:
+            next(model.parameters()).grad[0, 0] = float("inf")
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert moved is not bad
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_signum_in_8_bit_stops_small_entries_earlier() -> None:
+    """An entry seen once moves by lr until its momentum is below what its block's codes can hold."""
+
+    def last_move(bits: int) -> int:
+        param = nn.Parameter(torch.zeros(1, 64))
+        optimizer = Signum([param], lr=1.0, betas=(0.5, 0.9), state_bits=bits, min_8bit_size=0)
+        moves = []
+        for step in itertools.count():
+            param.grad = torch.ones_like(param)
+            param.grad[0, 0] = 1.0 if step == 0 else 0.0
+            before = param[0, 0].item()
+            optimizer.step()
+            moves.append(param[0, 0].item() != before)
+            if step == 60:
+                return max(i for i, moved in enumerate(moves) if moved)
+        raise AssertionError
+
+    assert last_move(32) == 60
+    assert 15 < last_move(8) < 40
+
+
+@pytest.mark.slow
+def test_compiled_steps_do_not_recompile_with_the_lr() -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    start, grads = torch.randn(16, 128), gradients((16, 128))
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    options = {"axes": (1,), "state_bits": 8, "min_8bit_size": 0}
+    compiled, plain = SlimAdamW(params[:1], compile=True, **options), SlimAdamW(params[1:], **options)
+    for step, grad in enumerate(grads):
+        for param, optimizer in zip(params, (compiled, plain), strict=True):
+            param.grad = grad
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(params[0], params[1], rtol=1e-4, atol=1e-3)
