@@ -59,7 +59,7 @@ class Int8Blockwise:
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool, *, out: Tensor, scratch: Scratch) -> None:
     """Write codes (..., n) scaled by absmax (..., n / block_size) to `out`, contiguous float32 of the codes' shape."""
-    index = scratch.get("index", codes.shape, torch.int64).copy_(codes)
+    index = scratch.get("index", codes.shape, torch.int32).copy_(codes)
     torch.index_select(decode_table(signed, codes.device), 0, index.view(-1), out=out.view(-1))
     out.unflatten(-1, (absmax.shape[-1], -1)).mul_(absmax.unsqueeze(-1))
 
@@ -80,15 +80,15 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scra
     blocks.div_(largest.clamp_(min=_TINY).unsqueeze(-1))
 
     bits = value.view(torch.int32)
-    cells = torch.bitwise_right_shift(bits, CELL_BITS, out=scratch.get("cells", value.shape, torch.int32))
+    cell = torch.bitwise_right_shift(bits, CELL_BITS, out=scratch.get("index", value.shape, torch.int32))
     if signed:
-        cells.bitwise_and_(0xFFFF)
-    index = scratch.get("index", value.shape, torch.int64).copy_(cells)
-    torch.index_select(encode_table(signed, value.device), 0, index.view(-1), out=cells.view(-1))
-    cells.add_(bits)
+        cell.bitwise_and_(0xFFFF)
+    code = scratch.get("code", value.shape, torch.int32)
+    torch.index_select(encode_table(signed, value.device), 0, cell.view(-1), out=code.view(-1))
+    code.add_(bits)
     if signed:
-        cells.bitwise_xor_(bits.bitwise_right_shift_(31))
-    codes.copy_(cells.bitwise_right_shift_(CELL_BITS))
+        code.bitwise_xor_(bits.bitwise_right_shift_(31))
+    codes.copy_(code.bitwise_right_shift_(CELL_BITS))
 
 
 def block_size_for(columns: int, largest: int) -> int | None:

@@ -13,6 +13,7 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("signum", "none", _codec, _ANY)] = eager.signum
     KERNELS[KernelKey("adamw", "Full", _codec, _ANY)] = eager.adamw_full
     KERNELS[KernelKey("adamw", "GroupMean", _codec, _ANY)] = eager.adamw_mean
+KERNELS[KernelKey("adamw", "Full", "Float32", "cpu")] = eager.adamw_full_float32
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:

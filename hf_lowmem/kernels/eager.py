@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
@@ -20,8 +21,8 @@ View = Callable[[Tensor], Tensor]
 
 
 def tile_size(device: torch.device) -> int:
-    """Entries per tile: what a CPU core's cache holds with its temporaries, or enough to fill an accelerator."""
-    return 65536 * torch.get_num_threads() if device.type == "cpu" else 1 << 24
+    """Entries per tile: what a CPU's last cache holds with its temporaries, or enough to fill an accelerator."""
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
@@ -133,6 +134,34 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
             tile.store(param, exp_avg, scratch)
 
 
+def adamw_full_float32(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """AdamW as torch's fused CPU step takes it, where all is float32 and contiguous; else as `adamw_full`."""
+    fused, others = [], []
+    for slot in slots:
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (slot.param, slot.grad))
+        (fused if plain else others).append(slot)
+    if fused:
+        params, grads, states, _ = zip(*fused, strict=True)
+        torch_adamw(
+            list(params),
+            list(grads),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] - 1 for state in states],  # torch counts the step itself
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            lr=hyper.lr,
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+        )
+    if others:
+        adamw_full(others, hyper)
+
+
 def adamw_full(slots: Sequence[Slot], hyper: Hyper) -> None:
     """AdamW with one second-moment number per entry."""
     scratch = Scratch(slots[0].param.device)
@@ -145,10 +174,11 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper) -> None:
             grad = tile.load_grad(scratch)
             param, exp_avg = tile.load(grad, hyper, scratch)
             loaded = exp_avg_sq.load(scratch)
-            if exp_avg_sq.absmax is not None:  # codes hold the square root, which the step needs too
+            rooted = exp_avg_sq.absmax is not None  # codes hold the square root, which the step needs too
+            if rooted:
                 loaded.square_()
             loaded.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-            root = torch.sqrt(loaded, out=loaded if exp_avg_sq.absmax is not None else scratch.get("root", grad.shape))
+            root = torch.sqrt(loaded, out=loaded if rooted else scratch.get("root", grad.shape))
             denominator = torch.add(root, hyper.eps * root_correction2, out=scratch.get("denominator", grad.shape))
             param.addcdiv_(exp_avg, denominator, value=-hyper.lr * root_correction2 / correction1)
             exp_avg_sq.store(loaded, scratch)
