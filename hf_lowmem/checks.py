@@ -1,8 +1,8 @@
-"""Bad input, told in one sentence before it does harm: hyperparameters, parameters, and checkpoints that do not fit."""
+"""Bad input, told in one sentence: hyperparameters, parameters, and checkpoints that do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +40,12 @@ def check_param(param: Tensor) -> None:
 def check_unsharded(param: Tensor) -> None:
     if hasattr(param, "placements"):
         raise ValueError(
-            f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: train with DDP or in one "
-            "process."
+            f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: "
+            "train with DDP or in one process."
         )
 
 
-def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_options: Sequence[str]) -> None:
+def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_options: Iterable[str]) -> None:
     """Refuse a checkpoint whose groups were made by another algorithm, other rules or another model."""
     algorithm = current[0]["algorithm"]
     written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
@@ -58,9 +58,8 @@ def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_option
     for number, (mine, theirs) in enumerate(zip(current, saved, strict=False)):
         for option in layout_options:
             if theirs.get(option) != mine[option]:
-                raise ValueError(
-                    f"Checkpoint group {number} has {option}={theirs.get(option)!r}, expected {mine[option]!r}: {hint}."
-                )
+                found, expected = theirs.get(option), mine[option]
+                raise ValueError(f"Checkpoint group {number} has {option}={found!r}, expected {expected!r}: {hint}.")
         names, saved_names = mine.get("param_names"), theirs.get("param_names")
         if names and saved_names and names != saved_names:
             differing = sorted(set(names) ^ set(saved_names)) or list(names)

@@ -55,9 +55,11 @@ def run(argv: list[str]) -> None:
     sys.argv = [args.script, *args.args]
     sys.path[0] = os.path.dirname(os.path.abspath(args.script))
 
+    from hf_lowmem.trainer.build import show_summary
     from hf_lowmem.trainer.registration import register
 
     register()
+    show_summary()
     runpy.run_path(args.script, run_name="__main__")
 
 

@@ -122,7 +122,7 @@ class LowMemOptimizer(Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. A parameter without a gradient is left alone: no decay, and its `step` does not advance."""
         loss = None
         if closure is not None:
@@ -165,7 +165,8 @@ class LowMemOptimizer(Optimizer):
         if not slots:
             return
         beta1, beta2 = group["betas"]
-        hyper = Hyper(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
+        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        hyper = Hyper(*map(float, numbers))
         kernel = None if group["compile"] else find_kernel(key)
         if kernel:
             kernel(slots, hyper)

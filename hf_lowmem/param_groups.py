@@ -39,6 +39,7 @@ class Recipe:
 
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
+    has_second_moment: ClassVar[bool] = True
 
     def second_moment(self, role: ParamRole) -> SecondMoment:
         """Over which entries of a parameter of this role the second moment is averaged."""
@@ -48,7 +49,8 @@ class Recipe:
         """The group values of a parameter: plain values only."""
         bits = self.state_bits
         if role.role in EMBEDDINGS:
-            bits = self.embedding_bits or (bits if second_moment else max(bits, 32))
+            full = self.has_second_moment and not second_moment
+            bits = self.embedding_bits or (32 if full else bits)
         return {**second_moment, "state_bits": bits}
 
     def shared_options(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Assignment:
 
 
 class RolePlan(Sequence[Assignment]):
-    """The assignments of a model's parameters, frozen ones included; an optimizer splits its groups by their options."""
+    """The assignments of all of a model's parameters; an optimizer splits its groups by their options."""
 
     def __init__(self, assignments: Sequence[Assignment]) -> None:
         self._assignments = tuple(assignments)

@@ -60,7 +60,7 @@ class ParamRole:
 
     `fan_out` is the output-feature axis, `fan_in` the input-feature axes; both are None / empty where the parameter
     has no such axes (vectors, unknown tensors). An embedding (vocab, dim) has its token axis as fan_out.
-    `expert_axis` is the axis of stacked experts, never averaged over. `head_dim` is the number of consecutive fan_out
+    `expert_axis` is the axis of stacked experts (of their biases too), never averaged over. `head_dim` is the number of consecutive fan_out
     entries of one attention head (queries and keys only; in a fused weight, within the query and key parts).
     `tied` marks an input embedding that is the output embedding too.
     `why` says in a few words what the role was read from.
@@ -175,7 +175,7 @@ def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int
     by_row = partial(found, fan_out=0, fan_in=tuple(range(1, param.ndim)))
 
     if leaf == "bias" or (leaf.endswith("_bias") and leaf != "dt_bias"):
-        return found("bias", why="leaf name")
+        return found("bias", expert_axis=0 if param.ndim > 1 else None, why="leaf name")
     for segment in (*path, leaf):
         if segment in _ADAPTER_LEAVES:
             return _assign_adapter(_ADAPTER_LEAVES[segment], owners, found, by_row)

@@ -58,8 +58,9 @@ class Rules:
 
 
 def load_rules(path: str) -> Rules:
-    """Read a rules file: `{"exact": {...}, "regex": [[pattern, axes], ...], "unknown": axes}`, or a flat `{name: axes}`.
+    """Read a rules file.
 
+    It holds `{"exact": {name: axes}, "regex": [[pattern, axes], ...], "unknown": axes}`, or a flat `{name: axes}`.
     Axes are a list of ints; null, [] and "full" keep the full second moment.
 
     Raises:
@@ -93,4 +94,4 @@ def _axes(value: Any, rule: str, path: str) -> Axes:
         return ()
     if isinstance(value, list) and all(type(axis) is int for axis in value):
         return tuple(value)
-    raise ValueError(f"rules={path!r}: {rule!r} has {value!r}, expected a list of axes, null or \"full\".")
+    raise ValueError(f'rules={path!r}: {rule!r} has {value!r}, expected a list of axes, null or "full".')

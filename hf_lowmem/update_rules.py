@@ -42,7 +42,8 @@ def adamw_rule(
     """The new parameter under AdamW (arXiv:1711.05101, algorithm 2), for any representation of the moments."""
     m_hat = moments["exp_avg"].ema(grad, beta1) / (1 - beta1**step)
     v_hat = moments["exp_avg_sq"].ema(grad.square(), beta2) / (1 - beta2**step)
-    return param * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
+    new_param: Tensor = param * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
+    return new_param
 
 
 def signum_rule(
@@ -57,8 +58,9 @@ def signum_rule(
     eps: Number,
     weight_decay: Number,
 ) -> Tensor:
-    """The new parameter under Signum (arXiv:2407.07972, section 3): the sign of the momentum; no step, beta2 or eps."""
-    return param * (1 - lr * weight_decay) - lr * moments["exp_avg"].ema(grad, beta1).sign()
+    """The new parameter under Signum (arXiv:2407.07972, section 3): the sign of the momentum."""
+    new_param: Tensor = param * (1 - lr * weight_decay) - lr * moments["exp_avg"].ema(grad, beta1).sign()
+    return new_param
 
 
 UpdateRule = Callable[..., Tensor]

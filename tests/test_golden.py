@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file
 

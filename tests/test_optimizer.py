@@ -150,7 +150,8 @@ def test_non_finite_gradients_do_what_they_do_under_adamw(
 ) -> None:
     grads = gradients(shape, 6)
     grads[2].view(-1)[5] = bad
-    actual, _ = run(cls, {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}, torch.ones(shape), grads)
+    options = {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}
+    actual, _ = run(cls, options, torch.ones(shape), grads)
     adamw, _ = run(torch.optim.AdamW, {}, torch.ones(shape), grads)
     assert torch.isfinite(adamw).sum() == adamw.numel() - 1
     assert torch.isfinite(actual)[torch.isfinite(adamw)].all()
@@ -241,7 +242,7 @@ def test_loading_hyperparameters_as_torch_does() -> None:
 
 
 def test_add_param_group() -> None:
-    model, optimizer = model_and_optimizer()
+    _, optimizer = model_and_optimizer()
     extra = nn.Parameter(torch.ones(4, 6))
     optimizer.add_param_group({"params": extra, "axes": (0,), "lr": 1.0})
     extra.grad = torch.ones_like(extra)

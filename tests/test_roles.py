@@ -39,8 +39,8 @@ def experts(role: str, fan_out: int, fan_in: int, parts: tuple[Part, ...] = ()) 
     return ParamRole("", (), role, fan_out=fan_out, fan_in=(fan_in,), expert_axis=0, parts=parts)
 
 
-def no_axes(role: str) -> ParamRole:
-    return ParamRole("", (), role)
+def no_axes(role: str, expert_axis: int | None = None) -> ParamRole:
+    return ParamRole("", (), role, expert_axis=expert_axis)
 
 
 def qkv(outer: int, query: int, key: int, value: int) -> tuple[Part, ...]:
@@ -245,7 +245,7 @@ EXPECTED: dict[str, Table] = {
         # stored (expert, fan_in, fan_out), gate and up alternating
         "*.experts.gate_up_proj": experts("mlp_gate_up", 2, 1, gate_up(48, 1, 2)),
         "*.experts.down_proj": experts("mlp_down", 2, 1),
-        "*.experts.*_proj_bias": no_axes("bias"),
+        "*.experts.*_proj_bias": no_axes("bias", expert_axis=0),
     },
     "deepseek_v3": EMBEDDING
     | HEAD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
 from hf_lowmem.param_groups import EMBEDDINGS, FULL, Recipe, SecondMoment

@@ -62,6 +62,7 @@ class SignumRecipe(Recipe):
 
     algorithm = "signum"
     optimizer_cls = Signum
+    has_second_moment = False
 
     def second_moment(self, role: ParamRole) -> SecondMoment:
         return FULL, "no second moment"

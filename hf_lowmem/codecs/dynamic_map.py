@@ -54,7 +54,7 @@ def boundaries(signed: bool) -> Tensor:
 
 @cache
 def encode_table(signed: bool, device: torch.device) -> Tensor:
-    """int32 table T of cells: `(T[bits >> 16] + bits) >> 16` is the nearest code of the float in [-1, 1] with those bits.
+    """int32 table T of cells: `(T[bits >> 16] + bits) >> 16` is the nearest code of the float with those bits.
 
     Cells of negative floats come second (index 2^15 and up) and give 255 - code, because there the integer order of
     the bits runs against the order of the floats.

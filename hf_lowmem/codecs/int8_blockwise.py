@@ -38,7 +38,7 @@ class Int8Blockwise:
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
         codes, absmax = state[name], state[f"{name}_absmax"]
         if torch.compiler.is_compiling():
-            blocks = decode_lines(codes, spec.signed).unflatten(-1, (-1, self.block_size))
+            blocks: Tensor = decode_lines(codes, spec.signed).unflatten(-1, (-1, self.block_size))
             value = (blocks * absmax.unsqueeze(-1)).flatten(-2)
         else:
             value = torch.empty(codes.shape, device=codes.device)
@@ -92,5 +92,5 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scra
 
 
 def block_size_for(columns: int, largest: int) -> int | None:
-    """The largest of 256, 128 and 64, at most `largest`, that divides a row of `columns` entries; None if none does."""
+    """The largest of 256, 128 and 64, at most `largest`, that divides a row of `columns` entries, or None."""
     return next((size for size in BLOCK_SIZES if size <= largest and columns % size == 0), None)

@@ -136,7 +136,8 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
 
 def adamw_full_float32(slots: Sequence[Slot], hyper: Hyper) -> None:
     """AdamW as torch's fused CPU step takes it, where all is float32 and contiguous; else as `adamw_full`."""
-    fused, others = [], []
+    fused: list[Slot] = []
+    others: list[Slot] = []
     for slot in slots:
         plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (slot.param, slot.grad))
         (fused if plain else others).append(slot)
@@ -207,7 +208,7 @@ def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
 
 @dataclass
 class Groups:
-    """A part of a weight: the view of it, its stored means, which broadcast against the view, and the averaged axes."""
+    """A part of a weight: the view of it, its stored means, which broadcast against that, and the averaged axes."""
 
     view: View
     exp_avg_sq: Tensor

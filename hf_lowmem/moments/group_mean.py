@@ -27,19 +27,18 @@ class Segment:
     rows_per_block: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Strided view (..., outer, blocks, rows_per_block, ...) of a tensor that has the weight's split axis whole."""
+        """Strided view (..., outer, blocks, rows_per_block, ...) of a tensor with the weight's whole split axis."""
         if tensor.ndim == 0:
             tensor = tensor.view(1)
-        part = tensor.unflatten(self.axis, (self.outer, -1)).narrow(self.axis + 1, self.start, self.stop - self.start)
-        return part.unflatten(self.axis + 1, (-1, self.rows_per_block))
+        repeats: Tensor = tensor.unflatten(self.axis, (self.outer, -1))
+        part: Tensor = repeats.narrow(self.axis + 1, self.start, self.stop - self.start)
+        view: Tensor = part.unflatten(self.axis + 1, (-1, self.rows_per_block))
+        return view
 
     @property
     def mean_dims(self) -> tuple[int, ...]:
         """The axes of `view` that are averaged over."""
-        if self.axis in self.axes:
-            split = (self.axis, self.axis + 1, self.axis + 2)
-        else:
-            split = (self.axis + 2,)
+        split = range(self.axis if self.axis in self.axes else self.axis + 2, self.axis + 3)
         others = [a if a < self.axis else a + 2 for a in self.axes if a != self.axis]
         return tuple(sorted((*split, *others)))
 
@@ -60,7 +59,8 @@ class Segment:
         if stored.ndim == 0:
             stored = stored.view(1)
         outer = 1 if self.axis in self.axes else self.outer
-        return stored.unflatten(self.axis, (outer, -1)).unsqueeze(self.axis + 2)
+        repeats: Tensor = stored.unflatten(self.axis, (outer, -1))
+        return repeats.unsqueeze(self.axis + 2)
 
 
 @dataclass(frozen=True)

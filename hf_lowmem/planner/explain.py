@@ -67,8 +67,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            (row.name, "x".join(map(str, row.shape)), row.role, row.compressed, _states(row), f"{row.nbytes:,}", row.why)
-            for row in self.rows
+            (r.name, "x".join(map(str, r.shape)), r.role, r.compressed, _states(r), f"{r.nbytes:,}", r.why)
+            for r in self.rows
         ]
         head = ("parameter", "shape", "role", "compressed", "state", "bytes", "why")
         return "\n".join([*_table(head, lines, right=(5,)), "", self._total()])
@@ -115,9 +115,7 @@ def _row(assignment: Assignment, recipe: Recipe) -> Row:
         state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()}
         nbytes = plan.nbytes(role.shape)
         compressed, why = _compressed(plan, assignment.options["state_bits"]), assignment.why
-    return Row(
-        role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why
-    )
+    return Row(role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why)
 
 
 def _compressed(plan: StatePlan, state_bits: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,8 +106,16 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
     return explain_plan(plan_roles(model, recipe), recipe)
 
 
+def show_summary() -> None:
+    """Let the role summary, which is logged as information, reach the terminal."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_lowmem").setLevel(logging.INFO)
+
+
 def log_summary(explanation: Explanation) -> None:
-    """Log what each role gets; matrices of unknown role, which stay full, are a warning."""
+    """Log what each role gets, in one process of several; matrices of unknown role are a warning."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
     if unknown:

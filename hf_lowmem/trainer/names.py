@@ -30,7 +30,7 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "adalayer": OptimName("adalayer", None, 4.000, "Adalayer: one second moment per tensor"),
     "adalayer_8bit": OptimName("adalayer", 8, 1.016, "Adalayer, first moment in 8 bit"),
     "signum": OptimName("signum", None, 4.000, "Signum: the sign of the first moment"),
-    "signum_8bit": OptimName("signum", 8, 1.074, "Signum, first moment in 8 bit"),
+    "signum_8bit": OptimName("signum", 8, 1.016, "Signum, first moment in 8 bit"),
 }
 
 

@@ -17,6 +17,7 @@ from trl.cli.commands.training import _subtract_subsequence
 from trl.scripts import sft
 from trl.scripts.utils import DatasetConfig
 
+from hf_lowmem.trainer.build import show_summary
 from hf_lowmem.trainer.registration import register
 
 DEFAULT_OPTIM = "slim_adamw_8bit"
@@ -49,6 +50,7 @@ def main() -> None:
     """
     parser = _make_parser()
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(fail_with_unknown_args=False)
+    show_summary()
     if script_args.dataset_name and Path(script_args.dataset_name).is_file():
         _use_data_file(script_args, training_args, dataset_args)
     if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):

@@ -57,6 +57,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
             use_cpu=True,
             seed=0,
         )
-        return Trainer(model=model.to(dtype), args=TrainingArguments(**{**defaults, **arguments}), train_dataset=tokens())
+        args = TrainingArguments(**{**defaults, **arguments})
+        return Trainer(model=model.to(dtype), args=args, train_dataset=tokens())
 
     return make

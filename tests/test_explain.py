@@ -1,0 +1,147 @@
+"""What the algorithms do with every family, read from the table that users see."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from model_families import DECODER_LMS, FAMILIES, tiny_model
+
+import hf_lowmem
+
+
+def table(family: str, optim: str, **options: object) -> dict[str, object]:
+    return {row.name: row for row in hf_lowmem.explain(tiny_model(family), optim, options).rows}
+
+
+def numbers(row) -> int:
+    """How many second-moment numbers a parameter has."""
+    return sum(math.prod(shape) for name, (shape, _) in row.state.items() if name.startswith("exp_avg_sq"))
+
+
+@pytest.mark.parametrize("optim", hf_lowmem.optim_names())
+def test_every_family_can_be_explained(optim: str) -> None:
+    for family in FAMILIES:
+        explanation = hf_lowmem.explain(tiny_model(family), optim)
+        model = tiny_model(family)
+        assert explanation.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert len(explanation.rows) == len(list(model.parameters()))
+        json.dumps(explanation.to_dict())
+        assert all(row.name in str(explanation) for row in explanation.rows)
+        assert explanation.by_role().count("\n") >= 3
+
+
+@pytest.mark.parametrize("family", DECODER_LMS)
+def test_no_decoder_has_an_unknown_role(family: str) -> None:
+    assert not [row for row in table(family, "slim_adamw").values() if row.role == "unknown"]
+
+
+@pytest.mark.parametrize("optim", ["slim_adamw", "adam_mini", "adalayer"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4"])
+def test_nothing_is_averaged_across_experts(family: str, optim: str) -> None:
+    experts = [row for row in table(family, optim).values() if ".experts." in row.name and len(row.shape) >= 2]
+    assert experts
+    for row in experts:
+        for name, (shape, _) in row.state.items():
+            if name.startswith("exp_avg_sq"):
+                assert shape[0] == row.shape[0], row.name
+
+
+def test_slim_adam_on_llama() -> None:
+    rows = table("llama", "slim_adamw")
+    layer = "model.layers.0."
+    for name, kept in {
+        "model.embed_tokens.weight": 0,
+        "lm_head.weight": 0,
+        layer + "self_attn.q_proj.weight": 0,
+        layer + "self_attn.k_proj.weight": 0,
+        layer + "self_attn.v_proj.weight": 1,
+        layer + "self_attn.o_proj.weight": 1,
+        layer + "mlp.gate_proj.weight": 1,
+        layer + "mlp.up_proj.weight": 1,
+        layer + "mlp.down_proj.weight": 1,
+    }.items():
+        assert numbers(rows[name]) == rows[name].shape[kept], name
+    assert numbers(rows["model.norm.weight"]) == rows["model.norm.weight"].numel
+
+
+def test_gpt2_conv1d_is_averaged_over_its_own_axes() -> None:
+    slim, mini = table("gpt2", "slim_adamw"), table("gpt2", "adam_mini")
+    for name, row in slim.items():
+        if name.endswith("mlp.c_fc.weight"):  # (fan_in, fan_out)
+            assert row.state["exp_avg_sq"][0] == (row.shape[0], 1)
+            assert mini[name].state["exp_avg_sq"][0] == (1, row.shape[1])
+        if name.endswith("c_attn.weight"):
+            width = row.shape[0]
+            assert row.state["exp_avg_sq_query"][0] == (1, width)
+            assert row.state["exp_avg_sq_value"][0] == (width, 1)
+
+
+def test_options() -> None:
+    conservative = table("llama", "slim_adamw", conservative=True)["model.layers.0.mlp.up_proj.weight"]
+    assert numbers(conservative) == conservative.numel
+    whole = table("phi3", "slim_adamw", fused="full")["model.layers.0.self_attn.qkv_proj.weight"]
+    assert numbers(whole) == whole.numel
+    tensor = table("llama", "adam_mini", value="tensor")["model.layers.0.self_attn.v_proj.weight"]
+    assert numbers(tensor) == 1
+    lora = {row.name: row for row in hf_lowmem.explain(tiny_model("llama_lora"), "slim_adamw").rows}
+    reduced = {r.name: r for r in hf_lowmem.explain(tiny_model("llama_lora"), "slim_adamw", {"lora": "fan_in"}).rows}
+    factors = [name for name in lora if "lora_A" in name]
+    assert factors
+    for name in factors:
+        assert numbers(lora[name]) == lora[name].numel
+        assert numbers(reduced[name]) == lora[name].shape[0]
+
+
+def test_adalayer_variants() -> None:
+    head = table("llama", "adalayer")["lm_head.weight"]
+    assert numbers(head) == head.shape[0]
+    assert numbers(table("llama", "adalayer", variant="all")["lm_head.weight"]) == 1
+    tied = table("gpt2", "adalayer")["transformer.wte.weight"]
+    assert numbers(tied) == tied.shape[0]
+    full = table("llama", "adalayer", variant="slim_repo")["model.norm.weight"]
+    assert numbers(full) == full.numel
+
+
+def test_embeddings_keep_float32_where_their_second_moment_is_full() -> None:
+    model = torch.nn.ModuleDict({"tokens": torch.nn.Embedding(100, 64)})
+
+    def stored(optim: str, **options: object) -> set[str]:
+        (row,) = hf_lowmem.explain(model, optim, options).rows
+        return {kind for name, (_, kind) in row.state.items() if name in ("exp_avg", "exp_avg_sq")}
+
+    assert stored("lowmem_adamw_8bit") == {"float32"}
+    assert stored("lowmem_adamw_8bit", embedding_bits=8) == {"uint8"}
+    assert stored("slim_adamw_8bit") == {"uint8", "float32"}
+    assert stored("slim_adamw_8bit", embedding_bits=32) == {"float32"}
+    assert stored("signum_8bit") == {"uint8"}
+
+
+def test_what_8_bit_cannot_hold_is_said() -> None:
+    table_ = hf_lowmem.explain(torch.nn.ModuleDict({"odd": torch.nn.Linear(67, 128)}), "lowmem_adamw_8bit")
+    row = table_.rows[0]
+    assert row.state["exp_avg"][1] == "float32"
+    assert "8-bit" in row.compressed
+
+
+def test_the_summary_is_logged_once_and_unknown_matrices_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hf_lowmem"):
+        hf_lowmem.build_optimizer(torch.nn.ModuleDict({"mystery": torch.nn.Linear(8, 4)}), "slim_adamw", lr=1e-3)
+    summaries = [r for r in caplog.records if "state by role" in r.message]
+    assert len(summaries) == 1
+    assert "unknown" in summaries[0].message
+    assert [r for r in caplog.records if r.levelno == logging.WARNING and "mystery.weight" in r.message]
+
+
+def test_llama_2_7b_saves_what_the_papers_say() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama 2 7B
+    assert hf_lowmem.explain(model, "lowmem_adamw").nbytes == pytest.approx(53.907e9, rel=1e-4)
+    assert hf_lowmem.explain(model, "slim_adamw").nbytes == pytest.approx(26.960e9, rel=1e-4)
+    assert hf_lowmem.explain(model, "adam_mini").nbytes == pytest.approx(26.958e9, rel=1e-4)
+    assert hf_lowmem.explain(model, "slim_adamw_8bit").bytes_per_param < 1.03
