@@ -60,8 +60,9 @@ class ParamRole:
 
     `fan_out` is the output-feature axis, `fan_in` the input-feature axes; both are None / empty where the parameter
     has no such axes (vectors, unknown tensors). An embedding (vocab, dim) has its token axis as fan_out.
-    `expert_axis` is the axis of stacked experts (of their biases too), never averaged over. `head_dim` is the number of consecutive fan_out
-    entries of one attention head (queries and keys only; in a fused weight, within the query and key parts).
+    `expert_axis` is the axis of stacked experts (of their biases too), never averaged over. `head_dim` is the number
+    of consecutive fan_out entries of one attention head (queries and keys only; in a fused weight, within the query
+    and key parts).
     `tied` marks an input embedding that is the output embedding too.
     `why` says in a few words what the role was read from.
     """
