@@ -80,13 +80,12 @@ class LowMemOptimizer(Optimizer):
                 self._add_checked({**group, "params": named})
             return
         split: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
-        for entry in named:
-            name, param = entry if isinstance(entry, tuple) else (None, entry)
-            known = self._roles.of(param)
-            name = known[0] if known else name or f"unnamed.{len(self.state) + sum(map(len, split.values()))}"
-            split[tuple(sorted((known[1] if known else {}).items()))].append((name, param))
-        for options, members in split.items():
-            self._add_checked({**dict(options), **group, "params": members})
+        for number, entry in enumerate(named, start=sum(len(g["params"]) for g in self.param_groups)):
+            name, param = entry if isinstance(entry, tuple) else (f"unnamed.{number}", entry)
+            name, options = self._roles.of(param) or (name, {})
+            split[tuple(sorted(options.items()))].append((name, param))
+        for chosen, members in split.items():
+            self._add_checked({**dict(chosen), **group, "params": members})
 
     def _add_checked(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
@@ -205,7 +204,7 @@ class LowMemOptimizer(Optimizer):
                         name: saved[name].to("cpu" if name == "step" else param.device, copy=True) for name in specs
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
+            group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names", "compile")})
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
