@@ -290,7 +290,7 @@ def main() -> None:
                     continue
                 report["rows"].append(row)
                 summary = row.get("error") or f"{row['cpu_ratio']:.2f} x, wall {row['wall_ratio']:.2f} x"
-                print(f"{dtype}, {count} threads, {name}: {summary}", file=sys.stderr)
+                print(f"{dtype}, threads {count}, {name}: {summary}", file=sys.stderr)
                 output.write_text(json.dumps(report, indent=2) + "\n")
                 output.with_suffix(".md").write_text(render(report))
     print(render(report))

@@ -31,14 +31,14 @@ class Settings:
     """What all runs of one demo share."""
 
     optims: tuple[str, ...] = (BASELINE, "slim_adamw_8bit", "adam_mini_8bit")
-    steps: int = 200
-    batch_size: int = 8
-    learning_rate: float = 2e-3
+    steps: int = 150
+    batch_size: int = 4
+    learning_rate: float = 1e-3
     seed: int = 0
     output_dir: Path = Path("demo_output")
     vocab_size: int = 4096
     max_length: int = 128
-    held_out_pairs: int = 128
+    held_out_pairs: int = 96
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with these arguments, `sys.argv[1:]` by default; returns the exit status."""
     settings = parse_args(argv)
     try:
-        from .train import describe_unknown_optims, run_demo
+        from hf_lowmem.demo.train import describe_unknown_optims, run_demo
     except ModuleNotFoundError as error:
         fail(f"'{error.name}' is missing, install it with `pip install 'hf_lowmem[trl,plots]'`.")
     if problem := describe_unknown_optims(settings.optims):

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import BASELINE, Settings
+from hf_lowmem.demo import BASELINE, Settings
 
 PACKAGES = ("hf_lowmem", "torch", "transformers", "trl", "accelerate", "datasets")
 COLORS = ("#4c566a", "#d95f02", "#1b7f9e", "#7a5195", "#5f8a3b", "#c44e6b")
@@ -72,7 +72,7 @@ def print_table(runs: list[Run], console: Console) -> None:
         "outside\nembeddings",
         "held-out\nloss",
         f"against\n{BASELINE}",
-        "seconds\nper step",
+        "s per\nstep",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:

@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
-from ..trainer.names import unknown_optim
-from ..trainer.registration import register
-from . import Settings
-from .data import Pair, build_pairs, train_tokenizer
-from .report import Run, measure_state, print_table, save_json, save_png
+from hf_lowmem.demo import Settings
+from hf_lowmem.demo.data import Pair, build_pairs, train_tokenizer
+from hf_lowmem.demo.report import Run, measure_state, print_table, save_json, save_png
+from hf_lowmem.trainer.names import unknown_optim
+from hf_lowmem.trainer.registration import register
 
-EVALUATIONS = 6
+EVALUATIONS = 3
 
 
 def run_demo(settings: Settings) -> list[Run]:
@@ -101,7 +101,6 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.steps // 10),
         weight_decay=0.1,
-        adam_beta2=0.95,
         max_length=settings.max_length,
         train_sampling_strategy="group_by_length",
         eval_strategy="steps",
