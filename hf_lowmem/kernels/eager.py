@@ -22,7 +22,7 @@ View = Callable[[Tensor], Tensor]
 
 def tile_size(device: torch.device) -> int:
     """Entries per tile: what a CPU's last cache holds with its temporaries, or enough to fill an accelerator."""
-    return 1 << 19 if device.type == "cpu" else 1 << 24
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
