@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
@@ -15,7 +17,14 @@ from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
 from hf_lowmem.state import State, StatePlan
 
+logger = logging.getLogger(__name__)
+
 Group = dict[str, Any]
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists as tuples, nested ones too: group values are compared, hashed and saved."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
 class Roles(Protocol):
@@ -80,14 +89,27 @@ class LowMemOptimizer(Optimizer):
                 self._add_checked({**group, "params": named})
             return
         split: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
+        unplanned = []
         for number, entry in enumerate(named, start=sum(len(g["params"]) for g in self.param_groups)):
             name, param = entry if isinstance(entry, tuple) else (f"unnamed.{number}", entry)
-            name, options = self._roles.of(param) or (name, {})
+            planned = self._roles.of(param)
+            if planned is None:
+                unplanned.append(tuple(param.shape))
+            name, options = planned or (name, {})
             split[tuple(sorted(options.items()))].append((name, param))
+        if unplanned:
+            logger.warning(
+                "%d parameters are not those of the model that the roles were read from (shapes %s%s): they get the "
+                "optimizer's defaults. Build the optimizer from the model that is trained.",
+                len(unplanned),
+                ", ".join(map(str, unplanned[:3])),
+                ", ..." if len(unplanned) > 3 else "",
+            )
         for chosen, members in split.items():
             self._add_checked({**dict(chosen), **group, "params": members})
 
     def _add_checked(self, group: dict[str, Any]) -> None:
+        group.update({option: as_tuple(group[option]) for option in self.layout_options if option in group})
         check_hyperparameters(group)
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -95,7 +117,7 @@ class LowMemOptimizer(Optimizer):
             for param in added["params"]:
                 check_param(param)
                 self.plan(added, tuple(param.shape))
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -136,13 +158,6 @@ class LowMemOptimizer(Optimizer):
             for key, slots in buckets.items():
                 self._run(key, slots, group)
         return loss
-
-    @torch.no_grad()
-    def step_param(self, param: Tensor, group: Group) -> None:
-        """Step one parameter of `group`."""
-        slot = self._slot(param, group)
-        if slot is not None:
-            self._run(key_of(self.rule, slot.plan, param.device.type), [slot], group)
 
     def _slot(self, param: Tensor, group: Group) -> Slot | None:
         # Every trainable parameter gets its state at the first step, gradient or not: all ranks hold the same keys.
@@ -204,7 +219,8 @@ class LowMemOptimizer(Optimizer):
                         name: saved[name].to("cpu" if name == "step" else param.device, copy=True) for name in specs
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names", "compile")})
+            kept = ("params", "param_names", "compile")
+            group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

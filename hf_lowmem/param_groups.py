@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from hf_lowmem.checks import check_hyperparameters
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
 from hf_lowmem.rules import load_rules
@@ -31,9 +32,9 @@ class Recipe:
         compile: step through torch.compile.
     """
 
-    state_bits: int = 32
-    embedding_bits: int | None = None
-    block_size: int = 256
+    state_bits: Literal[32, 16, 8] = 32
+    embedding_bits: Literal[32, 16, 8] | None = None
+    block_size: Literal[256, 128, 64] = 256
     min_8bit_size: int = 4096
     compile: bool = False
 
@@ -41,13 +42,16 @@ class Recipe:
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
     has_second_moment: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_hyperparameters({"min_8bit_size": self.min_8bit_size})
+
     def second_moment(self, role: ParamRole) -> SecondMoment:
         """Over which entries of a parameter of this role the second moment is averaged."""
         raise NotImplementedError
 
     def group_options(self, role: ParamRole, second_moment: dict[str, Any]) -> dict[str, Any]:
         """The group values of a parameter: plain values only."""
-        bits = self.state_bits
+        bits: int = self.state_bits
         if role.role in EMBEDDINGS:
             full = self.has_second_moment and not second_moment
             bits = self.embedding_bits or (32 if full else bits)
@@ -121,6 +125,8 @@ def plan_roles(model: nn.Module, recipe: Recipe) -> RolePlan:
         override = rules.axes_of(names[id(param)], role.role) if rules else None
         if override:
             axes, why = override
+            if any(not -len(role.shape) <= axis < len(role.shape) for axis in axes):
+                raise ValueError(f"{why}: axes={axes} does not fit {role.name} of shape {role.shape}.")
             second_moment = {"axes": axes} if axes else FULL
         assignments.append(Assignment(param, role, recipe.group_options(role, second_moment), why))
     return RolePlan(assignments)

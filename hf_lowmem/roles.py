@@ -223,7 +223,7 @@ def _assign_conv(conv: _ConvNd, ndim: int, found: _Found, by_row: _Found) -> Par
         return found("conv", why="grouped convolution")
     if conv.transposed:
         return found("conv", fan_out=1, fan_in=(0, *range(2, ndim)), why="transposed convolution")
-    if conv.stride == conv.kernel_size:
+    if conv.stride == conv.kernel_size and max(conv.kernel_size) > 1:
         return by_row("patch_conv", why="stride equals kernel")
     return by_row("conv", why="convolution")
 

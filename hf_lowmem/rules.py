@@ -75,6 +75,9 @@ def load_rules(path: str) -> Rules:
     if not set(content) <= {"exact", "regex", "unknown"}:
         content = {"exact": content}
     regex = content.get("regex", [])
+    exact = content.get("exact", {})
+    if not isinstance(exact, dict) or not isinstance(regex, list):
+        raise ValueError(f'rules={path!r}: "exact" must be an object and "regex" a list.')
     if not all(isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) for rule in regex):
         raise ValueError(f'rules={path!r}: "regex" must be a list of [pattern, axes] pairs.')
     for pattern, _ in regex:
@@ -83,7 +86,7 @@ def load_rules(path: str) -> Rules:
         except re.error as error:
             raise ValueError(f"rules={path!r}: {pattern!r} is not a regular expression: {error}.") from error
     return Rules(
-        exact={canonical_name(name): _axes(value, name, path) for name, value in content.get("exact", {}).items()},
+        exact={canonical_name(name): _axes(value, name, path) for name, value in exact.items()},
         regex=tuple((pattern, _axes(value, pattern, path)) for pattern, value in regex),
         unknown=_axes(content["unknown"], "unknown", path) if "unknown" in content else None,
     )

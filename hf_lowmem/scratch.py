@@ -15,14 +15,18 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, Sequence[int]], Tensor] = {}
 
-    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def get(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialized contiguous tensor; its content lasts until the same name is asked for again."""
-        numel = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
-        return buffer[:numel].view(tuple(shape))
+        view = self._views.get((name, dtype, shape))
+        if view is None:
+            numel = math.prod(shape)
+            buffer = self._buffers.get((name, dtype))
+            if buffer is None or buffer.numel() < numel:
+                buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
+            view = self._views[name, dtype, shape] = buffer[:numel].view(shape)
+        return view
 
 
 def known_finite(reduced: Tensor) -> bool:

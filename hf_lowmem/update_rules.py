@@ -58,7 +58,7 @@ def signum_rule(
     eps: Number,
     weight_decay: Number,
 ) -> Tensor:
-    """The new parameter under Signum (arXiv:2407.07972, section 3): the sign of the momentum."""
+    """The new parameter under Signum (arXiv:2407.07972): the sign of the momentum."""
     new_param: Tensor = param * (1 - lr * weight_decay) - lr * moments["exp_avg"].ema(grad, beta1).sign()
     return new_param
 

@@ -145,3 +145,16 @@ def test_llama_2_7b_saves_what_the_papers_say() -> None:
     assert hf_lowmem.explain(model, "slim_adamw").nbytes == pytest.approx(26.960e9, rel=1e-4)
     assert hf_lowmem.explain(model, "adam_mini").nbytes == pytest.approx(26.958e9, rel=1e-4)
     assert hf_lowmem.explain(model, "slim_adamw_8bit").bytes_per_param < 1.03
+
+
+@pytest.mark.parametrize("options", ["state_bits=7", "block_size=100", "embedding_bits=12", "min_8bit_size=-1"])
+def test_illegal_storage_options_are_told_without_a_step(options: str) -> None:
+    with pytest.raises(ValueError, match=options.split("=")[0]):
+        hf_lowmem.explain(torch.nn.Linear(8, 4), "slim_adamw", options)
+
+
+def test_a_parameter_that_the_plan_does_not_know_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    cls, kwargs = hf_lowmem.optimizer_cls_and_kwargs(torch.nn.Linear(8, 4), "slim_adamw", lr=1e-3)
+    with caplog.at_level(logging.WARNING, logger="hf_lowmem"):
+        cls(torch.nn.Linear(8, 4).parameters(), **kwargs)
+    assert "2 parameters are not those of the model" in caplog.text

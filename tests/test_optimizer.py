@@ -299,6 +299,39 @@ def test_bad_hyperparameters(options: dict, message: str) -> None:
         SlimAdamW([nn.Parameter(torch.ones(4, 4))], **options)
 
 
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ((("a", 0, 1, 0, 2, (1,), 1),), "cover 2 of 4"),
+        ((("a", 0, 1, 0, 2, (1,), 1), ("b", 0, 1, 3, 4, (1,), 1)), "gap"),
+        ((("a", 0, 1, 0, 3, (1,), 1), ("b", 0, 1, 2, 4, (1,), 1)), "overlaps"),
+        ((("a", 0, 1, 0, 2, (1,), 1), ("a", 0, 1, 2, 4, (1,), 1)), "different names"),
+        ((("a", 0, 1, 0, 2, (1,), 1), ("b", 1, 1, 2, 4, (1,), 1)), "share one axis"),
+        ((("a", 0, 1, 0, 4, (-1,), 1),), "does not fit"),
+        ((("a", 0, 1, 0, 4, (1,), 3),), "whole blocks"),
+    ],
+)
+def test_segments_cover_a_weight_exactly_once(segments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SlimAdamW([nn.Parameter(torch.ones(4, 4))], segments=segments)
+
+
+def test_lists_are_as_good_as_tuples() -> None:
+    param = nn.Parameter(torch.ones(4, 4))
+    param.grad = torch.ones_like(param)
+    optimizer = SlimAdamW([{"params": [param], "axes": [1]}])
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg_sq"].shape == (4, 1)
+
+
+def test_tables_are_made_whatever_the_default_device_is() -> None:
+    from hf_lowmem.codecs.dynamic_map import decode_table, encode_table
+
+    with torch.device("meta"):
+        fresh = [table.__wrapped__(True, torch.device("cpu")) for table in (decode_table, encode_table)]
+    assert all(not table.is_meta for table in fresh)
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         SlimAdamW([])

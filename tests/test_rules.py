@@ -63,8 +63,10 @@ def test_a_tied_weight_answers_to_both_names(tmp_path: Path) -> None:
         ({"regex": [[r"mlp\.upproj\.weight$", [1]]]}, r"matches no parameter: names look like .*up_proj"),
         ({"regex": [["(", [1]]]}, "not a regular expression"),
         ({"regex": ["q_proj"]}, "pairs"),
+        ({"exact": ["a"]}, "must be an object"),
+        ({"regex": None}, "a list"),
         ({"exact": {"lm_head.weight": "rows"}}, "expected a list of axes"),
-        ({"exact": {"lm_head.weight": [5]}}, "axes"),
+        ({"exact": {"lm_head.weight": [5]}}, r"axes=\(5,\) does not fit lm_head.weight"),
     ],
 )
 def test_wrong_rules_are_told(rules: dict, message: str, tmp_path: Path) -> None:

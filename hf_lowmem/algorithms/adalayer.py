@@ -17,7 +17,8 @@ class Adalayer(GroupedAdamW):
         v_l <- b2 v_l + (1 - b2) mean(g^2)
         w   <- w - lr (m_hat / (sqrt(v_hat_l) + eps) + weight_decay w)
 
-    Source: arXiv:2407.07972, sections 4 and 5.
+    Source: arXiv:2407.07972; the order of decay and bias correction is that of the rules that SlimAdam's authors ship
+    (dayal-kalra/low-memory-adam@bb3652c, adalayer_rules.json).
     Each expert of a stack and each part of a fused weight is a layer of its own. Less stable than SlimAdam at high
     learning rates.
 
@@ -46,8 +47,12 @@ class AdalayerRecipe(Recipe):
             return FULL, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):
             return {"axes": role.fan_in}, "last layer: one per logit"
-        if role.role == "unknown" and len(role.shape) > 2:
-            return FULL, "unknown role: its first axis may be experts"
+        fused = role.role in ("attention_qkv", "attention_key_value", "mlp_gate_up")
+        adapter = role.role.startswith("lora_") and role.role != "lora_magnitude"
+        if len(role.shape) > 1 and (
+            role.role == "unknown" or (fused and not role.parts) or (adapter and role.fan_out is None)
+        ):
+            return FULL, f"may hold several layers: {role.why}"
         axes = tuple(axis for axis in range(max(len(role.shape), 1)) if axis != role.expert_axis)
         if role.parts:
             return segments_of(role, [{"axes": axes}] * len(role.parts)), "one per fused part"

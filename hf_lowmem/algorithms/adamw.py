@@ -73,6 +73,8 @@ class LowMemAdamW(LowMemOptimizer):
 class GroupedAdamW(LowMemAdamW):
     """AdamW whose second moment is the mean of g^2 over groups of entries: SlimAdam, Adam-mini and Adalayer.
 
+    Without `roles` the groups say what is averaged, by the options below; their defaults average nothing.
+
     Args:
         axes: axes of the weight that are averaged over; empty keeps the full second moment.
         rows_per_block: that many consecutive entries of the last kept axis share one number too.
@@ -118,7 +120,9 @@ class GroupedAdamW(LowMemAdamW):
     @classmethod
     def second_moment(cls, shape: tuple[int, ...], options: dict[str, Any]) -> Moment:
         if options["segments"]:
-            return GroupMean(tuple(Segment(*segment) for segment in options["segments"]))
+            moment = GroupMean(tuple(Segment(*segment) for segment in options["segments"]))
+            moment.check(shape)
+            return moment
         if options["axes"]:
             return whole(shape, options["axes"], options["rows_per_block"])
         return Full(signed=False)

@@ -22,7 +22,7 @@ class Signum(LowMemOptimizer):
         m <- b1 m + (1 - b1) g
         w <- w - lr (sign(m) + weight_decay w)
 
-    Source: arXiv:2407.07972, section 3; equals Lion (arXiv:2302.06675) with equal betas.
+    Source: arXiv:2407.07972; equals Lion (arXiv:2302.06675) with equal betas.
     Its lr must be far below AdamW's. In 8 bits an entry whose momentum falls below 1e-7 of its block's largest stops.
 
     State per weight: exp_avg of its shape; `step`. Only `betas[0]` is used; `betas[1]` and `eps` are accepted so that

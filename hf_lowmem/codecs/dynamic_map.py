@@ -33,14 +33,14 @@ def decode_table(signed: bool, device: torch.device) -> Tensor:
     The decades are rounded to float32 in the order in which bitsandbytes rounds them, so both tables are equal.
     """
     decades = 7  # 2^e codes in decade e when signed, twice as many when not
-    positive = [torch.zeros(1)]
+    positive = [torch.zeros(1, device=_CPU)]
     for e in range(decades):
-        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1, device=_CPU)
         positive.append(10.0 ** (e + 1 - decades) * ((edges[:-1] + edges[1:]) / 2))
     ascending = torch.cat(positive)
     if signed:
         ascending = torch.cat([-ascending[1:].flip(0), ascending])
-    return torch.cat([ascending, torch.ones(1)]).to(device)
+    return torch.cat([ascending, torch.ones(1, device=_CPU)]).to(device)
 
 
 @cache
@@ -64,14 +64,14 @@ def encode_table(signed: bool, device: torch.device) -> Tensor:
     if not signed:
         return positive.to(device)
     mirrored = _cells(_next_up(-edges.flip(0)), sign_bit=1 << 31)
-    unused = torch.zeros((1 << 15) - len(positive), dtype=torch.int32)
+    unused = torch.zeros((1 << 15) - len(positive), dtype=torch.int32, device=_CPU)
     return torch.cat([positive, unused, mirrored]).to(device)
 
 
 def _cells(edges: Tensor, sign_bit: int) -> Tensor:
-    starts = torch.arange(0, 0x3F800000 + 1, 1 << CELL_BITS, dtype=torch.int32)  # 0.0 to 1.0
+    starts = torch.arange(0, 0x3F800000 + 1, 1 << CELL_BITS, dtype=torch.int32, device=_CPU)  # 0 to 1
     below = torch.bucketize(starts.view(torch.float32), edges, right=True)  # boundaries at or below the cell's start
-    edge_bits = torch.cat([edges.view(torch.int32).long(), torch.tensor([1 << 40])])
+    edge_bits = torch.cat([edges.view(torch.int32).long(), torch.tensor([1 << 40], device=_CPU)])
     to_edge = (edge_bits[below] - starts).clamp(max=1 << CELL_BITS)
     cell = (below << CELL_BITS) + (1 << CELL_BITS) - to_edge - (starts.long() + sign_bit)
     return ((cell + (1 << 31)) % (1 << 32) - (1 << 31)).int()  # wrapped, as int32 addition wraps

@@ -71,8 +71,7 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scra
     entry is already lost, as it is under AdamW.
     """
     blocks = value.unflatten(-1, (absmax.shape[-1], -1))
-    magnitude = torch.abs(blocks, out=scratch.get("magnitude", blocks.shape)) if signed else blocks
-    largest = magnitude.amax(-1)
+    largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)) if signed else blocks.amax(-1)
     if not known_finite(largest):
         torch.nan_to_num(blocks, 0.0, 0.0, 0.0, out=blocks)
         largest = blocks.abs().amax(-1)

@@ -72,6 +72,25 @@ class GroupMean:
 
     segments: tuple[Segment, ...]
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless the segments cover each entry of a weight of `shape` exactly once."""
+        first = self.segments[0]
+        if len({s.name for s in self.segments}) < len(self.segments):
+            raise ValueError(f"segments must have different names, not {[s.name for s in self.segments]}.")
+        layouts = {(s.axis, s.outer) for s in self.segments}
+        if len(layouts) > 1 or not 0 <= first.axis < len(shape):
+            raise ValueError(f"segments must share one axis of a weight of shape {shape} and one `outer`.")
+        end = 0
+        for segment in sorted(self.segments, key=lambda s: s.start):
+            if segment.start != end or (segment.stop - segment.start) % segment.rows_per_block:
+                raise ValueError(f"segment {segment.name!r} leaves a gap, overlaps, or is not whole blocks of rows.")
+            if any(not 0 <= axis < len(shape) for axis in segment.axes):
+                raise ValueError(f"segment {segment.name!r}: axes={segment.axes} does not fit shape {shape}.")
+            end = segment.stop
+        covered, size = end * first.outer, shape[first.axis]
+        if covered != size:
+            raise ValueError(f"segments cover {covered} of {size} entries of axis {first.axis}.")
+
     def state_name(self, name: str, segment: Segment) -> str:
         return f"{name}_{segment.name}" if segment.name else name
 

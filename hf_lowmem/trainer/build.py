@@ -72,7 +72,7 @@ def optimizer_cls_and_kwargs(
     for groups that bring none.
 
     Args:
-        model: the model that the Trainer gets; with None every parameter is treated by its shape alone.
+        model: the model that the Trainer gets; with None every parameter keeps its full second moment.
         name, lr, betas, eps, weight_decay, optim_args: as in `build_optimizer`.
 
     Raises:
@@ -80,7 +80,7 @@ def optimizer_cls_and_kwargs(
     """
     recipe = recipe_for(name, optim_args)
     if model is None:
-        logger.warning("No model was given for optim %r, so roles are unknown.", name)
+        logger.warning("No model was given for optim %r: every parameter keeps its full second moment.", name)
     kwargs = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **recipe.shared_options()}
     roles = None
     if model is not None:
@@ -106,10 +106,23 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
     return explain_plan(plan_roles(model, recipe), recipe)
 
 
+def refuse_sharding(args: Any) -> None:
+    """Raise ValueError if these TrainingArguments, or the launcher, shard the weights: rows would be gone."""
+    for name, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
+        if chosen or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise ValueError(
+                f"optim={args.optim.value!r} does not support {name} yet, which hands it pieces of weights: "
+                "train with DDP or in one process."
+            )
+
+
 def show_summary() -> None:
-    """Let the role summary, which is logged as information, reach the terminal."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_lowmem").setLevel(logging.INFO)
+    """Let the role summary, which is logged as information, reach the terminal; other logging stays as it is."""
+    package = logging.getLogger("hf_lowmem")
+    package.setLevel(logging.INFO)
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+        package.propagate = False
 
 
 def log_summary(explanation: Explanation) -> None:
@@ -118,10 +131,12 @@ def log_summary(explanation: Explanation) -> None:
         return
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
+    hint = "; a rules file overrides it" if explanation.algorithm == "slim_adamw" else ""
     if unknown:
         logger.warning(
-            "%d matrices have an unknown role and keep what it says in the summary (%s%s); a rules file overrides it.",
+            "%d matrices have an unknown role and get what the summary says (%s%s)%s.",
             len(unknown),
             ", ".join(unknown[:5]),
             ", ..." if len(unknown) > 5 else "",
+            hint,
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 import transformers
 
-from hf_lowmem.trainer.build import optimizer_cls_and_kwargs
+from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
@@ -92,6 +92,7 @@ def _add_member(name: str) -> Any:
 
 def _handler(context: Any) -> tuple[type, dict[str, Any]]:
     """What the Trainer calls for our names; the options are read from the raw text, not from its naive split."""
+    refuse_sharding(context.args)
     return optimizer_cls_and_kwargs(
         context.model,
         _OptimizerNames(context.args.optim).value,

@@ -49,7 +49,11 @@ def main() -> None:
         ValueError: when evaluation is asked for and the data file is not split.
     """
     parser = _make_parser()
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(fail_with_unknown_args=False)
+    script_args, training_args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
+        return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if unknown:  # what a YAML file holds for the launcher is not ours to judge, the command line is
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     show_summary()
     if script_args.dataset_name and Path(script_args.dataset_name).is_file():
         _use_data_file(script_args, training_args, dataset_args)

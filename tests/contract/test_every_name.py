@@ -165,3 +165,11 @@ def test_8_bit_through_the_trainer_stays_close_to_adamw(make_trainer: Make) -> N
         losses[optim] = trainer.train().training_loss
     for optim, loss in losses.items():
         assert loss < 1.1 * losses["adamw_torch"], optim
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_training_is_refused(launcher: str, make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("slim_adamw")
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(ValueError, match=r"does not support .* yet.*DDP"):
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
