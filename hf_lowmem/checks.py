@@ -11,6 +11,13 @@ from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
 from hf_lowmem.state import TensorSpec
 
 Group = Mapping[str, Any]
+PROJECTION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "restore_state": (False, True, "reference"),
+    "eq5_scale": ("none", "rms"),
+    "align": ("sign", "none", "procrustes"),
+    "proj_bits": (None, 32, 16),
+    "sides": ("one", "both"),
+}
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
@@ -27,6 +34,25 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
     for name, least in (("min_8bit_size", 0), ("rows_per_block", 1)):
         if name in values and (not isinstance(values[name], int) or values[name] < least):
             raise ValueError(f"{name}={values[name]!r} must be a whole number of at least {least}.")
+
+
+def check_projection(values: Mapping[str, Any]) -> None:
+    """Check the options of a projection that are present in `values`."""
+    if values.get("rank") is not None and values.get("rank_ratio") is not None:
+        raise ValueError(f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them.")
+    for name in ("rank", "update_interval", "reproject_factor", "precondition_frequency", "max_precond_dim"):
+        value = values.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    for name in ("rank_ratio", "conv_rank_ratio"):
+        value = values.get(name)
+        if value is not None and not 1 <= value < float("inf"):
+            raise ValueError(f"{name}={value!r} must be a number of at least 1: the smaller side over the rank.")
+    if "scale" in values and not 0 < values["scale"] < float("inf"):
+        raise ValueError(f"scale={values['scale']} must be a finite number above 0.")
+    for name, legal in PROJECTION_CHOICES.items():
+        if name in values and values[name] not in legal:
+            raise ValueError(f"{name}={values[name]!r} is not legal: use one of {', '.join(map(repr, legal))}.")
 
 
 def check_param(param: Tensor) -> None:

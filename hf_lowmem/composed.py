@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -9,27 +10,38 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels import Hyper, Slot
-from hf_lowmem.state import State, StatePlan
-from hf_lowmem.update_rules import RULES, BoundMoment
+from hf_lowmem.state import Projection, State, StatePlan
+from hf_lowmem.update_rules import RULES
 
 
 def composed_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """Step one parameter by its rule, in float32."""
-    step = slot.state["step"].item()
-    _apply(rule, slot.plan, slot.param, slot.grad, slot.state, step, **vars(hyper))
+    _apply(rule, slot.plan, slot.param, slot.grad, slot.state, slot.step, **hyper.numbers, **hyper.flags)
 
 
 def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """The same through torch.compile: one graph per plan and shape, never another as the hyperparameters change."""
-    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(hyper).items()}
-    step = slot.state["step"].double()
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in hyper.numbers.items()}
+    step = torch.tensor(slot.step, dtype=torch.float64)
     with torch._dynamo.utils.disable_cache_limit():
-        _compiled()(rule, slot.plan, slot.param, slot.grad, slot.state, step, **numbers)
+        _compiled()(rule, slot.plan, slot.param, slot.grad, slot.state, step, **numbers, **hyper.flags)
 
 
 def _apply(rule: str, plan: StatePlan, param: Tensor, grad: Tensor, state: State, step: Any, **hyper: Any) -> None:
-    moments = {name: BoundMoment(moment, state, name, plan.codec) for name, moment in plan.moments.items()}
-    param.copy_(RULES[rule](param.float(), grad.float(), moments, step, **hyper))
+    space = _BoundProjection(plan.projection, state)
+    param.copy_(RULES[rule](param.float(), grad.float(), plan.bind(state), space, step, **hyper))
+
+
+@dataclass(frozen=True)
+class _BoundProjection:
+    projection: Projection
+    state: State
+
+    def project(self, grad: Tensor) -> Tensor:
+        return self.projection.project(self.state, grad)
+
+    def project_back(self, update: Tensor) -> Tensor:
+        return self.projection.project_back(self.state, update)
 
 
 @cache

@@ -50,6 +50,9 @@ class LowMemOptimizer(Optimizer):
     algorithm: ClassVar[str]
     rule: ClassVar[str]
     layout_options: ClassVar[dict[str, Any]]  # the group values that a state's layout depends on, with their defaults
+    schedule_options: ClassVar[dict[str, Any]] = {}  # those that the plan needs too, which a resumed run may change
+    rule_flags: ClassVar[tuple[str, ...]] = ()  # the group values that the rule takes besides the hyperparameters
+    idle_calls: ClassVar[int] = 0  # first calls of a parameter that prepare its projection and do not update it
 
     def __init__(
         self,
@@ -74,8 +77,13 @@ class LowMemOptimizer(Optimizer):
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
-        """The state of a parameter of `shape` under the group's `layout_options`."""
+        """The state of a parameter of `shape` under the group's `layout_options` and `schedule_options`."""
         raise NotImplementedError
+
+    @classmethod
+    def plan_options(cls) -> dict[str, Any]:
+        """All options that `make_plan` takes, with their defaults."""
+        return {**cls.layout_options, **cls.schedule_options}
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +117,7 @@ class LowMemOptimizer(Optimizer):
             self._add_checked({**dict(chosen), **group, "params": members})
 
     def _add_checked(self, group: dict[str, Any]) -> None:
-        group.update({option: as_tuple(group[option]) for option in self.layout_options if option in group})
+        group.update({option: as_tuple(group[option]) for option in self.plan_options() if option in group})
         check_hyperparameters(group)
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -123,22 +131,21 @@ class LowMemOptimizer(Optimizer):
 
     def plan(self, group: Group, shape: tuple[int, ...]) -> StatePlan:
         """The plan of a parameter of `shape` in `group`; a function of these alone."""
-        options = tuple(group[option] for option in self.layout_options)
+        names = self.plan_options()
+        options = tuple(group[option] for option in names)
         plan = self._plans.get((shape, options))
         if plan is None:
-            plan = self.make_plan(shape, **dict(zip(self.layout_options, options, strict=True)))
+            plan = self.make_plan(shape, **dict(zip(names, options, strict=True)))
             self._plans[shape, options] = plan
         return plan
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
     def init_state(self, param: Tensor, group: Group) -> State:
-        """Allocate the declared state of one parameter, all zero; `step` stays on the CPU."""
+        """Allocate the declared state of one parameter, all zero."""
         check_unsharded(param)
         specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
-        state = {
-            name: spec.zeros(torch.device("cpu") if name == "step" else param.device) for name, spec in specs.items()
-        }
+        state = {name: spec.zeros(param.device) for name, spec in specs.items()}
         self.state[param] = state
         return state
 
@@ -172,15 +179,23 @@ class LowMemOptimizer(Optimizer):
                 "use sparse=False in the embedding."
             )
         state["step"] += 1
-        return Slot(param, param.grad, state, self.plan(group, tuple(param.shape)))
+        step = state["step"].item() - self.idle_calls
+        return Slot(param, param.grad, state, self.plan(group, tuple(param.shape)), step)
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         slots = [slot for slot in slots if slot.param.numel()]
-        if not slots:
-            return
+        for slot in slots:
+            slot.plan.projection.before_step(slot.grad, slot.state, slot.plan.bind(slot.state))
+        active = [slot for slot in slots if slot.step > 0]
+        if active:
+            self._update(key, active, group)
+        for slot in slots:
+            slot.plan.projection.after_step(slot.grad, slot.state, slot.plan.bind(slot.state))
+
+    def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
         numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        hyper = Hyper(*map(float, numbers))
+        hyper = Hyper(*map(float, numbers), {flag: group[flag] for flag in self.rule_flags})
         kernel = None if group["compile"] else find_kernel(key)
         if kernel:
             kernel(slots, hyper)
@@ -197,7 +212,7 @@ class LowMemOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned: hyperparameters and bit-exact state.
+        """Load what `state_dict` returned: hyperparameters and bit-exact state; `schedule_options` stay this run's.
 
         torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
 
@@ -216,10 +231,10 @@ class LowMemOptimizer(Optimizer):
                     specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
                     check_state(saved, specs, tuple(param.shape))
                     loaded[param] = {
-                        name: saved[name].to("cpu" if name == "step" else param.device, copy=True) for name in specs
+                        name: saved[name].to(spec.place(param.device), copy=True) for name, spec in specs.items()
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            kept = ("params", "param_names", "compile")
+            kept = ("params", "param_names", "compile", *self.schedule_options)
             group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
         self.state.clear()
         self.state.update(loaded)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from hf_lowmem.checks import check_hyperparameters
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
-from hf_lowmem.rules import load_rules
+from hf_lowmem.rules import load_rules, read_axes
 from hf_lowmem.state import StatePlan
 
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
-SecondMoment = tuple[dict[str, Any], str]  # group options (axes, rows_per_block, segments), and why in a few words
+Treatment = tuple[dict[str, Any], str]  # group options (axes, segments, rank, ...), and why in a few words
 FULL: dict[str, Any] = {}
 
 
@@ -45,17 +45,38 @@ class Recipe:
     def __post_init__(self) -> None:
         check_hyperparameters({"min_8bit_size": self.min_8bit_size})
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
-        """Over which entries of a parameter of this role the second moment is averaged."""
+    def treat(self, role: ParamRole) -> Treatment:
+        """How the state of a parameter of this role is made smaller than AdamW's; no options where it is not.
+
+        Raises:
+            ValueError: the recipe's options do not fit the parameter.
+        """
         raise NotImplementedError
 
-    def group_options(self, role: ParamRole, second_moment: dict[str, Any]) -> dict[str, Any]:
+    def read_rule(self, value: Any) -> Any:
+        """Check a value of a rules file; ValueError says what was expected."""
+        return read_axes(value)
+
+    def apply_rule(self, role: ParamRole, value: Any) -> dict[str, Any]:
+        """The options that a rule's value means for a parameter.
+
+        Raises:
+            ValueError: the value does not fit the parameter.
+        """
+        if any(not -len(role.shape) <= axis < len(role.shape) for axis in value):
+            raise ValueError(f"axes={value} does not fit {role.name} of shape {role.shape}.")
+        return {"axes": value} if value else FULL
+
+    def check_use(self, assignments: Sequence[Assignment]) -> None:
+        """Raise ValueError if an option named parameters and none was found."""
+
+    def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
         """The group values of a parameter: plain values only."""
         bits: int = self.state_bits
         if role.role in EMBEDDINGS:
-            full = self.has_second_moment and not second_moment
+            full = self.has_second_moment and not treatment
             bits = self.embedding_bits or (32 if full else bits)
-        return {**second_moment, "state_bits": bits}
+        return {**treatment, "state_bits": bits}
 
     def shared_options(self) -> dict[str, Any]:
         """Keywords of the optimizer class: what holds for every group, and for parameters that no plan knows."""
@@ -69,8 +90,8 @@ class Recipe:
     def state_plan(self, role: ParamRole, options: dict[str, Any]) -> StatePlan:
         """The state of a parameter with these group options."""
         cls = self.optimizer_cls
-        values = {**cls.layout_options, **self.shared_options(), **options}
-        return cls.make_plan(role.shape, **{option: values[option] for option in cls.layout_options})
+        values = {**cls.plan_options(), **self.shared_options(), **options}
+        return cls.make_plan(role.shape, **{option: values[option] for option in cls.plan_options()})
 
 
 @dataclass(frozen=True)
@@ -115,18 +136,21 @@ def plan_roles(model: nn.Module, recipe: Recipe) -> RolePlan:
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(canonical_name(name))
     path = getattr(recipe, "rules", None)
-    rules = load_rules(path) if path else None
+    rules = load_rules(path, recipe.read_rule) if path else None
     if rules:
         rules.check_used([name for aliases in names.values() for name in aliases])
 
     assignments = []
     for param, role in assign_roles(model):
-        second_moment, why = recipe.second_moment(role)
-        override = rules.axes_of(names[id(param)], role.role) if rules else None
-        if override:
-            axes, why = override
-            if any(not -len(role.shape) <= axis < len(role.shape) for axis in axes):
-                raise ValueError(f"{why}: axes={axes} does not fit {role.name} of shape {role.shape}.")
-            second_moment = {"axes": axes} if axes else FULL
-        assignments.append(Assignment(param, role, recipe.group_options(role, second_moment), why))
+        rule = rules.find(names[id(param)], role.role) if rules else None
+        if rule:
+            value, why = rule
+            try:
+                options = recipe.apply_rule(role, value)
+            except ValueError as error:
+                raise ValueError(f"{why}: {error}") from None
+        else:
+            options, why = recipe.treat(role)
+        assignments.append(Assignment(param, role, recipe.group_options(role, options), why))
+    recipe.check_use(assignments)
     return RolePlan(assignments)

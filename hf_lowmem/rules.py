@@ -1,44 +1,44 @@
-"""Rules files: which axes the second moment of a parameter is averaged over, by name, against what was detected."""
+"""Rules files: how a parameter is treated, by name, against what was detected."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_lowmem.roles import canonical_name
 
-Axes = tuple[int, ...]  # empty: the full second moment
+ReadValue = Callable[[Any], Any]  # checks a rule's value, and raises ValueError saying what was expected
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The content of a rules file; axes are in the tensor's own layout.
+    """The content of a rules file; what its values mean is the algorithm's.
 
     Args:
-        exact: parameter name -> axes.
-        regex: (pattern, axes), searched in the name; the first that is found wins.
-        unknown: axes for parameters of unknown role, or None for the algorithm's own choice.
+        exact: parameter name -> value.
+        regex: (pattern, value), searched in the name; the first that is found wins.
+        unknown: at most one value, for parameters of unknown role.
     """
 
-    exact: dict[str, Axes]
-    regex: tuple[tuple[str, Axes], ...] = ()
-    unknown: Axes | None = None
+    exact: dict[str, Any]
+    regex: tuple[tuple[str, Any], ...] = ()
+    unknown: tuple[Any, ...] = ()
 
-    def axes_of(self, names: Sequence[str], role: str) -> tuple[Axes, str] | None:
-        """(axes, the rule that says so) for a parameter with these names (several if tied), or None."""
+    def find(self, names: Sequence[str], role: str) -> tuple[Any, str] | None:
+        """(value, the rule that says so) for a parameter with these names (several if tied), or None."""
         for name in names:
             if name in self.exact:
                 return self.exact[name], "rules file, by name"
-        for pattern, axes in self.regex:
+        for pattern, value in self.regex:
             if any(re.search(pattern, name) for name in names):
-                return axes, f"rules file, {pattern!r}"
-        if role == "unknown" and self.unknown is not None:
-            return self.unknown, "rules file, unknown role"
+                return value, f"rules file, {pattern!r}"
+        if role == "unknown" and self.unknown:
+            return self.unknown[0], "rules file, unknown role"
         return None
 
     def check_used(self, names: Sequence[str]) -> None:
@@ -57,11 +57,10 @@ class Rules:
                 )
 
 
-def load_rules(path: str) -> Rules:
+def load_rules(path: str, read_value: ReadValue) -> Rules:
     """Read a rules file.
 
-    It holds `{"exact": {name: axes}, "regex": [[pattern, axes], ...], "unknown": axes}`, or a flat `{name: axes}`.
-    Axes are a list of ints; null, [] and "full" keep the full second moment.
+    It holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "unknown": value}`, or a flat `{name: value}`.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or does not have this form.
@@ -79,22 +78,30 @@ def load_rules(path: str) -> Rules:
     if not isinstance(exact, dict) or not isinstance(regex, list):
         raise ValueError(f'rules={path!r}: "exact" must be an object and "regex" a list.')
     if not all(isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) for rule in regex):
-        raise ValueError(f'rules={path!r}: "regex" must be a list of [pattern, axes] pairs.')
+        raise ValueError(f'rules={path!r}: "regex" must be a list of [pattern, value] pairs.')
     for pattern, _ in regex:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"rules={path!r}: {pattern!r} is not a regular expression: {error}.") from error
+
+    def read(value: Any, rule: str) -> Any:
+        try:
+            return read_value(value)
+        except ValueError as error:
+            raise ValueError(f"rules={path!r}: {rule!r} has {value!r}, expected {error}.") from None
+
     return Rules(
-        exact={canonical_name(name): _axes(value, name, path) for name, value in exact.items()},
-        regex=tuple((pattern, _axes(value, pattern, path)) for pattern, value in regex),
-        unknown=_axes(content["unknown"], "unknown", path) if "unknown" in content else None,
+        exact={canonical_name(name): read(value, name) for name, value in exact.items()},
+        regex=tuple((pattern, read(value, pattern)) for pattern, value in regex),
+        unknown=(read(content["unknown"], "unknown"),) if "unknown" in content else (),
     )
 
 
-def _axes(value: Any, rule: str, path: str) -> Axes:
+def read_axes(value: Any) -> tuple[int, ...]:
+    """The axes that a second moment is averaged over, in the tensor's own layout; none keep it whole."""
     if value is None or value == "full":
         return ()
     if isinstance(value, list) and all(type(axis) is int for axis in value):
         return tuple(value)
-    raise ValueError(f'rules={path!r}: {rule!r} has {value!r}, expected a list of axes, null or "full".')
+    raise ValueError('a list of axes, null or "full"')

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,22 +23,28 @@ class TensorSpec:
             not (averaged axes, blocks).
         dtype: storage dtype.
         signed: False for tensors that are never negative; picks the 8-bit code map.
+        on_host: stays on the CPU, because every step reads it.
     """
 
     shape: tuple[int, ...]
     param_dims: tuple[int | None, ...]
     dtype: torch.dtype = torch.float32
     signed: bool = True
+    on_host: bool = False
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def place(self, device: torch.device) -> torch.device:
+        """Where the tensor lives, for a parameter on `device`."""
+        return torch.device("cpu") if self.on_host else device
+
     def zeros(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.place(device))
 
 
-STEP = TensorSpec((), ())
+STEP = TensorSpec((), (), on_host=True)
 
 
 class Codec(Protocol):
@@ -64,19 +70,119 @@ class Moment(Protocol):
         """Average `value` (float32, the parameter's shape) in, store, and return the estimate, broadcastable to it."""
 
 
+class FullMoment(Moment, Protocol):
+    """A moment with one number per entry, which can be read and rewritten as a whole."""
+
+    def spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        """The tensor that the codec stores."""
+
+
+@dataclass(frozen=True)
+class BoundMoment:
+    """One moment of one parameter, with the state that it is stored in."""
+
+    moment: Moment
+    state: State
+    name: str
+    codec: Codec
+
+    def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
+        """Load the moment, average `value` in, store it and return the estimate."""
+        return self.moment.ema(self.state, self.name, self.codec, value, beta)
+
+    def load(self) -> Tensor:
+        """A full moment as float32, perhaps the stored tensor itself."""
+        return self.codec.decode(self.state, self.name, self._spec())
+
+    def store(self, value: Tensor) -> None:
+        """Overwrite a full moment."""
+        self.codec.encode(self.state, self.name, self._spec(), value)
+
+    def _spec(self) -> TensorSpec:
+        return cast(FullMoment, self.moment).spec(tuple(self.state[self.name].shape))
+
+
+Moments = Mapping[str, BoundMoment]
+Space = tuple[tuple[int, ...], tuple[int | None, ...]]  # a shape, and the parameter axis that each axis runs along
+
+
+class Projection(Protocol):
+    """The space that the moments live in, and when its basis changes.
+
+    `before_step` and `after_step` run outside any compiled region, with `step` counting the current step; they may
+    change the basis and rewrite the moments. Gradients come in the parameter's dtype; all arithmetic is float32.
+    """
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The state tensors of the projection itself."""
+
+    def space(self, shape: tuple[int, ...], moment: str) -> Space:
+        """The space of one moment of a parameter of `shape`."""
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
+
+    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        """A tensor of the parameter's shape in the space of the moments, float32."""
+
+    def project_back(self, state: State, update: Tensor) -> Tensor:
+        """A tensor of the moments' space as one of the parameter's shape, float32."""
+
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+        """param <- decay * param + project_back(update), in place."""
+
+
+@dataclass(frozen=True)
+class FullSpace:
+    """No projection: the moments have the parameter's shape."""
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {}
+
+    def space(self, shape: tuple[int, ...], moment: str) -> Space:
+        return shape, tuple(range(len(shape)))
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        pass
+
+    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        pass
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        return grad
+
+    def project_back(self, state: State, update: Tensor) -> Tensor:
+        return update
+
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+        param.mul_(decay).add_(update)
+
+
+FULL_SPACE = FullSpace()
+
+
 @dataclass(frozen=True, eq=False)
 class StatePlan:
-    """The state of one parameter: its moments by name and the codec that stores the full ones."""
+    """The state of one parameter: its moments by name, the codec that stores the full ones, and the projection."""
 
     moments: Mapping[str, Moment]
     codec: Codec
+    projection: Projection = FULL_SPACE
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Every state tensor of a parameter of `shape`, `step` included."""
-        declared = {"step": STEP}
+        declared = {"step": STEP, **self.projection.specs(shape)}
         for name, moment in self.moments.items():
-            declared.update(moment.specs(name, shape, self.codec))
+            space, param_dims = self.projection.space(shape, name)
+            for key, spec in moment.specs(name, space, self.codec).items():
+                dims = tuple(None if dim is None else param_dims[dim] for dim in spec.param_dims)
+                declared[key] = replace(spec, param_dims=dims)
         return declared
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(spec.nbytes for spec in self.specs(shape).values())
+
+    def bind(self, state: State) -> dict[str, BoundMoment]:
+        """The moments with the state of one parameter."""
+        return {name: BoundMoment(moment, state, name, self.codec) for name, moment in self.moments.items()}

@@ -18,6 +18,7 @@ LAYERS = [
     {"optimizer"},
     {"checks", "composed"},
     {"kernels"},
+    {"projections"},
     {"update_rules", "moments", "codecs"},
     {"state", "scratch"},
 ]

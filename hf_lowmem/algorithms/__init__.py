@@ -3,13 +3,22 @@
 from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
 from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
 from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
+from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
 from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
 from hf_lowmem.param_groups import Recipe
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.algorithm: recipe
-    for recipe in (LowMemAdamWRecipe, SlimAdamRecipe, AdamMiniRecipe, AdalayerRecipe, SignumRecipe)
+    for recipe in (
+        LowMemAdamWRecipe,
+        SlimAdamRecipe,
+        AdamMiniRecipe,
+        AdalayerRecipe,
+        SignumRecipe,
+        CoapAdamWRecipe,
+        CoapAdafactorRecipe,
+    )
 }
 
-__all__ = ["Adalayer", "AdamMini", "LowMemAdamW", "RECIPES", "Signum", "SlimAdamW"]
+__all__ = ["Adalayer", "AdamMini", "CoapAdafactor", "CoapAdamW", "LowMemAdamW", "RECIPES", "Signum", "SlimAdamW"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import EMBEDDINGS, FULL, Recipe, SecondMoment
+from hf_lowmem.param_groups import EMBEDDINGS, FULL, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 
 
@@ -42,7 +42,7 @@ class AdalayerRecipe(Recipe):
     algorithm = "adalayer"
     optimizer_cls = Adalayer
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
+    def treat(self, role: ParamRole) -> Treatment:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
             return FULL, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):

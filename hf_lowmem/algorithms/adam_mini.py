@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import FULL, Recipe, SecondMoment
+from hf_lowmem.param_groups import FULL, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 
 ELEMENTWISE = (
@@ -52,7 +52,7 @@ class AdamMiniRecipe(Recipe):
     algorithm = "adam_mini"
     optimizer_cls = AdamMini
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
+    def treat(self, role: ParamRole) -> Treatment:
         if role.role == "norm":
             return {"axes": tuple(range(len(role.shape)))}, "one per norm"
         if role.role in ELEMENTWISE or role.fan_out is None:

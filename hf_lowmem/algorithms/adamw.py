@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer, Roles
-from hf_lowmem.param_groups import FULL, Recipe, SecondMoment
+from hf_lowmem.param_groups import FULL, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment, StatePlan
 
@@ -135,7 +135,7 @@ class LowMemAdamWRecipe(Recipe):
     algorithm = "lowmem_adamw"
     optimizer_cls = LowMemAdamW
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
+    def treat(self, role: ParamRole) -> Treatment:
         return FULL, "AdamW keeps every entry"
 
 

@@ -11,7 +11,7 @@ from hf_lowmem.algorithms.adamw import STORAGE
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer, Roles
-from hf_lowmem.param_groups import FULL, Recipe, SecondMoment
+from hf_lowmem.param_groups import FULL, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import StatePlan
 
@@ -64,5 +64,5 @@ class SignumRecipe(Recipe):
     optimizer_cls = Signum
     has_second_moment = False
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
+    def treat(self, role: ParamRole) -> Treatment:
         return FULL, "no second moment"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import FULL, Recipe, SecondMoment
+from hf_lowmem.param_groups import FULL, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 
 # Table 1 of the paper: the axes averaged over. "One per token" for embeddings is their fan_in.
@@ -59,7 +59,7 @@ class SlimAdamRecipe(Recipe):
     algorithm = "slim_adamw"
     optimizer_cls = SlimAdamW
 
-    def second_moment(self, role: ParamRole) -> SecondMoment:
+    def treat(self, role: ParamRole) -> Treatment:
         if role.parts:
             if self.fused == "full":
                 return FULL, "fused=full"

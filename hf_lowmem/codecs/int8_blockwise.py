@@ -12,6 +12,7 @@ from hf_lowmem.scratch import Scratch, known_finite
 from hf_lowmem.state import State, TensorSpec
 
 BLOCK_SIZES = (256, 128, 64)
+_MIN_BLOCK_SIZE = 32
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -90,6 +91,8 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scra
     codes.copy_(code.bitwise_right_shift_(CELL_BITS))
 
 
-def block_size_for(columns: int, largest: int) -> int | None:
+def block_size_for(columns: int, largest: int, any_divisor: bool = False) -> int | None:
     """The largest of 256, 128 and 64, at most `largest`, that divides a row of `columns` entries, or None."""
-    return next((size for size in BLOCK_SIZES if size <= largest and columns % size == 0), None)
+    usual = [size for size in BLOCK_SIZES if size <= largest]
+    unusual = range(min(largest, columns), _MIN_BLOCK_SIZE - 1, -1) if any_divisor else ()
+    return next((size for size in (*usual, *unusual) if columns % size == 0), None)

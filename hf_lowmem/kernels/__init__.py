@@ -4,16 +4,26 @@ A kernel takes parameters that share a key and updates them and their state in p
 defines; without one the rule itself runs, and the tests compare the two for every key.
 """
 
+from functools import partial
+
 from hf_lowmem.kernels import eager
 from hf_lowmem.kernels.seam import Hyper, Kernel, KernelKey, Slot, key_of
 
 _ANY = "any device"
+_FORMS = {"adamw": eager.adamw_form, "transformers_adamw": eager.transformers_adamw_form}
 KERNELS: dict[KernelKey, Kernel] = {}
 for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
-    KERNELS[KernelKey("signum", "none", _codec, _ANY)] = eager.signum
-    KERNELS[KernelKey("adamw", "Full", _codec, _ANY)] = eager.adamw_full
-    KERNELS[KernelKey("adamw", "GroupMean", _codec, _ANY)] = eager.adamw_mean
-KERNELS[KernelKey("adamw", "Full", "Float32", "cpu")] = eager.adamw_full_float32
+    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", _ANY)] = eager.signum
+    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", _ANY)] = eager.adamw_mean
+    for _rule, _form in _FORMS.items():
+        KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", _ANY)] = partial(eager.adamw_full, form=_form)
+        for _space in ("LowRank", "Tucker"):
+            KERNELS[KernelKey(_rule, "Full", _codec, _space, _ANY)] = eager.in_subspace(eager.adamw_full, _form)
+for _rule, _form in _FORMS.items():
+    KERNELS[KernelKey(_rule, "Full", "Float32", "FullSpace", "cpu")] = partial(eager.adamw_full_float32, form=_form)
+    for _space in ("LowRank", "Tucker"):
+        _kernel = eager.in_subspace(eager.adamw_full_float32, _form)
+        KERNELS[KernelKey(_rule, "Full", "Float32", _space, "cpu")] = _kernel
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
-from hf_lowmem.kernels.seam import Hyper, Slot
+from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.scratch import Scratch, known_finite
 
@@ -109,12 +110,12 @@ class Weight:
     def load_grad(self, scratch: Scratch) -> Tensor:
         return as_float32(self.grad, "grad", scratch)
 
-    def load(self, grad: Tensor, hyper: Hyper, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """The decayed weights and the first moment with `grad` averaged in, as float32."""
+    def load(self, grad: Tensor, decay: float, beta1: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """The weights times `decay` and the first moment with `grad` averaged in, as float32."""
         param = as_float32(self.param, "param", scratch)
-        if hyper.weight_decay:
-            param.mul_(1 - hyper.lr * hyper.weight_decay)
-        return param, self.exp_avg.load(scratch).lerp_(grad, 1 - hyper.beta1)
+        if decay != 1:
+            param.mul_(decay)
+        return param, self.exp_avg.load(scratch).lerp_(grad, 1 - beta1)
 
     def store(self, param: Tensor, exp_avg: Tensor, scratch: Scratch) -> None:
         if param is not self.param:
@@ -122,68 +123,121 @@ class Weight:
         self.exp_avg.store(exp_avg, scratch)
 
 
+@dataclass(frozen=True)
+class Scalars:
+    """One step of one parameter: param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)."""
+
+    decay: float
+    step_size: float
+    eps: float
+
+
+Form = Callable[[Slot, Hyper], Scalars]
+
+
+def adamw_form(slot: Slot, hyper: Hyper) -> Scalars:
+    """`adamw_rule`, its bias corrections moved from the tensors to the scalars."""
+    root = math.sqrt(1 - hyper.beta2**slot.step)
+    step_size = hyper.lr * root / (1 - hyper.beta1**slot.step)
+    return Scalars(1 - hyper.lr * hyper.weight_decay, step_size, hyper.eps * root)
+
+
+def transformers_adamw_form(slot: Slot, hyper: Hyper) -> Scalars:
+    """`transformers_adamw_rule`, the decay of the update moved to the scalars too."""
+    decay = 1 - hyper.lr * hyper.weight_decay
+    step_size = adamw_form(slot, hyper).step_size if hyper.flags["correct_bias"] else hyper.lr
+    return Scalars(decay, decay * step_size, hyper.eps)
+
+
 def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
     """Signum: no second moment."""
     scratch = Scratch(slots[0].param.device)
+    decay = 1 - hyper.lr * hyper.weight_decay
     for slot in slots:
         weight = Weight.of(slot, at_least_1d)
         for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
             tile = weight[index]
-            param, exp_avg = tile.load(tile.load_grad(scratch), hyper, scratch)
+            param, exp_avg = tile.load(tile.load_grad(scratch), decay, hyper.beta1, scratch)
             param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=hyper.lr)
             tile.store(param, exp_avg, scratch)
 
 
-def adamw_full_float32(slots: Sequence[Slot], hyper: Hyper) -> None:
+def adamw_full_float32(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> None:
     """AdamW as torch's fused CPU step takes it, where all is float32 and contiguous; else as `adamw_full`."""
-    fused: list[Slot] = []
+    by_step: dict[float, list[Slot]] = defaultdict(list)
     others: list[Slot] = []
     for slot in slots:
         plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (slot.param, slot.grad))
-        (fused if plain else others).append(slot)
-    if fused:
-        params, grads, states, _ = zip(*fused, strict=True)
-        torch_adamw(
-            list(params),
-            list(grads),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] - 1 for state in states],  # torch counts the step itself
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            lr=hyper.lr,
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-        )
+        (by_step[slot.step] if plain else others).append(slot)
+    for step, fused in by_step.items():
+        torch_fused(fused, step, hyper, form)
     if others:
-        adamw_full(others, hyper)
+        adamw_full(others, hyper, form)
 
 
-def adamw_full(slots: Sequence[Slot], hyper: Hyper) -> None:
+def torch_fused(slots: Sequence[Slot], step: float, hyper: Hyper, form: Form) -> None:
+    lr, weight_decay, eps = hyper.lr, hyper.weight_decay, hyper.eps
+    if form is not adamw_form:  # the hyperparameters with which adamw_rule takes the same step
+        scalars, root = form(slots[0], hyper), math.sqrt(1 - hyper.beta2**step)
+        lr = scalars.step_size * (1 - hyper.beta1**step) / root
+        weight_decay = (1 - scalars.decay) / lr if lr else 0.0
+        eps = scalars.eps / root
+    torch_adamw(
+        [slot.param for slot in slots],
+        [slot.grad for slot in slots],
+        [slot.state["exp_avg"] for slot in slots],
+        [slot.state["exp_avg_sq"] for slot in slots],
+        [],
+        [torch.tensor(step - 1) for _ in slots],  # torch counts the step itself
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+    )
+
+
+def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> None:
     """AdamW with one second-moment number per entry."""
     scratch = Scratch(slots[0].param.device)
     for slot in slots:
-        correction1, root_correction2 = corrections(slot, hyper)
+        scalars = form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
         second = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
         for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
             tile, exp_avg_sq = weight[index], second[index]
             grad = tile.load_grad(scratch)
-            param, exp_avg = tile.load(grad, hyper, scratch)
+            param, exp_avg = tile.load(grad, scalars.decay, hyper.beta1, scratch)
             loaded = exp_avg_sq.load(scratch)
             rooted = exp_avg_sq.absmax is not None  # codes hold the square root, which the step needs too
             if rooted:
                 loaded.square_()
             loaded.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
             root = torch.sqrt(loaded, out=loaded if rooted else scratch.get("root", grad.shape))
-            denominator = torch.add(root, hyper.eps * root_correction2, out=scratch.get("denominator", grad.shape))
-            param.addcdiv_(exp_avg, denominator, value=-hyper.lr * root_correction2 / correction1)
+            denominator = torch.add(root, scalars.eps, out=scratch.get("denominator", grad.shape))
+            param.addcdiv_(exp_avg, denominator, value=-scalars.step_size)
             exp_avg_sq.store(loaded, scratch)
             tile.store(param, exp_avg, scratch)
+
+
+def in_subspace(kernel: Callable[[Sequence[Slot], Hyper, Form], None], form: Form) -> Kernel:
+    """The kernel of an elementwise rule in the space of a projection, where it steps an update that starts at zero."""
+
+    def undecayed(slot: Slot, hyper: Hyper) -> Scalars:
+        return replace(form(slot, hyper), decay=1.0)
+
+    def step(slots: Sequence[Slot], hyper: Hyper) -> None:
+        for slot in slots:
+            projection = slot.plan.projection
+            grad = projection.project(slot.state, slot.grad).contiguous()
+            update = torch.zeros_like(grad)
+            kernel([Slot(update, grad, slot.state, slot.plan, slot.step)], hyper, undecayed)
+            projection.add_back(slot.state, slot.param, update, form(slot, hyper).decay)
+
+    return step
 
 
 def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
@@ -223,7 +277,7 @@ def step_means(
 ) -> None:
     """Step a weight of which the first `depth` axes may be cut: first along axes that no group crosses."""
     limit = tile_size(scratch.device)
-    correction1, root_correction2 = corrections(slot, hyper)
+    scalars = adamw_form(slot, hyper)
     crossed = {axis for part in parts for axis in part.dims}
     free = next((axis for axis in range(depth) if axis in crossed), depth)
     for chunk_index in tiles(weight.param.shape, limit, free):
@@ -231,13 +285,14 @@ def step_means(
         groups = [part[chunk_index] for part in parts]
         inner = list(tiles(chunk.param.shape, limit, depth))
         grad = average_squares(chunk, groups, inner, hyper, scratch)
-        roots = [part.exp_avg_sq.sqrt().add_(hyper.eps * root_correction2) for part in groups]
+        roots = [part.exp_avg_sq.sqrt().add_(scalars.eps) for part in groups]
         for index in inner:
             tile = chunk[index]
-            param, exp_avg = tile.load(tile.load_grad(scratch) if grad is None else grad, hyper, scratch)
+            loaded = tile.load_grad(scratch) if grad is None else grad
+            param, exp_avg = tile.load(loaded, scalars.decay, hyper.beta1, scratch)
             for part, root in zip(groups, roots, strict=True):
                 part.view(param).addcdiv_(
-                    part.view(exp_avg), broadcast_tile(root, index), value=-hyper.lr * root_correction2 / correction1
+                    part.view(exp_avg), broadcast_tile(root, index), value=-scalars.step_size
                 )
             tile.store(param, exp_avg, scratch)
 
@@ -264,12 +319,6 @@ def square_sum(grad: Tensor, dims: tuple[int, ...], scratch: Scratch) -> Tensor:
     if not known_finite(total):
         total = torch.nan_to_num(square, 0.0, 0.0, 0.0, out=square).sum(dims, keepdim=True)
     return total
-
-
-def corrections(slot: Slot, hyper: Hyper) -> tuple[float, float]:
-    """Bias correction of the first moment, and the root of the second's, which is moved from the tensors to the lr."""
-    step = slot.state["step"].item()
-    return 1 - hyper.beta1**step, math.sqrt(1 - hyper.beta2**step)
 
 
 def at_least_1d(tensor: Tensor) -> Tensor:

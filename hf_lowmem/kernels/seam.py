@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,30 +13,37 @@ from hf_lowmem.state import State, StatePlan
 
 @dataclass(frozen=True)
 class Hyper:
-    """The hyperparameters of a group at this step."""
+    """The hyperparameters of a group at this step; `flags` are those that only its rule has, plain values."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if name != "flags"}
 
 
 class Slot(NamedTuple):
-    """One parameter to step: its gradient, its state (`step` already counted) and its plan."""
+    """One parameter to step: its gradient, its state, its plan, and the number of this step, from 1."""
 
     param: Tensor
     grad: Tensor
     state: State
     plan: StatePlan
+    step: float
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is written for: the rule, and the kinds of second moment ("none" if there is none) and codec."""
+    """What a kernel is written for: the rule, and the kinds of second moment ("none" if there is none), codec, space."""
 
     rule: str
     second_moment: str
     codec: str
+    projection: str
     device: str
 
 
@@ -45,4 +52,5 @@ Kernel = Callable[[Sequence[Slot], Hyper], None]
 
 def key_of(rule: str, plan: StatePlan, device: str) -> KernelKey:
     second = plan.moments.get("exp_avg_sq")
-    return KernelKey(rule, type(second).__name__ if second else "none", type(plan.codec).__name__, device)
+    kind = type(second).__name__ if second else "none"
+    return KernelKey(rule, kind, type(plan.codec).__name__, type(plan.projection).__name__, device)

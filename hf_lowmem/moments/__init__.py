@@ -2,5 +2,6 @@
 
 from hf_lowmem.moments.full import Full
 from hf_lowmem.moments.group_mean import GroupMean, Segment, whole
+from hf_lowmem.moments.row_col_mean import RowColMean
 
-__all__ = ["Full", "GroupMean", "Segment", "whole"]
+__all__ = ["Full", "GroupMean", "RowColMean", "Segment", "whole"]

@@ -117,6 +117,9 @@ def _convert(value: Any, kind: Any) -> Any:
             return value
         if str(value).lower() in _BOOLS:
             return _BOOLS[str(value).lower()]
+    elif get_origin(kind) is list:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, get_args(kind)[0]) for item in value):
+            return list(value)
     elif kind in (int, float):
         if text is not None or type(value) in (int, kind):
             return kind(value)
@@ -126,4 +129,6 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    return "one of " + ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else _EXPECTED[kind]
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    return "a JSON list of strings" if get_origin(kind) is list else _EXPECTED[kind]

@@ -1,0 +1,330 @@
+"""COAP: AdamW and Adafactor whose moments live in a low-rank space that follows the gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.algorithms.adamw import STORAGE
+from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
+from hf_lowmem.checks import check_projection
+from hf_lowmem.codecs import codec_for
+from hf_lowmem.moments import Full, RowColMean
+from hf_lowmem.optimizer import LowMemOptimizer, Roles
+from hf_lowmem.param_groups import Treatment
+from hf_lowmem.projections import LowRank, Schedule, Tucker
+from hf_lowmem.roles import ParamRole
+from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
+
+DEFAULT_RANK_RATIO = 4.0
+MIN_CONV_SIZE = 32 * 32 * 3 * 3  # smaller convolutions are not projected
+
+
+class Coap(LowMemOptimizer):
+    """What COAP's two optimizers share: the space of each weight, and when its basis changes.
+
+    Without `roles`, matrices and large 4-D convolutions are projected, and 3-D weights where the group says that they
+    are `stacked` matrices.
+
+    Args:
+        rank: dimensions kept of each matrix's smaller side; a matrix of that very size is not projected.
+        rank_ratio: smaller side over dimensions kept, instead of `rank`; 4 where neither is given.
+        conv_rank_ratio: the same for convolutions, whose two ranks are channels / sqrt(ratio); default `rank_ratio`.
+            With `rank` alone convolutions are not projected.
+        update_interval: steps between two corrections of the basis (Eq. 5).
+        reproject_factor: every so many corrections the basis is recomputed instead (Eq. 6 and 7).
+        scale: factor of every projected update.
+        restore_state: carry the moments over a change of basis: True mixes the second by the squared rotation,
+            "reference" as the authors' code does, which lets single steps grow a hundredfold; False leaves them.
+        eq5_scale: "rms" scales the gradient to unit size in Eq. 5; with "none", the paper's, a large weight's basis
+            does not move.
+        align: what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".
+        proj_bits: 32 or 16, bits of the basis; by default 16 where `state_bits` is below 32.
+        project: whether the group's weights are projected at all.
+        transposed: whether they are stored (fan_in, fan_out).
+        stacked: whether 3-D weights are stacks of matrices.
+        state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`; the sizes are those of the
+            projected moments, and any divisor of their rows from 32 to `block_size` will do as a block.
+    """
+
+    layout_options: ClassVar[dict[str, Any]] = {
+        **STORAGE,
+        "rank": None,
+        "rank_ratio": None,
+        "conv_rank_ratio": None,
+        "proj_bits": None,
+        "project": True,
+        "transposed": False,
+        "stacked": False,
+    }
+    schedule_options: ClassVar[dict[str, Any]] = {
+        "update_interval": 32,
+        "reproject_factor": 5,
+        "scale": 1.0,
+        "restore_state": False,
+        "eq5_scale": "none",
+        "align": "sign",
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        compile: bool,
+        roles: Roles | None,
+        **options: Any,
+    ) -> None:
+        unknown = set(options) - {*self.plan_options(), *self.rule_flags}
+        if unknown:
+            legal = ", ".join((*self.plan_options(), *self.rule_flags))
+            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {legal}.")
+        values = {**self.plan_options(), **options}
+        check_projection(values)
+        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
+
+    @classmethod
+    def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
+        projection = projection_for(shape, options)
+        space = projection.space(shape, "exp_avg")[0]
+        storage = (options["state_bits"], options["block_size"], options["min_8bit_size"])
+        codec = codec_for(space, *storage, any_divisor=projection is not FULL_SPACE)
+        return StatePlan({"exp_avg": Full(), "exp_avg_sq": cls.second_moment(space)}, codec, projection)
+
+    @classmethod
+    def second_moment(cls, space: tuple[int, ...]) -> Moment:
+        raise NotImplementedError
+
+
+class CoapAdamW(Coap):
+    """AdamW in a low-rank space of each weight's smaller side.
+
+        g <- G P^T                                      (P G where the weight has more inputs than outputs)
+        m <- b1 m + (1 - b1) g
+        v <- b2 v + (1 - b2) g^2
+        W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) scale (m / (sqrt(v) + eps)) P
+        W <- W - lr weight_decay W
+
+    Source: arXiv:2412.00071; authors' code bytedance/coap@deabc3a.
+    Departs from it: moments are float32 or 8-bit whatever the weight's dtype, and in 8 bits v is stored as its root; a
+    recomputed basis keeps its signs; carried-over second moments mix by the squared rotation; W is taken as
+    (outputs, inputs) whatever its layout.
+
+    State per projected (m, n) weight, r the rank: exp_avg and exp_avg_sq (max(m, n), r) or (r, max(m, n)); proj
+    (r, min(m, n)) in float32 or bfloat16; proj_count; step. Other weights: as `LowMemAdamW`.
+
+    Args:
+        correct_bias: correct the moments' bias, as the authors do by default.
+    """
+
+    __doc__ += Coap.__doc__.partition("Args:\n")[2]  # type: ignore[operator, union-attr]
+
+    algorithm = "coap_adamw"
+    rule = "transformers_adamw"
+    rule_flags = ("correct_bias",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        compile: bool = False,
+        roles: Roles | None = None,
+        **options: Any,
+    ) -> None:
+        flags = {"correct_bias": correct_bias}
+        super().__init__(params, lr, betas, eps, weight_decay, compile=compile, roles=roles, **flags, **options)
+
+    @classmethod
+    def second_moment(cls, space: tuple[int, ...]) -> Moment:
+        return Full(signed=False)
+
+
+class CoapAdafactor(Coap):
+    """Adafactor with momentum in a low-rank space of each weight's smaller side.
+
+        g <- G P^T;  b2 = 1 - t^decay_rate;  a = lr, or lr max(1e-3, rms(W)) with scale_parameter
+        row <- b2 row + (1 - b2) mean_columns(g^2 + 1e-30);  col likewise over rows
+        u <- g / sqrt(row / mean(row) col);  u <- u / max(1, rms(u) / clip_threshold)
+        m <- b1 m + (1 - b1) a u
+        W <- W - a weight_decay W - scale m P
+
+    Source: arXiv:2412.00071 and arXiv:1804.04235; authors' code bytedance/coap@deabc3a.
+    Departs from it as `CoapAdamW` does; the first moment cannot be left out, Eq. 5 needs it; `scale_parameter` is off
+    by default, as in the Trainer's own Adafactor; statistics of stacked experts are each expert's own.
+
+    State per projected (m, n) weight, r the rank: exp_avg (max(m, n), r) or (r, max(m, n)); exp_avg_sq_row and
+    exp_avg_sq_col, one number for each of its rows and columns, float32; proj; proj_count; step. Vectors keep a full
+    exp_avg_sq. `betas[1]` and `eps` are accepted so that a Trainer's arguments fit, and not used.
+
+    Args:
+        decay_rate: exponent of the second moment's decay, below 0.
+        clip_threshold: largest root mean square of an update before the learning rate.
+        scale_parameter: scale the learning rate by the weight's root mean square.
+    """
+
+    __doc__ += Coap.__doc__.partition("Args:\n")[2]  # type: ignore[operator, union-attr]
+
+    algorithm = "coap_adafactor"
+    rule = "adafactor"
+    rule_flags = ("decay_rate", "clip_threshold", "scale_parameter")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decay_rate: float = -0.8,
+        clip_threshold: float = 1.0,
+        scale_parameter: bool = False,
+        compile: bool = False,
+        roles: Roles | None = None,
+        **options: Any,
+    ) -> None:
+        flags = {"decay_rate": decay_rate, "clip_threshold": clip_threshold, "scale_parameter": scale_parameter}
+        super().__init__(params, lr, betas, eps, weight_decay, compile=compile, roles=roles, **flags, **options)
+
+    @classmethod
+    def second_moment(cls, space: tuple[int, ...]) -> Moment:
+        return RowColMean() if len(space) > 1 else Full(signed=False)
+
+
+def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projection:
+    """The space of a weight's moments under the options of its group.
+
+    Raises:
+        ValueError: the rank is above the smaller side.
+    """
+    rank, ratio = options["rank"], options["rank_ratio"]
+    if rank is None and ratio is None:
+        ratio = DEFAULT_RANK_RATIO
+    restored = {True: "squared", False: "none"}.get(options["restore_state"], options["restore_state"])
+    common = dict(
+        dtype=torch.bfloat16 if proj_bits(options) == 16 else torch.float32,
+        schedule=Schedule(options["update_interval"], options["reproject_factor"]),
+        scale=options["scale"],
+        restore_state=restored,
+        eq5_scale=options["eq5_scale"],
+        align=options["align"],
+    )
+    if not options["project"] or 0 in shape:
+        return FULL_SPACE
+    if len(shape) == 2 or (len(shape) == 3 and options["stacked"]):
+        short = min(shape[-2:])
+        kept = max(int(short / ratio), 1) if rank is None else rank
+        if kept > short:
+            raise ValueError(
+                f"rank={rank} is above {short}, the smaller side of a weight of shape {shape}: use a rank of at most "
+                f"{short}, or rank_ratio, or leave the weight out (target_modules, rules)."
+            )
+        return FULL_SPACE if rank == short else LowRank(kept, options["transposed"], **common)
+    conv_ratio = options["conv_rank_ratio"] or ratio
+    if len(shape) == 4 and math.prod(shape) > MIN_CONV_SIZE and conv_ratio is not None:
+        return Tucker(shape, tucker_ranks(shape, conv_ratio), **common)
+    return FULL_SPACE
+
+
+def tucker_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
+    """Of the output channels of a width-1 kernel, else of output and input channels."""
+    if shape[3] == 1:
+        return (max(int(shape[0] / ratio), 1),)
+    return tuple(max(int(channels / math.sqrt(ratio)), 1) for channels in shape[:2])
+
+
+def proj_bits(options: dict[str, Any]) -> int:
+    return options["proj_bits"] or (32 if options["state_bits"] == 32 else 16)
+
+
+@dataclass(frozen=True)
+class CoapRecipe(ProjectedRecipe):
+    """The options of COAP; see `Coap`."""
+
+    rank: int | None = None
+    rank_ratio: float | None = None
+    conv_rank_ratio: float | None = None
+    update_interval: int = 32
+    reproject_factor: int = 5
+    scale: float = 1.0
+    restore_state: bool | Literal["reference"] = False
+    eq5_scale: Literal["none", "rms"] = "none"
+    align: Literal["sign", "none", "procrustes"] = "sign"
+    proj_bits: Literal[32, 16] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_projection(vars(self))
+
+    def shared_options(self) -> dict[str, Any]:
+        names = [*self.optimizer_cls.plan_options(), *self.optimizer_cls.rule_flags]
+        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {**super().shared_options(), **own}
+
+    def options_of(self, role: ParamRole, asked: Any) -> Treatment:
+        options: dict[str, Any] = {}
+        if len(role.shape) < 4 and role.fan_out == len(role.shape) - 1:
+            options["transposed"] = True
+        if len(role.shape) == 3:
+            options["stacked"] = True
+        if asked is not True:
+            options["rank"] = asked
+        try:
+            projection = projection_for(role.shape, {**self._values(), **options})
+        except ValueError as error:
+            raise ValueError(f"{role.name}: {error}") from None
+        if projection is not FULL_SPACE:
+            return options, "a rank for each expert" if role.expert_axis == 0 else "low rank"
+        if len(role.shape) < 4:
+            return LEFT_OUT, "the rank is its smaller side"
+        small = math.prod(role.shape) <= MIN_CONV_SIZE
+        return LEFT_OUT, "a small convolution" if small else "a convolution, and rank is given without conv_rank_ratio"
+
+    def _values(self) -> dict[str, Any]:
+        return {**self.optimizer_cls.plan_options(), **self.shared_options()}
+
+
+@dataclass(frozen=True)
+class CoapAdamWRecipe(CoapRecipe):
+    """`CoapAdamW`'s options.
+
+    Args:
+        correct_bias: see `CoapAdamW`.
+    """
+
+    correct_bias: bool = True
+
+    algorithm = "coap_adamw"
+    optimizer_cls = CoapAdamW
+
+
+@dataclass(frozen=True)
+class CoapAdafactorRecipe(CoapRecipe):
+    """`CoapAdafactor`'s options.
+
+    Args:
+        decay_rate, clip_threshold, scale_parameter: see `CoapAdafactor`.
+    """
+
+    decay_rate: float = -0.8
+    clip_threshold: float = 1.0
+    scale_parameter: bool = False
+
+    algorithm = "coap_adafactor"
+    optimizer_cls = CoapAdafactor
+
+    @property
+    def has_full_second_moment(self) -> bool:
+        return False

@@ -1,0 +1,116 @@
+"""Which weights an optimizer with a projection takes, and how a user says otherwise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, Treatment
+from hf_lowmem.roles import ParamRole
+
+# Linear-like weights of the body. Embeddings, heads, routers and LoRA factors are not.
+BODY = {
+    *("attention_query", "attention_key", "attention_value", "attention_output"),
+    *("attention_qkv", "attention_key_value", "attention_down"),
+    *("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down", "ssm", "conv"),
+}
+# What `target_modules` may name besides: other nn.Linear, as in transformers. The rest takes a rules file.
+NAMEABLE = BODY | {"lm_head", "classifier", "router", "unknown"}
+LEFT_OUT: dict[str, Any] = {"project": False}
+
+
+@dataclass(frozen=True)
+class ProjectedRecipe(Recipe):
+    """Which weights are projected.
+
+    Args:
+        target_modules: project only these modules: "all-linear", a regular expression that matches the whole name, or
+            a list of parts of names. `TrainingArguments.optim_target_modules` sets it too. Default: all weights of
+            the body.
+        rules: path of a JSON file with rules by name, which go before all else: true, false, or the rank.
+    """
+
+    target_modules: str | list[str] | None = None
+    rules: str | None = None
+
+    def options_of(self, role: ParamRole, asked: Any) -> Treatment:
+        """The options that project a matrix, a stack of them or a convolution, and why; None of them where not.
+
+        Args:
+            role: a parameter with output and input axes.
+            asked: what a rule says, or True.
+
+        Raises:
+            ValueError: the rank does not fit.
+        """
+        raise NotImplementedError
+
+    def treat(self, role: ParamRole) -> Treatment:
+        if not is_projectable(role):
+            return LEFT_OUT, role.role if role.why == "" else role.why
+        if not self._selects(role):
+            return LEFT_OUT, "not of the body" if self.target_modules is None else "not in target_modules"
+        return self.options_of(role, True)
+
+    def _selects(self, role: ParamRole) -> bool:
+        targets = self.target_modules
+        if targets is None or targets in ("all-linear", "all_linear"):
+            return role.role in BODY
+        return role.role in NAMEABLE and names_module(targets, role.name)
+
+    def read_rule(self, value: Any) -> Any:
+        if value is None or value == "full":
+            return False
+        if isinstance(value, bool) or (type(value) is int and value >= 1):
+            return value
+        raise ValueError('true, false, "full", null, or a rank of at least 1')
+
+    def apply_rule(self, role: ParamRole, value: Any) -> dict[str, Any]:
+        if value is False:
+            return LEFT_OUT
+        if not is_projectable(role):
+            raise ValueError(f"{role.name} of shape {role.shape} has no output and input axes to project.")
+        return self.options_of(role, value)[0]
+
+    def check_use(self, assignments: Sequence[Assignment]) -> None:
+        targets = self.target_modules
+        if targets is None or any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
+            return
+        if targets in ("all-linear", "all_linear"):
+            return
+        names = [a.role.name for a in assignments if a.role.role in BODY]
+        raise ValueError(
+            f"target_modules={targets!r} names no weight that can be projected: names look like "
+            f"{' or '.join(names[:3]) or assignments[0].role.name}."
+        )
+
+    def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
+        bits: int = self.state_bits
+        if role.role in EMBEDDINGS and treatment == LEFT_OUT:
+            bits = self.embedding_bits or (32 if self.has_full_second_moment else bits)
+        return {**treatment, "state_bits": bits}
+
+    @property
+    def has_full_second_moment(self) -> bool:
+        return True
+
+
+def is_projectable(role: ParamRole) -> bool:
+    """Whether a parameter is a matrix, a stack of experts' matrices, or a 4-D convolution, with known axes."""
+    if role.fan_out is None:
+        return False
+    return len(role.shape) == 2 or (len(role.shape) == 3 and role.expert_axis == 0) or len(role.shape) == 4
+
+
+def is_projected(assignment: Assignment) -> bool:
+    return assignment.options.get("project") is not False
+
+
+def names_module(targets: str | Sequence[str], name: str) -> bool:
+    """transformers' rule for `optim_target_modules`, of the module's name or the parameter's own."""
+    keys = (name, name.rpartition(".")[0])
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, key) for key in keys)
+    return any(target in key or re.fullmatch(target, key) for target in targets for key in keys)

@@ -1,0 +1,272 @@
+"""The low-rank space of COAP: a basis of a matrix's smaller side that follows the gradient.
+
+Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.moments import Full
+from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.projections.schedule import Schedule
+from hf_lowmem.state import Moments, Space, State, TensorSpec
+
+SKETCH_SEED = 3407
+EQ5_LR, EQ5_CLIP = 0.1, 1.0
+_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Moments of a matrix W (m, n), m outputs by n inputs, in `rank` dimensions of its smaller side.
+
+        right, m >= n:  g = G P^T  (m, rank)     back: u P
+        left,  m < n:   g = P G    (rank, n)     back: P^T u
+
+    A stack of matrices (experts, m, n) has a basis for each. The first basis comes from the first gradient that is
+    not zero; a matrix whose gradient is zero or not finite keeps what it has.
+
+    State: `proj` (rank, n) or (rank, m), rows orthonormal; `proj_count`, how many matrices have a basis.
+
+    Args:
+        rank: dimensions kept.
+        transposed: the weight is stored (fan_in, fan_out), as Conv1D and some experts are; W is its transpose.
+        dtype: storage of the basis.
+        schedule: when the basis changes.
+        scale: factor of every update.
+        restore_state: "squared" carries the moments over a change of basis by its rotation R, the second by R * R;
+            "reference" carries the root of the second by R, as the authors do; "none" leaves both.
+        eq5_scale: "rms" scales the gradient to unit size in Eq. 5, "none" takes it as it is.
+        align: what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".
+    """
+
+    rank: int
+    transposed: bool
+    dtype: torch.dtype
+    schedule: Schedule
+    scale: float = 1.0
+    restore_state: str = "none"
+    eq5_scale: str = "none"
+    align: str = "sign"
+
+    # -- shapes -----------------------------------------------------------------------------------------------------
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        *stack, m, n = self._oriented(shape)
+        out_axis, in_axis = self._oriented(tuple(range(len(shape))))[-2:]
+        side, axis = (n, in_axis) if m >= n else (m, out_axis)
+        dims = (*range(len(stack)), None, axis)
+        return {
+            "proj": TensorSpec((*stack, self.rank, side), dims, self.dtype),
+            "proj_count": TensorSpec((), (), on_host=True),
+        }
+
+    def space(self, shape: tuple[int, ...], moment: str) -> Space:
+        *stack, m, n = self._oriented(shape)
+        out_axis, in_axis = self._oriented(tuple(range(len(shape))))[-2:]
+        if m >= n:
+            return (*stack, m, self.rank), (*range(len(stack)), out_axis, None)
+        return (*stack, self.rank, n), (*range(len(stack)), None, in_axis)
+
+    def _oriented(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight, or its gradient, as W (..., outputs, inputs)."""
+        return weight.mT if self.transposed else weight
+
+    # -- projecting -------------------------------------------------------------------------------------------------
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        matrix, basis = self._matrix(grad).float(), state["proj"].float()
+        return matrix @ basis.mT if is_right(matrix) else basis @ matrix
+
+    def project_back(self, state: State, update: Tensor) -> Tensor:
+        basis = state["proj"].float()
+        right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
+        return self.scale * self._matrix(update @ basis if right else basis.mT @ update)
+
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+        if param.dtype != torch.float32:
+            param.copy_(self.project_back(state, update).add_(param.float(), alpha=decay))
+            return
+        basis = state["proj"].float()
+        left, right = (update, basis) if is_right(self._matrix(param)) else (basis.mT, update)
+        if self.transposed:
+            left, right = right.mT, left.mT
+        add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
+        add_product(left, right, beta=decay, alpha=self.scale)
+
+    # -- the basis --------------------------------------------------------------------------------------------------
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        event = self.schedule.event(state)
+        incomplete = state["proj_count"].item() < len(as_stack(state["proj"]))
+        if not event and not incomplete:
+            return
+        proj = as_stack(state["proj"])
+        matrix = as_stack(self._matrix(grad))
+        magnitude = matrix.abs().amax((1, 2)).float()
+        usable = magnitude.isfinite() & (magnitude > 0)
+        exists = proj.abs().amax((1, 2)) > 0
+        with full_float32():
+            self._change(proj, matrix, usable & exists, event, moments)
+            new = (usable & ~exists).nonzero().flatten() if incomplete else ()
+            if len(new):
+                proj[new] = first_basis(long_side_first(matrix[new].float()), self.rank).to(proj.dtype)
+                state["proj_count"] += len(new)
+
+    def _change(
+        self, proj: Tensor, matrix: Tensor, which: Tensor, event: str | None, moments: Moments
+    ) -> None:
+        """Correct or recompute the bases of the matrices that `which` marks, and carry the moments over."""
+        chosen = which.nonzero().flatten()
+        if event is None or not len(chosen):
+            return
+        old, grad = proj[chosen].float(), matrix[chosen].float()
+        if event == "recompute":
+            new = aligned(recomputed_basis(long_side_first(grad), old), old, self.align)
+        else:
+            exp_avg = as_stack(moments["exp_avg"].load())[chosen]
+            new = corrected_basis(grad, old, exp_avg, unit=self.eq5_scale == "rms")
+        proj[chosen] = new.to(proj.dtype)
+        if self.restore_state != "none":
+            rotation = old @ proj[chosen].float().mT
+            carry_over(moments, chosen, rotation, is_right(grad), reference=self.restore_state == "reference")
+
+    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        pass
+
+
+def is_right(matrix: Tensor) -> bool:
+    return matrix.shape[-2] >= matrix.shape[-1]
+
+
+def as_stack(tensor: Tensor) -> Tensor:
+    """A view with an axis of matrices in front."""
+    return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+
+
+def long_side_first(matrix: Tensor) -> Tensor:
+    """X (..., long, short): the side that is projected last."""
+    return matrix if is_right(matrix) else matrix.mT
+
+
+def first_basis(x: Tensor, rank: int) -> Tensor:
+    """P (..., rank, short) from a randomized range finder; the same sketch for every matrix, device and process."""
+    generator = torch.Generator().manual_seed(SKETCH_SEED)
+    sketch = torch.randn(x.shape[-1], rank, generator=generator).to(x.device)
+    return leading_rows(x, sketch)
+
+
+def recomputed_basis(x: Tensor, basis: Tensor) -> Tensor:
+    """P (..., rank, short) from one subspace iteration that starts at the old basis."""
+    return leading_rows(x, basis.mT)
+
+
+def leading_rows(x: Tensor, sketch: Tensor) -> Tensor:
+    """Eq. 6 and 7: the right singular vectors of X (..., long, short) in the range that the sketch (short, r) finds.
+
+    B = Q^T X is thin, so its SVD is a QR of B^T and an SVD of the r x r factor.
+    """
+    q = torch.linalg.qr(x @ sketch).Q
+    q_b, r_b = torch.linalg.qr(x.mT @ q)
+    vh: Tensor = torch.linalg.svd(r_b.mT).Vh
+    return vh @ q_b.mT
+
+
+def aligned(new: Tensor, old: Tensor, how: str) -> Tensor:
+    """The basis `new` (..., rank, side) with the signs, or the rotation, that bring it nearest to `old`."""
+    if how == "none":
+        return new
+    if how == "procrustes":
+        u, _, vh = torch.linalg.svd(new @ old.mT)
+        return (u @ vh).mT @ new
+    agreement = (new * old).sum(-1, keepdim=True)
+    return torch.where(agreement < 0, -new, new)
+
+
+def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool) -> Tensor:
+    """Eq. 5: one clipped gradient step on P for L(P) = MSE(G_hat, G) (1 - mean_i cos(M_hat_i, G_i)), in closed form.
+
+    G_hat and M_hat are G and the first moment M through the projection, i runs over the rows of W (m, n).
+
+    Args:
+        grad: G (..., m, n).
+        basis: P (..., rank, n) if m >= n, else (..., rank, m).
+        exp_avg: M (..., m, rank) or (..., rank, n).
+        unit: scale G to unit root mean square first.
+    """
+    if unit:
+        grad = grad / grad.square().mean((-2, -1), keepdim=True).sqrt()
+    gradient = eq5_gradient_right(grad, basis, exp_avg) if is_right(grad) else eq5_gradient_left(grad, basis, exp_avg)
+    norm = gradient.square().sum((-2, -1), keepdim=True).sqrt()
+    return basis - EQ5_LR * gradient * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0)
+
+
+def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor) -> Tensor:
+    """dL/dP for G (m, n), P (r, n), M (m, r), m >= n."""
+    m, n = grad.shape[-2:]
+    a, s = grad @ basis.mT, basis @ basis.mT
+    aa = a.mT @ a
+    row_m, row_mu, h = _cosines((exp_avg @ s * exp_avg).sum(-1), (exp_avg * a).sum(-1), grad)
+    f = _residual(grad, aa, s)
+    outer = 2 * h / (m * n)
+    eye = torch.eye(s.shape[-1], device=s.device)
+    by_grad = outer * (s - 2 * eye) @ a.mT - f / m * (row_m * exp_avg).mT
+    by_basis = outer * aa + f / m * (exp_avg.mT @ (row_mu * exp_avg))
+    return by_grad @ grad + by_basis @ basis
+
+
+def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor) -> Tensor:
+    """dL/dP for G (m, n), P (r, m), M (r, n), m < n."""
+    m, n = grad.shape[-2:]
+    a, s = basis @ grad, basis @ basis.mT
+    aa = a @ a.mT
+    k, mm = exp_avg @ grad.mT, exp_avg @ exp_avg.mT  # (r, m), (r, r)
+    row_m, row_mu, h = _cosines((mm @ basis * basis).sum(-2), (basis * k).sum(-2), grad)
+    f = _residual(grad, aa, s)
+    outer = 2 * h / (m * n)
+    eye = torch.eye(s.shape[-1], device=s.device)
+    fit = outer * ((s - 2 * eye) @ (a @ grad.mT) + aa @ basis)
+    return fit - f / m * (row_m.mT * k - mm @ (row_mu.mT * basis))
+
+
+def _residual(grad: Tensor, aa: Tensor, s: Tensor) -> Tensor:
+    """MSE(G_hat, G) (..., 1, 1) = (|G|^2 - 2 |A|^2 + <S, A A^T>) / mn."""
+    trace = aa.diagonal(dim1=-2, dim2=-1).sum(-1)
+    total = grad.square().sum((-2, -1)) - 2 * trace + (s * aa).sum((-2, -1))
+    return (total.clamp(min=0) / (grad.shape[-2] * grad.shape[-1]))[..., None, None]
+
+
+def _cosines(square: Tensor, dot: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From |M_hat_i|^2 and <M_hat_i, G_i>: the rows' weights 1/ab and c/a^2 (..., m, 1), and 1 - mean(c)."""
+    root = square.clamp(min=0).sqrt()
+    a = root.clamp(min=_FLOOR)
+    b = grad.square().sum(-1).sqrt().clamp(min=_FLOOR)
+    c = dot / (a * b)
+    along = torch.where(root > _FLOOR, c / a.square(), 0.0)
+    return (1 / (a * b))[..., None], along[..., None], (1 - c.mean(-1))[..., None, None]
+
+
+def carry_over(moments: Moments, which: Tensor, rotation: Tensor, right: bool, *, reference: bool) -> None:
+    """Carry the moments of the matrices `which` over a change of basis, R = P_old P_new^T (..., r, r).
+
+    The first moment turns with R. The second is a variance: it mixes with R * R. Factored ones are left alone.
+    """
+
+    def turn(name: str, factor: Tensor, root: bool = False) -> None:
+        value = moments[name].load().clone()
+        stack = as_stack(value)
+        part = stack[which].sqrt() if root else stack[which]
+        part = part @ factor if right else factor.mT @ part
+        stack[which] = part.square() if root else part
+        moments[name].store(value)
+
+    turn("exp_avg", rotation)
+    if isinstance(moments["exp_avg_sq"].moment, Full):
+        turn("exp_avg_sq", rotation if reference else rotation.square(), root=reference)

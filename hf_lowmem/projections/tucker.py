@@ -1,0 +1,203 @@
+"""The low-rank space of a convolution: Tucker factors of its output and input channels.
+
+Source: arXiv:2412.00071; authors' code bytedance/coap@deabc3a, whose decomposition is HOOI as in tensorly 0.10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.moments import Full
+from hf_lowmem.projections.low_rank import EQ5_CLIP, EQ5_LR, aligned
+from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.projections.schedule import Schedule
+from hf_lowmem.state import Moments, Space, State, TensorSpec
+
+_FLOOR = 1e-8
+_MIN_SWEEPS, _MAX_SWEEPS, _TOLERANCE = 3, 100, 1e-4
+
+Factors = list[Tensor]  # one or two: (rank, channels), rows orthonormal
+
+
+@dataclass(frozen=True)
+class Tucker:
+    """Moments of a convolution (out, in, kh, kw) in `ranks` dimensions of its output and input channels.
+
+        core = G x_0 P_0 x_1 P_1  (r0, r1, kh, kw)     back: core x_0 P_0^T x_1 P_1^T
+
+    With one rank only the output channels are projected (Tucker-1). The moments are stored as (r0, r1 kh kw), so that
+    their rows take 8-bit blocks and factored moments do not factor the kernel.
+
+    State: `proj_0` (r0, out), `proj_1` (r1, in); `proj_count`, 1 once there is a basis.
+
+    Args:
+        shape: the weight's (out, in, kh, kw).
+        ranks: dimensions kept of axis 0, or of axes 0 and 1.
+        dtype, schedule, scale, restore_state, eq5_scale, align: as for `LowRank`.
+    """
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    schedule: Schedule
+    scale: float = 1.0
+    restore_state: str = "none"
+    eq5_scale: str = "none"
+    align: str = "sign"
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        factors = {
+            f"proj_{axis}": TensorSpec((rank, shape[axis]), (None, axis), self.dtype)
+            for axis, rank in enumerate(self.ranks)
+        }
+        return {**factors, "proj_count": TensorSpec((), (), on_host=True)}
+
+    def space(self, shape: tuple[int, ...], moment: str) -> Space:
+        rows, *others = self._core_shape
+        return (rows, math.prod(others)), (None, None)
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        return contract(grad.float(), self._factors(state)).flatten(1)
+
+    def project_back(self, state: State, update: Tensor) -> Tensor:
+        return self.scale * expand(self._core(update), self._factors(state))
+
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+        param.mul_(decay).add_(self.project_back(state, update))
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        event = self.schedule.event(state)
+        exists = bool(state["proj_count"].item())
+        if not event and exists:
+            return
+        magnitude = grad.abs().max().float()
+        if not (magnitude.isfinite() and magnitude > 0):
+            return
+        with full_float32():
+            if not exists:
+                self._store(state, decompose(grad.float(), self.ranks))
+                state["proj_count"] += 1
+            else:
+                self._change(grad.float(), state, moments, event == "recompute")
+
+    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        pass
+
+    def _change(self, grad: Tensor, state: State, moments: Moments, recompute: bool) -> None:
+        old = self._factors(state)
+        if recompute:
+            found = decompose(grad, self.ranks)
+            new = [aligned(factor, before, self.align) for factor, before in zip(found, old, strict=True)]
+        else:
+            exp_avg = self._core(moments["exp_avg"].load())
+            new = corrected_factors(grad, old, exp_avg, unit=self.eq5_scale == "rms")
+        self._store(state, new)
+        if self.restore_state == "none":
+            return
+        rotations = [factor @ before.mT for factor, before in zip(self._factors(state), old, strict=True)]
+        for name, squared in (("exp_avg", False), ("exp_avg_sq", True)):
+            if isinstance(moments[name].moment, Full):
+                core = self._core(moments[name].load())
+                moments[name].store(self._carried(core, rotations, squared).flatten(1).contiguous())
+
+    def _carried(self, core: Tensor, rotations: Factors, squared: bool) -> Tensor:
+        if not squared:
+            return contract(core, rotations)
+        if self.restore_state == "reference":
+            return contract(core.sqrt(), rotations).square()
+        return contract(core, [rotation.square() for rotation in rotations])
+
+    @property
+    def _core_shape(self) -> tuple[int, ...]:
+        return (*self.ranks, *self.shape[len(self.ranks) :])
+
+    def _core(self, moment: Tensor) -> Tensor:
+        """A moment (r0, r1 kh kw) as (r0, r1, kh, kw)."""
+        return moment.view(self._core_shape)
+
+    def _factors(self, state: State) -> Factors:
+        return [state[f"proj_{axis}"].float() for axis in range(len(self.ranks))]
+
+    def _store(self, state: State, factors: Factors) -> None:
+        for axis, factor in enumerate(factors):
+            state[f"proj_{axis}"].copy_(factor)
+
+
+def contract(tensor: Tensor, factors: Factors) -> Tensor:
+    """tensor x_0 P_0 x_1 P_1: axis i goes from P_i's columns to its rows."""
+    for axis, factor in enumerate(factors):
+        tensor = (tensor.movedim(axis, -1) @ factor.mT).movedim(-1, axis)
+    return tensor
+
+
+def expand(tensor: Tensor, factors: Factors) -> Tensor:
+    """The transpose of `contract`."""
+    return contract(tensor, [factor.mT for factor in factors])
+
+
+def unfold(tensor: Tensor, axis: int) -> Tensor:
+    """The matrix whose rows run along `axis`."""
+    return tensor.movedim(axis, 0).flatten(1)
+
+
+def decompose(grad: Tensor, ranks: tuple[int, ...]) -> Factors:
+    """Higher-order orthogonal iteration: each factor in turn becomes the leading subspace given the others."""
+    factors = [leading_left(unfold(grad, axis), rank) for axis, rank in enumerate(ranks)]
+    energy = grad.square().sum()
+    error = torch.tensor(torch.inf)
+    for sweep in range(_MAX_SWEEPS):
+        for axis, rank in enumerate(ranks):
+            others = [_identity(grad, i) if i == axis else factor for i, factor in enumerate(factors)]
+            factors[axis] = leading_left(unfold(contract(grad, others), axis), rank)
+        before = error
+        error = ((energy - contract(grad, factors).square().sum()).abs() / energy).sqrt()
+        if sweep + 1 >= _MIN_SWEEPS and (before - error).abs() < _TOLERANCE:
+            break
+    return factors
+
+
+def _identity(tensor: Tensor, axis: int) -> Tensor:
+    return torch.eye(tensor.shape[axis], device=tensor.device)
+
+
+def leading_left(matrix: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors as rows; the largest entry of each is positive."""
+    u = torch.linalg.svd(matrix, full_matrices=rank > min(matrix.shape)).U[:, :rank].mT
+    largest = u.gather(1, u.abs().argmax(1, keepdim=True))
+    return torch.where(largest < 0, -u, u)
+
+
+def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: bool) -> Factors:
+    """Eq. 5 for all factors at once, each gradient clipped by itself; cosines run along the input channels.
+
+    Args:
+        grad: G (out, in, kh, kw).
+        factors: P_i (r_i, channels of axis i).
+        exp_avg: M (r0, r1, kh, kw).
+        unit: scale G to unit root mean square first.
+    """
+    if unit:
+        grad = grad / grad.square().mean().sqrt()
+    m_hat, residual = expand(exp_avg, factors), expand(contract(grad, factors), factors) - grad
+    root = m_hat.square().sum(1, keepdim=True).sqrt()
+    a = root.clamp(min=_FLOOR)
+    b = grad.square().sum(1, keepdim=True).sqrt().clamp(min=_FLOOR)
+    cosine = (m_hat * grad).sum(1, keepdim=True) / (a * b)
+    along = torch.where(root > _FLOOR, cosine / a.square(), 0.0)
+    by_g_hat = 2 / grad.numel() * (1 - cosine.mean()) * residual
+    by_m_hat = -residual.square().mean() / cosine.numel() * (grad / (a * b) - along * m_hat)
+
+    corrected = []
+    for axis, factor in enumerate(factors):
+        others = [_identity(grad, i) if i == axis else other for i, other in enumerate(factors)]
+        g = unfold(expand(contract(grad, others), others), axis)  # G_hat = P^T P g along this axis
+        m = unfold(expand(exp_avg, [_identity(exp_avg, i) if i == axis else p for i, p in enumerate(factors)]), axis)
+        d_g, d_m = unfold(by_g_hat, axis), unfold(by_m_hat, axis)
+        gradient = factor @ (g @ d_g.mT + d_g @ g.mT) + m @ d_m.mT
+        clip = (EQ5_CLIP / (gradient.norm() + 1e-6)).clamp(max=1.0)
+        corrected.append(factor - EQ5_LR * clip * gradient)
+    return corrected
