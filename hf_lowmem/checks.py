@@ -39,7 +39,9 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
 def check_projection(values: Mapping[str, Any]) -> None:
     """Check the options of a projection that are present in `values`."""
     if values.get("rank") is not None and values.get("rank_ratio") is not None:
-        raise ValueError(f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them.")
+        raise ValueError(
+            f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them."
+        )
     for name in ("rank", "update_interval", "reproject_factor", "precondition_frequency", "max_precond_dim"):
         value = values.get(name)
         if value is not None and (type(value) is not int or value < 1):

@@ -194,8 +194,8 @@ class LowMemOptimizer(Optimizer):
 
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        hyper = Hyper(*map(float, numbers), {flag: group[flag] for flag in self.rule_flags})
+        flags = {flag: group[flag] for flag in self.rule_flags}
+        hyper = Hyper(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] else find_kernel(key)
         if kernel:
             kernel(slots, hyper)

@@ -41,6 +41,8 @@ class Recipe:
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
     has_second_moment: ClassVar[bool] = True
+    without_roles: ClassVar[str] = "every parameter keeps its full second moment"
+    caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes:.2f} per parameter
 
     def __post_init__(self) -> None:
         check_hyperparameters({"min_8bit_size": self.min_8bit_size})

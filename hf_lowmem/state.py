@@ -119,6 +119,9 @@ class Projection(Protocol):
     def space(self, shape: tuple[int, ...], moment: str) -> Space:
         """The space of one moment of a parameter of `shape`."""
 
+    def describe(self, shape: tuple[int, ...]) -> str:
+        """What is projected, in a few words for a person; empty if nothing is."""
+
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
 
     def after_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
@@ -142,6 +145,9 @@ class FullSpace:
 
     def space(self, shape: tuple[int, ...], moment: str) -> Space:
         return shape, tuple(range(len(shape)))
+
+    def describe(self, shape: tuple[int, ...]) -> str:
+        return ""
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         pass

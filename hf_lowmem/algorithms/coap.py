@@ -122,9 +122,8 @@ class CoapAdamW(Coap):
 
     Args:
         correct_bias: correct the moments' bias, as the authors do by default.
+        options: those of `Coap`.
     """
-
-    __doc__ += Coap.__doc__.partition("Args:\n")[2]  # type: ignore[operator, union-attr]
 
     algorithm = "coap_adamw"
     rule = "transformers_adamw"
@@ -172,9 +171,8 @@ class CoapAdafactor(Coap):
         decay_rate: exponent of the second moment's decay, below 0.
         clip_threshold: largest root mean square of an update before the learning rate.
         scale_parameter: scale the learning rate by the weight's root mean square.
+        options: those of `Coap`.
     """
-
-    __doc__ += Coap.__doc__.partition("Args:\n")[2]  # type: ignore[operator, union-attr]
 
     algorithm = "coap_adafactor"
     rule = "adafactor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
@@ -35,6 +35,8 @@ class ProjectedRecipe(Recipe):
     target_modules: str | list[str] | None = None
     rules: str | None = None
 
+    without_roles: ClassVar[str] = "every matrix is projected, embeddings and heads too"
+
     def options_of(self, role: ParamRole, asked: Any) -> Treatment:
         """The options that project a matrix, a stack of them or a convolution, and why; None of them where not.
 
@@ -49,7 +51,7 @@ class ProjectedRecipe(Recipe):
 
     def treat(self, role: ParamRole) -> Treatment:
         if not is_projectable(role):
-            return LEFT_OUT, role.role if role.why == "" else role.why
+            return LEFT_OUT, role.why
         if not self._selects(role):
             return LEFT_OUT, "not of the body" if self.target_modules is None else "not in target_modules"
         return self.options_of(role, True)

@@ -291,9 +291,7 @@ def step_means(
             loaded = tile.load_grad(scratch) if grad is None else grad
             param, exp_avg = tile.load(loaded, scalars.decay, hyper.beta1, scratch)
             for part, root in zip(groups, roots, strict=True):
-                part.view(param).addcdiv_(
-                    part.view(exp_avg), broadcast_tile(root, index), value=-scalars.step_size
-                )
+                part.view(param).addcdiv_(part.view(exp_avg), broadcast_tile(root, index), value=-scalars.step_size)
             tile.store(param, exp_avg, scratch)
 
 

@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is written for: the rule, and the kinds of second moment ("none" if there is none), codec, space."""
+    """What a kernel is written for: the rule, and the kinds of second moment (or "none"), of codec and of space."""
 
     rule: str
     second_moment: str

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_lowmem.moments import Full, GroupMean
+from hf_lowmem.moments import Full, GroupMean, RowColMean
 from hf_lowmem.param_groups import Assignment, Recipe, RolePlan
 from hf_lowmem.state import StatePlan
 
@@ -114,13 +114,13 @@ def _row(assignment: Assignment, recipe: Recipe) -> Row:
         specs = plan.specs(role.shape)
         state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()}
         nbytes = plan.nbytes(role.shape)
-        compressed, why = _compressed(plan, assignment.options["state_bits"]), assignment.why
+        compressed, why = _compressed(plan, role.shape, assignment.options["state_bits"]), assignment.why
     return Row(role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why)
 
 
-def _compressed(plan: StatePlan, state_bits: int) -> str:
+def _compressed(plan: StatePlan, shape: tuple[int, ...], state_bits: int) -> str:
     """What the plan makes smaller than AdamW's state; what was asked for and could not be done is said too."""
-    said = []
+    said = [described] if (described := plan.projection.describe(shape)) else []
     second = plan.moments.get("exp_avg_sq")
     if second is None:
         said.append("no exp_avg_sq")
@@ -131,6 +131,8 @@ def _compressed(plan: StatePlan, state_bits: int) -> str:
             axes = ",".join(map(str, segment.axes))
             means.append(f"{segment.name + ': ' if segment.name else ''}axis {axes}{run}")
         said.append(f"exp_avg_sq mean over {'; '.join(means)}")
+    if isinstance(second, RowColMean):
+        said.append("exp_avg_sq by rows and columns")
     codec = type(plan.codec).__name__
     if codec == "Int8Blockwise":
         said.append(f"{'exp_avg' if not isinstance(second, Full) else 'both'} 8-bit/{plan.codec.block_size}")  # type: ignore[attr-defined]

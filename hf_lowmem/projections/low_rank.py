@@ -72,6 +72,11 @@ class LowRank:
             return (*stack, m, self.rank), (*range(len(stack)), out_axis, None)
         return (*stack, self.rank, n), (*range(len(stack)), None, in_axis)
 
+    def describe(self, shape: tuple[int, ...]) -> str:
+        *stack, m, n = self._oriented(shape)
+        side = f"{n} inputs" if m >= n else f"{m} outputs"
+        return f"rank {self.rank} of {side}{f', {stack[0]} experts' if stack else ''}"
+
     def _oriented(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
@@ -120,9 +125,7 @@ class LowRank:
                 proj[new] = first_basis(long_side_first(matrix[new].float()), self.rank).to(proj.dtype)
                 state["proj_count"] += len(new)
 
-    def _change(
-        self, proj: Tensor, matrix: Tensor, which: Tensor, event: str | None, moments: Moments
-    ) -> None:
+    def _change(self, proj: Tensor, matrix: Tensor, which: Tensor, event: str | None, moments: Moments) -> None:
         """Correct or recompute the bases of the matrices that `which` marks, and carry the moments over."""
         chosen = which.nonzero().flatten()
         if event is None or not len(chosen):
@@ -175,8 +178,8 @@ def leading_rows(x: Tensor, sketch: Tensor) -> Tensor:
     """
     q = torch.linalg.qr(x @ sketch).Q
     q_b, r_b = torch.linalg.qr(x.mT @ q)
-    vh: Tensor = torch.linalg.svd(r_b.mT).Vh
-    return vh @ q_b.mT
+    rows: Tensor = torch.linalg.svd(r_b.mT).Vh @ q_b.mT
+    return rows
 
 
 def aligned(new: Tensor, old: Tensor, how: str) -> Tensor:
@@ -185,7 +188,8 @@ def aligned(new: Tensor, old: Tensor, how: str) -> Tensor:
         return new
     if how == "procrustes":
         u, _, vh = torch.linalg.svd(new @ old.mT)
-        return (u @ vh).mT @ new
+        new = (u @ vh).mT @ new
+        return new
     agreement = (new * old).sum(-1, keepdim=True)
     return torch.where(agreement < 0, -new, new)
 

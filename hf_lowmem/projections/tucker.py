@@ -60,6 +60,10 @@ class Tucker:
         rows, *others = self._core_shape
         return (rows, math.prod(others)), (None, None)
 
+    def describe(self, shape: tuple[int, ...]) -> str:
+        channels = " x ".join(f"{rank} of {size}" for rank, size in zip(self.ranks, shape, strict=False))
+        return f"Tucker {channels} channels"
+
     def project(self, state: State, grad: Tensor) -> Tensor:
         return contract(grad.float(), self._factors(state)).flatten(1)
 

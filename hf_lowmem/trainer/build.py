@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
-from hf_lowmem.param_groups import plan_roles
+from hf_lowmem.param_groups import Recipe, plan_roles
 from hf_lowmem.planner import Explanation, explain_plan
 from hf_lowmem.trainer.optim_args import recipe_for
 
@@ -65,6 +65,7 @@ def optimizer_cls_and_kwargs(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     optim_args: str | Mapping[str, Any] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing of transformers is changed.
 
@@ -72,20 +73,24 @@ def optimizer_cls_and_kwargs(
     for groups that bring none.
 
     Args:
-        model: the model that the Trainer gets; with None every parameter keeps its full second moment.
+        model: the model that the Trainer gets; with None no role is known, and what the optimizer does with each
+            shape is its class's default.
         name, lr, betas, eps, weight_decay, optim_args: as in `build_optimizer`.
+        target_modules: what `optim_target_modules` is in `TrainingArguments`, for names that project.
 
     Raises:
         ValueError: for an unknown name or an illegal option.
     """
-    recipe = recipe_for(name, optim_args)
+    recipe = recipe_for(name, optim_args, target_modules)
     if model is None:
-        logger.warning("No model was given for optim %r: every parameter keeps its full second moment.", name)
+        logger.warning(
+            "No model was given for optim %r, so no weight's role is known: %s.", name, recipe.without_roles
+        )
     kwargs = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **recipe.shared_options()}
     roles = None
     if model is not None:
         roles = plan_roles(model, recipe)
-        log_summary(explain_plan(roles, recipe))
+        log_summary(explain_plan(roles, recipe), recipe)
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
 
 
@@ -125,13 +130,16 @@ def show_summary() -> None:
         package.propagate = False
 
 
-def log_summary(explanation: Explanation) -> None:
+def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     """Log what each role gets, in one process of several; matrices of unknown role are a warning."""
     if os.environ.get("RANK", "0") != "0":
         return
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
+    if recipe.caution:
+        logger.warning("%s", recipe.caution.format(bytes=explanation.bytes_per_param))
+    takes_rules = hasattr(recipe, "rules")
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
-    hint = "; a rules file overrides it" if explanation.algorithm == "slim_adamw" else ""
+    hint = "; a rules file overrides it" if takes_rules else ""
     if unknown:
         logger.warning(
             "%d matrices have an unknown role and get what the summary says (%s%s)%s.",

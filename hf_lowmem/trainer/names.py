@@ -31,6 +31,10 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "adalayer_8bit": OptimName("adalayer", 8, 1.016, "Adalayer, first moment in 8 bit"),
     "signum": OptimName("signum", None, 4.000, "Signum: the sign of the first moment"),
     "signum_8bit": OptimName("signum", 8, 1.016, "Signum, first moment in 8 bit"),
+    "coap_adamw": OptimName("coap_adamw", None, 2.791, "COAP: AdamW in a quarter of each weight's smaller side"),
+    "coap_adamw_8bit": OptimName("coap_adamw", 8, 0.962, "COAP, both moments in 8 bit"),
+    "coap_adafactor": OptimName("coap_adafactor", None, 1.676, "COAP with Adafactor's second moment"),
+    "coap_adafactor_8bit": OptimName("coap_adafactor", 8, 0.564, "COAP with Adafactor's, first moment in 8 bit"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,22 +17,36 @@ _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def recipe_for(name: str, optim_args: str | Mapping[str, Any] | None = None) -> Recipe:
+def recipe_for(
+    name: str,
+    optim_args: str | Mapping[str, Any] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+) -> Recipe:
     """The recipe that an optim name stands for, with the user's options.
 
     Args:
         name: an optim name of this package, such as "slim_adamw_8bit".
         optim_args: "key=value,key=value", a JSON object, or a mapping.
+        target_modules: `TrainingArguments.optim_target_modules`; the option `target_modules` says the same.
 
     Raises:
-        ValueError: for an unknown name, an unknown or repeated key, a value of the wrong type, or a `state_bits` that
-            contradicts the name.
+        ValueError: for an unknown name, an unknown or repeated key, a value of the wrong type, a `state_bits` that
+            contradicts the name, or target modules for a name that projects nothing or that are given twice.
     """
     if name not in OPTIM_NAMES:
         raise ValueError(unknown_optim(name))
     algorithm, state_bits = OPTIM_NAMES[name][:2]
     recipe_cls = RECIPES[algorithm]
-    options = typed_options(recipe_cls, read_optim_args(optim_args), name)
+    given = read_optim_args(optim_args)
+    if target_modules is not None:
+        if "target_modules" not in (field.name for field in fields(recipe_cls)):
+            raise ValueError(
+                f"optim_target_modules={target_modules!r} means nothing to {name!r}, which projects no weights: "
+                "leave it out, or use a name such as 'coap_adamw'."
+            )
+        if given.setdefault("target_modules", target_modules) != target_modules:
+            raise ValueError("optim_target_modules and optim_args target_modules differ: give one of them.")
+    options = typed_options(recipe_cls, given, name)
     if state_bits is not None and options.setdefault("state_bits", state_bits) != state_bits:
         raise ValueError(
             f"optim_args state_bits={options['state_bits']} contradicts the optim name {name!r}, which fixes "

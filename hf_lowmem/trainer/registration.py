@@ -99,6 +99,7 @@ def _handler(context: Any) -> tuple[type, dict[str, Any]]:
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         optim_args=context.args.optim_args,
+        target_modules=context.args.optim_target_modules,
     )
 
 
