@@ -16,6 +16,7 @@ from hf_lowmem.checks import check_groups, check_hyperparameters, check_param, c
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
 from hf_lowmem.state import State, StatePlan
+from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,6 @@ class LowMemOptimizer(Optimizer):
     rule: ClassVar[str]
     layout_options: ClassVar[dict[str, Any]]  # the group values that a state's layout depends on, with their defaults
     schedule_options: ClassVar[dict[str, Any]] = {}  # those that the plan needs too, which a resumed run may change
-    rule_flags: ClassVar[tuple[str, ...]] = ()  # the group values that the rule takes besides the hyperparameters
     idle_calls: ClassVar[int] = 0  # first calls of a parameter that prepare its projection and do not update it
 
     def __init__(
@@ -84,6 +84,10 @@ class LowMemOptimizer(Optimizer):
     def plan_options(cls) -> dict[str, Any]:
         """All options that `make_plan` takes, with their defaults."""
         return {**cls.layout_options, **cls.schedule_options}
+
+    def rule_of(self, plan: StatePlan, group: Group) -> str:
+        """The rule that steps a parameter with this plan."""
+        return self.rule
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +165,7 @@ class LowMemOptimizer(Optimizer):
             for param in group["params"]:
                 slot = self._slot(param, group)
                 if slot is not None:
-                    buckets[key_of(self.rule, slot.plan, param.device.type)].append(slot)
+                    buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
             for key, slots in buckets.items():
                 self._run(key, slots, group)
         return loss
@@ -190,18 +194,18 @@ class LowMemOptimizer(Optimizer):
         if active:
             self._update(key, active, group)
         for slot in slots:
-            slot.plan.projection.after_step(slot.grad, slot.state, slot.plan.bind(slot.state))
+            slot.plan.projection.after_step(slot.grad, slot.state, slot.plan.bind(slot.state), group["betas"][1])
 
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
-        flags = {flag: group[flag] for flag in self.rule_flags}
+        flags = {flag: group[flag] for flag in RULE_FLAGS.get(key.rule, ())}
         hyper = Hyper(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] else find_kernel(key)
         if kernel:
             kernel(slots, hyper)
             return
         for slot in slots:
-            (compiled_step if group["compile"] else composed_step)(self.rule, slot, hyper)
+            (compiled_step if group["compile"] else composed_step)(key.rule, slot, hyper)
 
     # -- state ------------------------------------------------------------------------------------------------------
 

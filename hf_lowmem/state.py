@@ -124,7 +124,7 @@ class Projection(Protocol):
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
 
-    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None: ...
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the space of the moments, float32."""
@@ -152,7 +152,7 @@ class FullSpace:
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         pass
 
-    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
         pass
 
     def project(self, state: State, grad: Tensor) -> Tensor:

@@ -161,3 +161,10 @@ RULES: dict[str, UpdateRule] = {
     "soap": soap_rule,
     "signum": signum_rule,
 }
+
+# The hyperparameters that only one rule has: flags, plain values of the group.
+RULE_FLAGS: dict[str, tuple[str, ...]] = {
+    "transformers_adamw": ("correct_bias",),
+    "adafactor": ("decay_rate", "clip_threshold", "scale_parameter"),
+    "soap": ("correct_bias", "normalize_grads"),
+}

@@ -1,7 +1,8 @@
-"""COAP against trajectories of its authors' code.
+"""COAP and SOAP against trajectories of their authors' code.
 
-A singular vector's sign is the linear algebra library's choice, and a recomputed basis with other signs takes other
-steps. So each fresh basis is given the recorded signs; what it spans is ours.
+SOAP's steps do not depend on the signs of its eigenvectors. COAP's do: a singular vector's sign is the linear algebra
+library's choice, and a recomputed basis with other signs takes other steps. So each fresh basis is given the recorded
+signs; what it spans is ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, coap
+from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap, coap
 from hf_lowmem.codecs.dynamic_map import decode_table
 from hf_lowmem.projections import low_rank, tucker
 from hf_lowmem.state import State, TensorSpec
@@ -62,7 +63,7 @@ def with_signs_of(basis: Tensor, recorded: Tensor) -> Tensor:
     [(case, name) for case in CASES for name in json.loads((GOLDEN / f"{case}.json").read_text())["shapes"]],
 )
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composed"])
-def test_golden(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coap(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = json.loads((GOLDEN / f"{case}.json").read_text())
     given = load_file(GOLDEN / f"{case}.safetensors")
     cls, options = CASES[case]
@@ -110,3 +111,32 @@ def test_golden(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyP
             expected = given[f"param/{call}/{name}"]
             error = ((param - expected).abs().max() / (expected - start).abs().max()).item()
             assert error < TOLERANCES.get((case, name), 3e-4), call
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("soap_square", {"sides": "both"}), ("soap_onesided", {}), ("soap_conv", {"sides": "both"})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_soap(case: str, options: dict[str, Any]) -> None:
+    meta = json.loads((GOLDEN / f"{case}.json").read_text())
+    given = load_file(GOLDEN / f"{case}.safetensors")
+    used = meta["defaults_used"]
+    params = {name: torch.nn.Parameter(given[f"param0/{name}"].clone()) for name in meta["shapes"]}
+    optimizer = Soap(
+        params.values(),
+        betas=tuple(used["betas"]),
+        weight_decay=used["weight_decay"],
+        precondition_frequency=3,
+        **options,
+    )
+    for call in range(1, meta["steps"] + 1):
+        later = call >= meta["lr_change"]["before_call"]
+        optimizer.param_groups[0]["lr"] = used["lr"] * (meta["lr_change"]["factor"] if later else 1)
+        for name, param in params.items():
+            param.grad = given[f"grad/{call}/{name}"].float()
+        optimizer.step()
+        for name, param in params.items():
+            if (expected := given.get(f"param/{call}/{name}")) is not None:
+                movement = (expected - given[f"param0/{name}"]).abs().max()
+                assert (param - expected).abs().max() <= 5e-4 * movement, (name, call)

@@ -6,6 +6,7 @@ from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
 from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
 from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
+from hf_lowmem.algorithms.soap import Soap, SoapRecipe
 from hf_lowmem.param_groups import Recipe
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -18,7 +19,18 @@ RECIPES: dict[str, type[Recipe]] = {
         SignumRecipe,
         CoapAdamWRecipe,
         CoapAdafactorRecipe,
+        SoapRecipe,
     )
 }
 
-__all__ = ["Adalayer", "AdamMini", "CoapAdafactor", "CoapAdamW", "LowMemAdamW", "RECIPES", "Signum", "SlimAdamW"]
+__all__ = [
+    "Adalayer",
+    "AdamMini",
+    "CoapAdafactor",
+    "CoapAdamW",
+    "LowMemAdamW",
+    "RECIPES",
+    "Signum",
+    "SlimAdamW",
+    "Soap",
+]

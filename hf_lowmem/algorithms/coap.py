@@ -19,6 +19,7 @@ from hf_lowmem.param_groups import Treatment
 from hf_lowmem.projections import LowRank, Schedule, Tucker
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
+from hf_lowmem.update_rules import RULE_FLAGS
 
 DEFAULT_RANK_RATIO = 4.0
 MIN_CONV_SIZE = 32 * 32 * 3 * 3  # smaller convolutions are not projected
@@ -82,10 +83,11 @@ class Coap(LowMemOptimizer):
         roles: Roles | None,
         **options: Any,
     ) -> None:
-        unknown = set(options) - {*self.plan_options(), *self.rule_flags}
-        if unknown:
-            legal = ", ".join((*self.plan_options(), *self.rule_flags))
-            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {legal}.")
+        legal = {*self.plan_options(), *RULE_FLAGS[self.rule]}
+        if unknown := set(options) - legal:
+            raise TypeError(
+                f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(sorted(legal))}."
+            )
         values = {**self.plan_options(), **options}
         check_projection(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
@@ -127,7 +129,6 @@ class CoapAdamW(Coap):
 
     algorithm = "coap_adamw"
     rule = "transformers_adamw"
-    rule_flags = ("correct_bias",)
 
     def __init__(
         self,
@@ -176,7 +177,6 @@ class CoapAdafactor(Coap):
 
     algorithm = "coap_adafactor"
     rule = "adafactor"
-    rule_flags = ("decay_rate", "clip_threshold", "scale_parameter")
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class CoapRecipe(ProjectedRecipe):
         check_projection(vars(self))
 
     def shared_options(self) -> dict[str, Any]:
-        names = [*self.optimizer_cls.plan_options(), *self.optimizer_cls.rule_flags]
+        names = [*self.optimizer_cls.plan_options(), *RULE_FLAGS[self.optimizer_cls.rule]]
         own = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**super().shared_options(), **own}
 

@@ -40,6 +40,7 @@ class Explanation:
 
     algorithm: str
     rows: tuple[Row, ...]
+    caution: str = ""
 
     @property
     def numel(self) -> int:
@@ -97,12 +98,15 @@ class Explanation:
         return (
             f"{self.algorithm}: {self.nbytes:,} bytes of state for {self.numel:,} trainable parameters, "
             f"{self.bytes_per_param:.3f} bytes each (AdamW in float32: 8)"
+            + (f"\n{self.caution}" if self.caution else "")
         )
 
 
 def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
     """The table of a plan that `plan_roles(model, recipe)` made."""
-    return Explanation(recipe.algorithm, tuple(_row(assignment, recipe) for assignment in plan))
+    rows = tuple(_row(assignment, recipe) for assignment in plan)
+    bytes_per_param = Explanation(recipe.algorithm, rows).bytes_per_param
+    return Explanation(recipe.algorithm, rows, recipe.caution.format(bytes=bytes_per_param))
 
 
 def _row(assignment: Assignment, recipe: Recipe) -> Row:

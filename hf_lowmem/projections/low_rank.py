@@ -141,7 +141,7 @@ class LowRank:
             rotation = old @ proj[chosen].float().mT
             carry_over(moments, chosen, rotation, is_right(grad), reference=self.restore_state == "reference")
 
-    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
         pass
 
 

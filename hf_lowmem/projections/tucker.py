@@ -88,7 +88,7 @@ class Tucker:
             else:
                 self._change(grad.float(), state, moments, event == "recompute")
 
-    def after_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
         pass
 
     def _change(self, grad: Tensor, state: State, moments: Moments, recompute: bool) -> None:

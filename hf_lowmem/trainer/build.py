@@ -135,8 +135,8 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
-    if recipe.caution:
-        logger.warning("%s", recipe.caution.format(bytes=explanation.bytes_per_param))
+    if explanation.caution:
+        logger.warning("%s", explanation.caution)
     takes_rules = hasattr(recipe, "rules")
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
     hint = "; a rules file overrides it" if takes_rules else ""

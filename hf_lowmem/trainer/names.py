@@ -35,6 +35,8 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "coap_adamw_8bit": OptimName("coap_adamw", 8, 0.962, "COAP, both moments in 8 bit"),
     "coap_adafactor": OptimName("coap_adafactor", None, 1.676, "COAP with Adafactor's second moment"),
     "coap_adafactor_8bit": OptimName("coap_adafactor", 8, 0.564, "COAP with Adafactor's, first moment in 8 bit"),
+    "soap": OptimName("soap", None, 12.462, "SOAP: Adam in Shampoo's eigenbasis; for quality, not for memory"),
+    "soap_8bit": OptimName("soap", 8, 6.609, "SOAP, both moments in 8 bit"),
 }
 
 

@@ -1,0 +1,158 @@
+"""The space of SOAP: eigenvectors of the gradient's second-moment matrices, one per preconditioned axis.
+
+Source: arXiv:2409.11321, algorithm 3; authors' code nikhilvyas/SOAP@a1e5535.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.state import Moments, Space, State, TensorSpec
+
+_JITTER = 1e-7  # of the largest diagonal entry: repeated eigenvalues of a tiny matrix keep LAPACK from converging
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """The second moment in the basis of L = E[G_(i) G_(i)^T] of each axis i; the first moment keeps the weight's axes.
+
+    project(G) = G x_i Q_i^T over the axes. Every call averages the gradient into L after the step has used Q. Q comes
+    from an eigendecomposition of the first L, and every `frequency` updates from one power step and a QR; then the
+    second moment follows the new order of the eigenvalues.
+
+    A stack of matrices has an L and a Q for each; one whose gradient is zero has no basis yet, one whose gradient is
+    not finite keeps what it has.
+
+    State: `gram_<axis>` and `proj_<axis>`, float32, (size, size) or (experts, size, size); `proj_count`, how many
+    matrices have a basis.
+
+    Args:
+        axes: the weight's preconditioned axes.
+        stacked: axis 0 counts matrices.
+        frequency: updates between two changes of the basis.
+        shampoo_beta: decay of L; None takes the second moment's.
+    """
+
+    axes: tuple[int, ...]
+    stacked: bool
+    frequency: int
+    shampoo_beta: float | None = None
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for axis in self.axes:
+            square = TensorSpec((*self._stack(shape), shape[axis], shape[axis]), (*self._stack((0,)), None, None))
+            specs |= {f"gram_{axis}": square, f"proj_{axis}": square}
+        return {**specs, "proj_count": TensorSpec((), (), on_host=True)}
+
+    def space(self, shape: tuple[int, ...], moment: str) -> Space:
+        rotated = self.axes if moment == "exp_avg_sq" else ()
+        return shape, tuple(None if axis in rotated else axis for axis in range(len(shape)))
+
+    def describe(self, shape: tuple[int, ...]) -> str:
+        return f"eigenbasis of {' and '.join(f'axis {axis} ({shape[axis]})' for axis in self.axes)}"
+
+    def _stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:1] if self.stacked else ()
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        for axis in self.axes:
+            grad = rotate(grad.float(), axis, state[f"proj_{axis}"])
+        return grad
+
+    def project_back(self, state: State, update: Tensor) -> Tensor:
+        for axis in self.axes:
+            update = rotate(update, axis, state[f"proj_{axis}"].mT)
+        return update
+
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+        param.mul_(decay).add_(self.project_back(state, update))
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        pass
+
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
+        stack = (grad if self.stacked else grad.unsqueeze(0)).float()
+        decay = beta2 if self.shampoo_beta is None else self.shampoo_beta
+        with full_float32():
+            for axis in self.axes:
+                gram = as_stack(state[f"gram_{axis}"])
+                outer = outer_product(stack, self._stack_axis(axis))
+                finite = outer.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+                gram.copy_(torch.where(finite, torch.lerp(gram, outer, 1 - decay), gram))
+            self._change_basis(state, moments, len(stack))
+
+    def _change_basis(self, state: State, moments: Moments, matrices: int) -> None:
+        updates = int(state["step"].item()) - 1
+        due = updates > 0 and updates % self.frequency == 0
+        incomplete = state["proj_count"].item() < matrices
+        if not due and not incomplete:
+            return
+        first = self.axes[0]
+        exists = as_stack(state[f"proj_{first}"]).abs().amax((1, 2)) > 0
+        found = as_stack(state[f"gram_{first}"]).abs().amax((1, 2)) > 0
+        if due and exists.any():
+            self._refresh(state, moments, exists.nonzero().flatten())
+        new = (found & ~exists).nonzero().flatten()
+        for axis in self.axes if len(new) else ():
+            as_stack(state[f"proj_{axis}"])[new] = eigenvectors(as_stack(state[f"gram_{axis}"])[new])
+        state["proj_count"] += len(new)
+
+    def _refresh(self, state: State, moments: Moments, which: Tensor) -> None:
+        exp_avg_sq = moments["exp_avg_sq"].load().clone()
+        stack = exp_avg_sq if self.stacked else exp_avg_sq.unsqueeze(0)
+        for axis in self.axes:
+            gram, proj = as_stack(state[f"gram_{axis}"]), as_stack(state[f"proj_{axis}"])
+            proj[which], order = power_step(gram[which], proj[which])
+            stack[which] = permuted(stack[which], self._stack_axis(axis), order)
+        moments["exp_avg_sq"].store(exp_avg_sq)
+
+    def _stack_axis(self, axis: int) -> int:
+        return axis if self.stacked else axis + 1
+
+
+def as_stack(square: Tensor) -> Tensor:
+    """A view (experts, size, size)."""
+    return square if square.ndim == 3 else square.unsqueeze(0)
+
+
+def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
+    """tensor x_axis basis^T: the coordinates of `axis` in the basis's columns; a stack takes a stack of bases."""
+    return (tensor.movedim(axis, -1) @ basis).movedim(-1, axis)
+
+
+def outer_product(stack: Tensor, axis: int) -> Tensor:
+    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...)."""
+    unfolded = stack.movedim(axis, -1).flatten(1, -2)
+    product: Tensor = unfolded.mT @ unfolded
+    return product
+
+
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Columns Q (experts, size, size) of the gram matrices, by falling eigenvalue."""
+    eye = torch.eye(gram.shape[-1], device=gram.device)
+    jittered = gram + _JITTER * gram.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] * eye
+    try:
+        vectors: Tensor = torch.linalg.eigh(jittered).eigenvectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        vectors = torch.linalg.eigh(jittered.double()).eigenvectors.float()
+    descending: Tensor = vectors.flip(-1)
+    return descending
+
+
+def power_step(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One orthogonal iteration: the next Q (experts, size, size) and the order of the old columns' eigenvalues."""
+    product = gram @ basis
+    order = (basis * product).sum(-2).argsort(dim=-1, descending=True)
+    return torch.linalg.qr(permuted(product, 2, order)).Q, order
+
+
+def permuted(stack: Tensor, axis: int, order: Tensor) -> Tensor:
+    """Entries along `axis` of a stack (experts, ...) in each matrix's own `order` (experts, size)."""
+    shape = [1] * stack.ndim
+    shape[0], shape[axis] = order.shape
+    return stack.gather(axis, order.view(shape).expand(stack.shape))
