@@ -11,7 +11,14 @@ from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
 from hf_lowmem.state import TensorSpec
 
 Group = Mapping[str, Any]
-PROJECTION_CHOICES: dict[str, tuple[Any, ...]] = {
+LEAST = {
+    "min_8bit_size": 0,
+    **dict.fromkeys(("rows_per_block", "rank", "update_interval", "reproject_factor"), 1),
+    **dict.fromkeys(("precondition_frequency", "max_precond_dim"), 1),
+}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "state_bits": STATE_BITS,
+    "block_size": BLOCK_SIZES,
     "restore_state": (False, True, "reference"),
     "eq5_scale": ("none", "rms"),
     "align": ("sign", "none", "procrustes"),
@@ -21,40 +28,34 @@ PROJECTION_CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Check the hyperparameters present in `values`."""
+    """Check the hyperparameters and options present in `values`, each by itself."""
     for name in ("lr", "eps", "weight_decay"):
         if name in values and not 0.0 <= values[name] < float("inf"):
             raise ValueError(f"{name}={values[name]} is not a finite number of at least 0.")
     betas = values.get("betas", ())
     if "betas" in values and (len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas)):
         raise ValueError(f"betas={betas} must be two numbers, each at least 0 and below 1.")
-    for name, legal in (("state_bits", STATE_BITS), ("block_size", BLOCK_SIZES)):
+    if not 0 <= (values.get("shampoo_beta") or 0) < 1:
+        raise ValueError(f"shampoo_beta={values['shampoo_beta']} must be at least 0 and below 1.")
+    if "scale" in values and not 0 < values["scale"] < float("inf"):
+        raise ValueError(f"scale={values['scale']} must be a finite number above 0.")
+    for name in ("rank_ratio", "conv_rank_ratio"):
+        if values.get(name) is not None and not 1 <= values[name] < float("inf"):
+            raise ValueError(f"{name}={values[name]} must be at least 1: it is the smaller side over the rank.")
+    for name, least in LEAST.items():
+        value = values.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    for name, legal in CHOICES.items():
         if name in values and values[name] not in legal:
-            raise ValueError(f"{name}={values[name]} is not supported: use one of {', '.join(map(str, legal))}.")
-    for name, least in (("min_8bit_size", 0), ("rows_per_block", 1)):
-        if name in values and (not isinstance(values[name], int) or values[name] < least):
-            raise ValueError(f"{name}={values[name]!r} must be a whole number of at least {least}.")
+            raise ValueError(f"{name}={values[name]!r} is not supported: use one of {', '.join(map(str, legal))}.")
 
 
-def check_projection(values: Mapping[str, Any]) -> None:
-    """Check the options of a projection that are present in `values`."""
-    if values.get("rank") is not None and values.get("rank_ratio") is not None:
+def check_one_rank(values: Mapping[str, Any]) -> None:
+    if values["rank"] is not None and values["rank_ratio"] is not None:
         raise ValueError(
             f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them."
         )
-    for name in ("rank", "update_interval", "reproject_factor", "precondition_frequency", "max_precond_dim"):
-        value = values.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    for name in ("rank_ratio", "conv_rank_ratio"):
-        value = values.get(name)
-        if value is not None and not 1 <= value < float("inf"):
-            raise ValueError(f"{name}={value!r} must be a number of at least 1: the smaller side over the rank.")
-    if "scale" in values and not 0 < values["scale"] < float("inf"):
-        raise ValueError(f"scale={values['scale']} must be a finite number above 0.")
-    for name, legal in PROJECTION_CHOICES.items():
-        if name in values and values[name] not in legal:
-            raise ValueError(f"{name}={values[name]!r} is not legal: use one of {', '.join(map(repr, legal))}.")
 
 
 def check_param(param: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hf_lowmem.checks import check_groups, check_hyperparameters, check_param, check_state, check_unsharded
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
-from hf_lowmem.state import State, StatePlan
+from hf_lowmem.state import FULL_SPACE, State, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
@@ -188,13 +188,14 @@ class LowMemOptimizer(Optimizer):
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         slots = [slot for slot in slots if slot.param.numel()]
-        for slot in slots:
-            slot.plan.projection.before_step(slot.grad, slot.state, slot.plan.bind(slot.state))
+        projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
+        for _, grad, state, plan, _ in projected:
+            plan.projection.before_step(grad, state, plan.bind(state))
         active = [slot for slot in slots if slot.step > 0]
         if active:
             self._update(key, active, group)
-        for slot in slots:
-            slot.plan.projection.after_step(slot.grad, slot.state, slot.plan.bind(slot.state), group["betas"][1])
+        for _, grad, state, plan, _ in projected:
+            plan.projection.after_step(grad, state, plan.bind(state), group["betas"][1])
 
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]

@@ -45,7 +45,7 @@ class Recipe:
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes:.2f} per parameter
 
     def __post_init__(self) -> None:
-        check_hyperparameters({"min_8bit_size": self.min_8bit_size})
+        check_hyperparameters(vars(self))
 
     def treat(self, role: ParamRole) -> Treatment:
         """How the state of a parameter of this role is made smaller than AdamW's; no options where it is not.

@@ -132,8 +132,12 @@ class Projection(Protocol):
     def project_back(self, state: State, update: Tensor) -> Tensor:
         """A tensor of the moments' space as one of the parameter's shape, float32."""
 
+
+class Subspace(Projection, Protocol):
+    """A projection in whose space an elementwise rule can be run by the kernel for unprojected weights."""
+
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        """param <- decay * param + project_back(update), in place."""
+        """param <- decay * param + project_back(update), in place, rounded once."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,6 @@ class FullSpace:
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
         return update
-
-    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        param.mul_(decay).add_(update)
 
 
 FULL_SPACE = FullSpace()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import STORAGE
 from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
-from hf_lowmem.checks import check_projection
+from hf_lowmem.checks import check_one_rank
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, RowColMean
 from hf_lowmem.optimizer import LowMemOptimizer, Roles
@@ -89,7 +89,7 @@ class Coap(LowMemOptimizer):
                 f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(sorted(legal))}."
             )
         values = {**self.plan_options(), **options}
-        check_projection(values)
+        check_one_rank(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
 
     @classmethod
@@ -264,7 +264,7 @@ class CoapRecipe(ProjectedRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_projection(vars(self))
+        check_one_rank(vars(self))
 
     def shared_options(self) -> dict[str, Any]:
         names = [*self.optimizer_cls.plan_options(), *RULE_FLAGS[self.optimizer_cls.rule]]

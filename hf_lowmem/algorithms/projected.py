@@ -53,14 +53,17 @@ class ProjectedRecipe(Recipe):
         if not is_projectable(role):
             return LEFT_OUT, role.why
         if not self._selects(role):
-            return LEFT_OUT, "not of the body" if self.target_modules is None else "not in target_modules"
+            return LEFT_OUT, "not of the body" if self._takes_the_body else "not in target_modules"
         return self.options_of(role, True)
 
+    @property
+    def _takes_the_body(self) -> bool:
+        return self.target_modules in (None, "all-linear", "all_linear")
+
     def _selects(self, role: ParamRole) -> bool:
-        targets = self.target_modules
-        if targets is None or targets in ("all-linear", "all_linear"):
+        if self.target_modules is None or self._takes_the_body:
             return role.role in BODY
-        return role.role in NAMEABLE and names_module(targets, role.name)
+        return role.role in NAMEABLE and names_module(self.target_modules, role.name)
 
     def read_rule(self, value: Any) -> Any:
         if value is None or value == "full":
@@ -78,9 +81,9 @@ class ProjectedRecipe(Recipe):
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
         targets = self.target_modules
-        if targets is None or any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
+        if targets is None or self._takes_the_body:
             return
-        if targets in ("all-linear", "all_linear"):
+        if any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
             return
         names = [a.role.name for a in assignments if a.role.role in BODY]
         raise ValueError(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import STORAGE
 from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
-from hf_lowmem.checks import check_projection
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import Group, LowMemOptimizer, Roles
@@ -91,7 +90,6 @@ class Soap(LowMemOptimizer):
             project=project,
             stacked=stacked,
         )
-        check_projection(options)
         flags = dict(correct_bias=correct_bias, normalize_grads=normalize_grads)
         storage = dict(state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **options, **flags, **storage)
@@ -142,10 +140,6 @@ class SoapRecipe(ProjectedRecipe):
         "SOAP is for quality, not for memory: its state takes {bytes:.2f} bytes per parameter here, where AdamW's "
         "takes 8 in float32."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_projection(vars(self))
 
     def shared_options(self) -> dict[str, Any]:
         own = ("sides", "precondition_frequency", "max_precond_dim", "shampoo_beta", "correct_bias", "normalize_grads")

@@ -26,6 +26,12 @@ MODEL = {
 }
 
 
+HELP_OPTIMS = (
+    "comma-separated optim names, each followed by its optim_args if any, as in "
+    '"adamw_torch,coap_adamw_8bit rank_ratio=2 eq5_scale=rms" (default: %(default)s)'
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all runs of one demo share."""
@@ -67,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
         prog="hf-lowmem demo", description="Fine-tune one small Llama with several optimizers and compare them."
     )
     optims = ",".join(default.optims)
-    parser.add_argument("--optims", default=optims, help="comma-separated optim names (default: %(default)s)")
+    parser.add_argument("--optims", default=optims, help=HELP_OPTIMS)
     parser.add_argument("--steps", type=int, default=default.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="default: %(default)s pairs")
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s")

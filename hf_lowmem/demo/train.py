@@ -58,7 +58,8 @@ def describe_unknown_optims(optims: Sequence[str]) -> str | None:
     """One sentence about the first name that the Trainer does not know, or None."""
     register()
     known = [str(name.value) for name in OptimizerNames]
-    return next((unknown_optim(name, known) for name in optims if name not in known), None)
+    names = [optim.split()[0] for optim in optims]
+    return next((unknown_optim(name, known) for name in names if name not in known), None)
 
 
 def quieten() -> None:
@@ -78,7 +79,8 @@ def train(
     held_out_pairs: list[Pair],
     console: Console,
 ) -> Run:
-    """Fine-tune a fresh model with the optimizer of this name."""
+    """Fine-tune a fresh model with the optimizer of this name, and the options that follow it."""
+    name, *options = optim.split()
     use_gpu = torch.cuda.is_available()
     set_seed(settings.seed)
     model = LlamaForCausalLM(
@@ -93,7 +95,8 @@ def train(
     )
     args = SFTConfig(
         output_dir=str(settings.output_dir / "trainer"),
-        optim=optim,
+        optim=name,
+        optim_args=",".join(options) or None,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=32,

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.scratch import Scratch, known_finite
+from hf_lowmem.state import Subspace
 
 Index = tuple[slice, ...]
 View = Callable[[Tensor], Tensor]
@@ -231,7 +233,7 @@ def in_subspace(kernel: Callable[[Sequence[Slot], Hyper, Form], None], form: For
 
     def step(slots: Sequence[Slot], hyper: Hyper) -> None:
         for slot in slots:
-            projection = slot.plan.projection
+            projection = cast(Subspace, slot.plan.projection)
             grad = projection.project(slot.state, slot.grad).contiguous()
             update = torch.zeros_like(grad)
             kernel([Slot(update, grad, slot.state, slot.plan, slot.step)], hyper, undecayed)

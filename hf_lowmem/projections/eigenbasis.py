@@ -69,9 +69,6 @@ class Eigenbasis:
             update = rotate(update, axis, state[f"proj_{axis}"].mT)
         return update
 
-    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        param.mul_(decay).add_(self.project_back(state, update))
-
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         pass
 
@@ -98,9 +95,15 @@ class Eigenbasis:
         if due and exists.any():
             self._refresh(state, moments, exists.nonzero().flatten())
         new = (found & ~exists).nonzero().flatten()
-        for axis in self.axes if len(new) else ():
+        if not len(new):
+            return
+        for axis in self.axes:
             as_stack(state[f"proj_{axis}"])[new] = eigenvectors(as_stack(state[f"gram_{axis}"])[new])
         state["proj_count"] += len(new)
+        # The first gradient is not in the second moment, so it must not be in the first one either.
+        exp_avg = moments["exp_avg"].load().clone()
+        (exp_avg if self.stacked else exp_avg.unsqueeze(0))[new] = 0
+        moments["exp_avg"].store(exp_avg)
 
     def _refresh(self, state: State, moments: Moments, which: Tensor) -> None:
         exp_avg_sq = moments["exp_avg_sq"].load().clone()

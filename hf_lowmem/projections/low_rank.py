@@ -176,10 +176,16 @@ def leading_rows(x: Tensor, sketch: Tensor) -> Tensor:
 
     B = Q^T X is thin, so its SVD is a QR of B^T and an SVD of the r x r factor.
     """
+    x = at_most_one(x)
     q = torch.linalg.qr(x @ sketch).Q
     q_b, r_b = torch.linalg.qr(x.mT @ q)
     rows: Tensor = torch.linalg.svd(r_b.mT).Vh @ q_b.mT
     return rows
+
+
+def at_most_one(matrix: Tensor) -> Tensor:
+    """A matrix (..., m, n) over its largest magnitude, so that its squares neither overflow nor vanish."""
+    return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def aligned(new: Tensor, old: Tensor, how: str) -> Tensor:
@@ -206,10 +212,12 @@ def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool)
         unit: scale G to unit root mean square first.
     """
     if unit:
+        grad = at_most_one(grad)
         grad = grad / grad.square().mean((-2, -1), keepdim=True).sqrt()
     gradient = eq5_gradient_right(grad, basis, exp_avg) if is_right(grad) else eq5_gradient_left(grad, basis, exp_avg)
     norm = gradient.square().sum((-2, -1), keepdim=True).sqrt()
-    return basis - EQ5_LR * gradient * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0)
+    new = basis - EQ5_LR * gradient * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0)
+    return torch.where(norm.isfinite(), new, basis)  # the squares of a huge gradient overflow
 
 
 def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Tucker:
         return self.scale * expand(self._core(update), self._factors(state))
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        param.mul_(decay).add_(self.project_back(state, update))
+        param.copy_(self.project_back(state, update).add_(param.float(), alpha=decay))
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         event = self.schedule.event(state)
@@ -92,7 +92,7 @@ class Tucker:
         pass
 
     def _change(self, grad: Tensor, state: State, moments: Moments, recompute: bool) -> None:
-        old = self._factors(state)
+        old = [factor.clone() for factor in self._factors(state)]
         if recompute:
             found = decompose(grad, self.ranks)
             new = [aligned(factor, before, self.align) for factor, before in zip(found, old, strict=True)]
@@ -185,6 +185,7 @@ def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: 
         unit: scale G to unit root mean square first.
     """
     if unit:
+        grad = grad / grad.abs().max()
         grad = grad / grad.square().mean().sqrt()
     m_hat, residual = expand(exp_avg, factors), expand(contract(grad, factors), factors) - grad
     root = m_hat.square().sum(1, keepdim=True).sqrt()
@@ -202,6 +203,7 @@ def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: 
         m = unfold(expand(exp_avg, [_identity(exp_avg, i) if i == axis else p for i, p in enumerate(factors)]), axis)
         d_g, d_m = unfold(by_g_hat, axis), unfold(by_m_hat, axis)
         gradient = factor @ (g @ d_g.mT + d_g @ g.mT) + m @ d_m.mT
-        clip = (EQ5_CLIP / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        corrected.append(factor - EQ5_LR * clip * gradient)
+        norm = gradient.norm()
+        new = factor - EQ5_LR * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0) * gradient
+        corrected.append(torch.where(norm.isfinite(), new, factor))
     return corrected
