@@ -215,3 +215,13 @@ def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -
         Soap([nn.Parameter(torch.zeros(2, 2))], **options)
     with pytest.raises(ValueError, match=next(iter(options))):
         hf_lowmem.build_optimizer(nn.Linear(4, 4), "soap", lr=1e-3, optim_args=options)
+
+
+@pytest.mark.slow
+def test_compiled_steps_compute_what_the_rule_defines() -> None:
+    start, grads = torch.randn(64, 64), gradients((64, 64), 4)
+    for bits, tolerance in ((32, 1e-5), (8, 2e-2)):
+        options: dict[str, Any] = {"state_bits": bits, "min_8bit_size": 0}
+        eager, _ = run(start, grads, **options)
+        compiled, _ = run(start, grads, compile=True, **options)
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=tolerance)

@@ -102,6 +102,16 @@ def test_resume_is_bit_exact_across_a_change_of_basis(
         assert all(state["exp_avg"].dtype == torch.uint8 for state in projected)
 
 
+def test_a_resumed_run_may_change_when_the_basis_changes(make_trainer: Make) -> None:
+    before, after = "update_interval=2,scale=0.5", "update_interval=3,scale=1,restore_state=true"
+    make_trainer("coap_adamw", optim_args=before, max_steps=3, save_strategy="steps", save_steps=3).train()
+    resumed = make_trainer("coap_adamw", optim_args=after)
+    resumed.train(resume_from_checkpoint=True)
+    for group in inner(resumed).param_groups:
+        assert (group["update_interval"], group["scale"], group["restore_state"]) == (3, 1.0, True)
+        assert all(inner(resumed).state[p]["step"] == 6 for p in group["params"])
+
+
 @pytest.mark.parametrize("optim", NAMES)
 def test_every_parameter_is_in_one_group_with_the_trainers_decay(optim: str, make_trainer: Make) -> None:
     trainer = make_trainer(optim)
@@ -145,6 +155,7 @@ def test_trains(optim: str, make_trainer: Make) -> None:
         (("slim_adamw", None), ("slim_adamw_8bit", None), "state_bits=32, expected 8"),
         (("slim_adamw", None), ("slim_adamw", "conservative=true"), "rules"),
         (("adam_mini", None), ("adam_mini", "value=tensor"), "rules"),
+        (("coap_adamw", None), ("coap_adamw", "rank_ratio=2"), "rank_ratio=None, expected 2.0"),
         (("adamw_torch", None), ("slim_adamw", None), "not by slim_adamw"),
     ],
 )
