@@ -37,14 +37,18 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
         raise ValueError(f"betas={betas} must be two numbers, each at least 0 and below 1.")
     if not 0 <= (values.get("shampoo_beta") or 0) < 1:
         raise ValueError(f"shampoo_beta={values['shampoo_beta']} must be at least 0 and below 1.")
-    if "scale" in values and not 0 < values["scale"] < float("inf"):
-        raise ValueError(f"scale={values['scale']} must be a finite number above 0.")
+    for name in ("scale", "clip_threshold"):
+        if name in values and not 0 < values[name] < float("inf"):
+            raise ValueError(f"{name}={values[name]} must be a finite number above 0.")
+    if "decay_rate" in values and not float("-inf") < values["decay_rate"] < 0:
+        raise ValueError(f"decay_rate={values['decay_rate']} must be a finite number below 0.")
     for name in ("rank_ratio", "conv_rank_ratio"):
         if values.get(name) is not None and not 1 <= values[name] < float("inf"):
             raise ValueError(f"{name}={values[name]} must be at least 1: it is the smaller side over the rank.")
     for name, least in LEAST.items():
         value = values.get(name)
-        if value is not None and (type(value) is not int or value < least):
+        unset = name not in values or (name == "rank" and value is None)
+        if not unset and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
     for name, legal in CHOICES.items():
         if name in values and values[name] not in legal:
@@ -52,7 +56,7 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
 
 
 def check_one_rank(values: Mapping[str, Any]) -> None:
-    if values["rank"] is not None and values["rank_ratio"] is not None:
+    if values.get("rank") is not None and values.get("rank_ratio") is not None:
         raise ValueError(
             f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them."
         )

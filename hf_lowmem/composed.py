@@ -28,7 +28,7 @@ def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
 
 
 def _apply(rule: str, plan: StatePlan, param: Tensor, grad: Tensor, state: State, step: Any, **hyper: Any) -> None:
-    space = _BoundProjection(plan.projection, state)
+    space = _BoundProjection(plan.projection, state, plan.stacked)
     param.copy_(RULES[rule](param.float(), grad.float(), plan.bind(state), space, step, **hyper))
 
 
@@ -36,6 +36,7 @@ def _apply(rule: str, plan: StatePlan, param: Tensor, grad: Tensor, state: State
 class _BoundProjection:
     projection: Projection
     state: State
+    stacked: bool
 
     def project(self, grad: Tensor) -> Tensor:
         return self.projection.project(self.state, grad)

@@ -167,7 +167,8 @@ class LowMemOptimizer(Optimizer):
                 if slot is not None:
                     buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
             for key, slots in buckets.items():
-                self._run(key, slots, group)
+                with torch.autocast(key.device, enabled=False):
+                    self._run(key, slots, group)
         return loss
 
     def _slot(self, param: Tensor, group: Group) -> Slot | None:
@@ -217,7 +218,9 @@ class LowMemOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned: hyperparameters and bit-exact state; `schedule_options` stay this run's.
+        """Load what `state_dict` returned: hyperparameters and bit-exact state.
+
+        Options that neither the state's layout nor torch's own hyperparameters depend on stay this run's.
 
         torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
 
@@ -239,7 +242,7 @@ class LowMemOptimizer(Optimizer):
                         name: saved[name].to(spec.place(param.device), copy=True) for name, spec in specs.items()
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            kept = ("params", "param_names", "compile", *self.schedule_options)
+            kept = ("params", "param_names", "compile", *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
             group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
         self.state.clear()
         self.state.update(loaded)

@@ -40,7 +40,8 @@ class Recipe:
 
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
-    has_second_moment: ClassVar[bool] = True
+    full_second_moment: ClassVar[bool] = True  # of a parameter that is not treated
+    untreated: ClassVar[dict[str, Any]] = FULL
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes:.2f} per parameter
 
@@ -70,13 +71,16 @@ class Recipe:
         return {"axes": value} if value else FULL
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
-        """Raise ValueError if an option named parameters and none was found."""
+        """Raise ValueError if an option names parameters and none that is trained was found."""
+
+    def is_treated(self, treatment: dict[str, Any]) -> bool:
+        return treatment != self.untreated
 
     def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
         """The group values of a parameter: plain values only."""
         bits: int = self.state_bits
         if role.role in EMBEDDINGS:
-            full = self.has_second_moment and not treatment
+            full = self.full_second_moment and not self.is_treated(treatment)
             bits = self.embedding_bits or (32 if full else bits)
         return {**treatment, "state_bits": bits}
 
@@ -145,14 +149,12 @@ def plan_roles(model: nn.Module, recipe: Recipe) -> RolePlan:
     assignments = []
     for param, role in assign_roles(model):
         rule = rules.find(names[id(param)], role.role) if rules else None
-        if rule:
-            value, why = rule
-            try:
-                options = recipe.apply_rule(role, value)
-            except ValueError as error:
-                raise ValueError(f"{why}: {error}") from None
-        else:
-            options, why = recipe.treat(role)
+        try:
+            options, why = (recipe.apply_rule(role, rule[0]), rule[1]) if rule else recipe.treat(role)
+        except ValueError as error:
+            if param.requires_grad:
+                raise ValueError(f"{rule[1]}: {error}" if rule else str(error)) from None
+            options, why = recipe.untreated, str(error)
         assignments.append(Assignment(param, role, recipe.group_options(role, options), why))
     recipe.check_use(assignments)
     return RolePlan(assignments)

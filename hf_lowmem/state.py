@@ -122,9 +122,11 @@ class Projection(Protocol):
     def describe(self, shape: tuple[int, ...]) -> str:
         """What is projected, in a few words for a person; empty if nothing is."""
 
-    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None: ...
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        """Change the basis where that is due before the update."""
 
-    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None: ...
+    def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
+        """Change the basis where that is due after it; `beta2` is the second moment's decay."""
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the space of the moments, float32."""
@@ -171,11 +173,15 @@ FULL_SPACE = FullSpace()
 
 @dataclass(frozen=True, eq=False)
 class StatePlan:
-    """The state of one parameter: its moments by name, the codec that stores the full ones, and the projection."""
+    """The state of one parameter: its moments by name, the codec that stores the full ones, and the projection.
+
+    `stacked` says that axis 0 counts matrices, which share no statistic.
+    """
 
     moments: Mapping[str, Moment]
     codec: Codec
     projection: Projection = FULL_SPACE
+    stacked: bool = False
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Every state tensor of a parameter of `shape`, `step` included."""

@@ -18,7 +18,10 @@ Number = Any  # a float or a 0-D tensor
 
 
 class BoundProjection(Protocol):
-    """The projection of one parameter, with its state."""
+    """The projection of one parameter, with its state; whether axis 0 counts matrices."""
+
+    @property
+    def stacked(self) -> bool: ...
 
     def project(self, grad: Tensor) -> Tensor: ...
 
@@ -92,7 +95,7 @@ def soap_rule(
     v = moments["exp_avg_sq"].ema(space.project(grad).square(), beta2)
     update = space.project_back(space.project(m) / (v.sqrt() + eps))
     if normalize_grads:
-        update = update / (1e-30 + root_mean_square(update))
+        update = update / (1e-30 + root_mean_square(update, space.stacked))
     alpha = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) if correct_bias else lr
     new_param: Tensor = (param - alpha * update) * (1 - lr * weight_decay)
     return new_param
@@ -118,11 +121,11 @@ def adafactor_rule(
 
     `beta2` and `eps` are not used: the second moment's decay comes from `decay_rate`, and its floor is 1e-30.
     """
-    alpha = lr * root_mean_square(param).clamp(min=1e-3) if scale_parameter else lr
+    alpha = lr * root_mean_square(param, space.stacked).clamp(min=1e-3) if scale_parameter else lr
     g = space.project(grad)
     v = moments["exp_avg_sq"].ema(g.square() + 1e-30, 1 - step**decay_rate)
     u = g * v.rsqrt()
-    u = u / (root_mean_square(u) / clip_threshold).clamp(min=1.0)
+    u = u / (root_mean_square(u, space.stacked) / clip_threshold).clamp(min=1.0)
     update = moments["exp_avg"].ema(alpha * u, beta1)
     new_param: Tensor = param * (1 - alpha * weight_decay) - space.project_back(update)
     return new_param
@@ -147,10 +150,10 @@ def signum_rule(
     return new_param
 
 
-def root_mean_square(tensor: Tensor) -> Tensor:
-    """0-D, or (experts, 1, 1) for a stack of matrices, which never share a statistic."""
-    dims = (1, 2) if tensor.ndim == 3 else tuple(range(tensor.ndim))
-    return tensor.square().mean(dims, keepdim=tensor.ndim == 3).sqrt()
+def root_mean_square(tensor: Tensor, stacked: bool) -> Tensor:
+    """Of the whole tensor, or of each matrix of a stack; broadcastable to it."""
+    dims = tuple(range(1 if stacked else 0, tensor.ndim))
+    return tensor.square().mean(dims, keepdim=True).sqrt()
 
 
 UpdateRule = Callable[..., Tensor]

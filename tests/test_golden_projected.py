@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap, coap
 from hf_lowmem.codecs.dynamic_map import decode_table
-from hf_lowmem.projections import low_rank, tucker
+from hf_lowmem.projections import BasisOptions, low_rank
 from hf_lowmem.state import State, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,8 +83,7 @@ def test_coap(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPat
         return lambda *args: with_signs_of(basis := find(*args), recorded(basis.shape[-1]))
 
     patch(low_rank, "leading_rows", signed)
-    monkeypatch.setattr(low_rank, "aligned", lambda new, old, how: new)
-    monkeypatch.setattr(tucker, "aligned", lambda new, old, how: with_signs_of(new, recorded(new.shape[-1])))
+    monkeypatch.setattr(BasisOptions, "aligned", lambda self, new, old: with_signs_of(new, recorded(new.shape[-1])))
     if "8bit" in case:
         monkeypatch.setattr(coap, "codec_for", lambda *args, **kwargs: AuthorsInt8())
     if not kernels:

@@ -275,7 +275,9 @@ def test_target_modules_may_name_a_head_but_no_embedding() -> None:
 @pytest.mark.parametrize("targets", ["q_proj", ["query"], [], ["embed_tokens"], ["norm"]])
 def test_target_modules_that_name_nothing(targets: Any) -> None:
     """A string is a regular expression of the whole name, as in transformers."""
-    with pytest.raises(ValueError, match=r"target_modules=.* names no weight .*: names look like model\.layers\.0"):
+    with pytest.raises(
+        ValueError, match=r"target_modules=.* names no trained weight .*: names look like model\.layers\.0"
+    ):
         hf_lowmem.explain(tiny_model("llama"), "coap_adamw", {"target_modules": targets})
 
 
@@ -296,7 +298,7 @@ def trainer(tmp_path: Path, optim: str, **arguments: Any) -> Trainer:
 def test_the_trainers_target_modules(targets: Any, count: int | None, tmp_path: Path) -> None:
     mine = trainer(tmp_path, "coap_adamw", optim_target_modules=targets, optim_args="rank=4,update_interval=1")
     if count is None:
-        with pytest.raises(ValueError, match="names no weight"):
+        with pytest.raises(ValueError, match="names no trained weight"):
             mine.create_optimizer()
         return
     mine.train()
@@ -334,7 +336,7 @@ def test_rules(tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj.weight": False,
         "model.layers.1.self_attn.q_proj.weight": None,
         "model.layers.0.self_attn.k_proj.weight": 5,
-        "model.layers.0.self_attn.v_proj.weight": 16,
+        "model.layers.0.self_attn.v_proj.weight": False,
     }
     explanation = with_rules(tmp_path, {"exact": exact, "regex": [[r"mlp\.down", 7], ["mlp", "full"]]})
     rows = {row.name: row for row in explanation.rows}
@@ -429,3 +431,40 @@ def test_llama_7b_in_8_bit_takes_what_the_authors_print() -> None:
 def test_every_family_with_matrices_has_some_projected() -> None:
     for family in FAMILIES:
         assert projected(hf_lowmem.explain(tiny_model(family), "coap_adamw")), family
+
+
+def test_a_frozen_weight_that_the_rank_does_not_fit_is_no_obstacle() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 8)})
+    block = nn.ModuleDict({"attn": model})
+    with pytest.raises(ValueError, match=r"attn\.k_proj\.weight: rank=16 is above 8"):
+        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args="rank=16")
+    model["k_proj"].requires_grad_(False)
+    rows = {row.name: row for row in hf_lowmem.explain(block, "coap_adamw", "rank=16").rows}
+    assert rows["attn.q_proj.weight"].state["proj"][0] == (16, 32)
+    assert rows["attn.k_proj.weight"].why == "frozen"
+    with pytest.raises(ValueError, match="names no trained weight"):
+        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args={"target_modules": ["k_proj"]})
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"conv.weight": 16}, "a convolution takes no rank by rule"),
+        ({"small.weight": True}, "cannot be projected: a small convolution"),
+        ({"attn.weight": 8}, "cannot be projected: the rank is its smaller side"),
+        ({"norm.weight": True}, "has no output and input axes"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_an_error(rule: dict[str, Any], message: str, tmp_path: Path) -> None:
+    layers = {"conv": nn.Conv2d(64, 64, 3), "small": nn.Conv2d(8, 8, 3), "attn": nn.Linear(8, 8)}
+    model = nn.ModuleDict({**layers, "norm": nn.LayerNorm(8)})
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps(rule))
+    with pytest.raises(ValueError, match=f"rules file, by name: .*{message}"):
+        hf_lowmem.explain(model, "coap_adamw", {"rules": str(path)})
+
+
+@pytest.mark.parametrize("targets", ["(attn", ["*proj"]])
+def test_target_modules_that_are_no_regular_expression(targets: Any) -> None:
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        hf_lowmem.explain(nn.Linear(4, 4), "coap_adamw", {"target_modules": targets})

@@ -20,6 +20,7 @@ from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.projections import low_rank, tucker
+from hf_lowmem.projections.basis import as_stack
 from hf_lowmem.trainer.optim_args import recipe_for
 
 BOTH = pytest.mark.parametrize("cls", [CoapAdamW, CoapAdafactor])
@@ -132,10 +133,11 @@ def test_eq5_is_the_gradient_of_its_loss(
     exp_avg[..., 0, :] = 0 if data.draw(st.booleans()) else exp_avg[..., 0, :]
     basis = random(*stack, rank, min(m, n), seed=3).double()
 
-    closed = (low_rank.eq5_gradient_right if m >= n else low_rank.eq5_gradient_left)(grad, basis, exp_avg)
+    closed_form = low_rank.eq5_gradient_right if m >= n else low_rank.eq5_gradient_left
+    closed = closed_form(grad, basis, exp_avg, grad.norm(dim=-1), torch.ones_like(grad[..., :1, :1]))
     new = low_rank.corrected_basis(grad, basis, exp_avg, unit=unit)
     assert closed.shape == new.shape == basis.shape
-    triples = zip(*(low_rank.as_stack(t) for t in (grad, basis, exp_avg, closed, new)), strict=True)
+    triples = zip(*(as_stack(t) for t in (grad, basis, exp_avg, closed, new)), strict=True)
     for g, p, m_, closed_, new_ in triples:
         expected = eq5_of_a_matrix(g, p, m_)
         torch.testing.assert_close(closed_, expected, rtol=1e-8, atol=1e-9 * scale**2)
@@ -831,3 +833,114 @@ def test_bad_options_of_a_group_are_told_too(group: dict[str, Any]) -> None:
 def test_the_rank_of_a_group_is_checked_against_its_weights() -> None:
     with pytest.raises(ValueError, match=r"rank=5 is above 4, the smaller side of a weight of shape \(8, 4\)"):
         CoapAdamW([{"params": [nn.Parameter(torch.ones(8, 4))], "rank": 5}])
+
+
+def peak_of_a_step(optimizer: LowMemOptimizer, param: nn.Parameter) -> float:
+    """The largest memory that a second step holds besides, in float32 copies of the weight."""
+    for _ in range(2):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / (4 * param.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [CoapAdamW, CoapAdafactor])
+def test_an_unprojected_weight_is_stepped_in_tiles(cls: type, dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.randn(4096, 1024).to(dtype))
+    assert peak_of_a_step(cls([param], project=False), param) < 0.6
+
+
+@pytest.mark.parametrize("cls", [CoapAdamW, CoapAdafactor])
+def test_a_projected_step_makes_no_copy_of_a_float32_weight(cls: type) -> None:
+    param = nn.Parameter(torch.randn(2048, 1024))
+    assert peak_of_a_step(cls([param], rank=16), param) < 0.2
+
+
+@pytest.mark.parametrize("eq5_scale", ["none", "rms"])
+@pytest.mark.parametrize("shape", [(2048, 512), (512, 2048)])
+def test_a_change_of_basis_makes_no_copy_of_the_gradient(shape: tuple[int, int], eq5_scale: str) -> None:
+    for factor in (1, 100):  # recomputed, corrected
+        param = nn.Parameter(torch.randn(shape))
+        optimizer = CoapAdamW([param], rank=8, update_interval=1, reproject_factor=factor, eq5_scale=eq5_scale)
+        assert peak_of_a_step(optimizer, param) < 0.4
+
+
+def test_statistics_of_a_3d_weight_are_its_own_unless_it_is_a_stack() -> None:
+    def moved(stacked: bool) -> torch.Tensor:
+        param = nn.Parameter(torch.zeros(4, 1, 4))
+        optimizer = CoapAdafactor([param], lr=1.0, betas=(0.0, 0.999), stacked=stacked, project=False)
+        for call in range(3):
+            param.grad = torch.ones_like(param)
+            param.grad[0] *= 10 if call == 2 else 1
+            before = param.detach().clone()
+            optimizer.step()
+        return (param.detach() - before).abs().amax((1, 2))
+
+    assert moved(stacked=True).tolist() == pytest.approx([1, 1, 1, 1], rel=0.01)
+    whole = moved(stacked=False)
+    assert whole[0] > 1.2 > 1 > whole[1]
+
+
+def test_a_groups_own_rank_or_ratio_wins() -> None:
+    params = [nn.Parameter(torch.zeros(32, 16)) for _ in range(3)]
+    groups = [{"params": [params[0]], "rank_ratio": 8.0}, {"params": [params[1]], "rank": 3}, {"params": [params[2]]}]
+    optimizer = CoapAdamW(groups, rank=5)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert [len(optimizer.state[param]["proj"]) for param in params] == [2, 3, 5]
+    with pytest.raises(ValueError, match="give one of them"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(8, 8))], "rank": 2, "rank_ratio": 2.0})
+
+
+def test_rows_longer_than_a_tile_in_blocks_of_an_odd_size() -> None:
+    param = nn.Parameter(torch.randn(4, 270000))  # a multiple of 240, and of no power of two above 16
+    optimizer = CoapAdamW([param], rank=2, state_bits=8)
+    for _ in range(2):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
+    assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_decomposition_does_not_depend_on_the_gradients_size(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = []
+    leading_left = tucker.leading_left
+    monkeypatch.setattr(tucker, "leading_left", lambda *args: sweeps.append(args) or leading_left(*args))
+    tucker.decompose(scale * random(*CONV, seed=1), (20, 15))
+    assert len(sweeps) < 40
+
+
+@pytest.mark.parametrize("cls", [CoapAdamW, CoapAdafactor])
+def test_a_step_inside_autocast_is_float32(cls: type) -> None:
+    results = []
+    for enabled in (False, True):
+        param = nn.Parameter(random(24, 16, seed=1))
+        optimizer = cls([param], update_interval=1, reproject_factor=2)
+        for seed in range(4):
+            param.grad = random(24, 16, seed=seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay_rate": 0.8}, "decay_rate=0.8"),
+        ({"clip_threshold": 0.0}, "clip_threshold=0"),
+        ({"update_interval": None}, "update_interval=None"),
+    ],
+)
+def test_adafactors_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoapAdafactor([nn.Parameter(torch.zeros(2, 2))], **options)

@@ -16,7 +16,7 @@ from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, RowColMean
 from hf_lowmem.optimizer import LowMemOptimizer, Roles
 from hf_lowmem.param_groups import Treatment
-from hf_lowmem.projections import LowRank, Schedule, Tucker
+from hf_lowmem.projections import BasisOptions, LowRank, Tucker
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
@@ -32,7 +32,7 @@ class Coap(LowMemOptimizer):
     are `stacked` matrices.
 
     Args:
-        rank: dimensions kept of each matrix's smaller side; a matrix of that very size is not projected.
+        rank: dimensions kept of each matrix's smaller side; a matrix whose smaller side it equals is not projected.
         rank_ratio: smaller side over dimensions kept, instead of `rank`; 4 where neither is given.
         conv_rank_ratio: the same for convolutions, whose two ranks are channels / sqrt(ratio); default `rank_ratio`.
             With `rank` alone convolutions are not projected.
@@ -50,6 +50,10 @@ class Coap(LowMemOptimizer):
         stacked: whether 3-D weights are stacks of matrices.
         state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`; the sizes are those of the
             projected moments, and any divisor of their rows from 32 to `block_size` will do as a block.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range, `rank` together with `rank_ratio`, or a rank above a smaller side.
     """
 
     layout_options: ClassVar[dict[str, Any]] = {
@@ -98,7 +102,16 @@ class Coap(LowMemOptimizer):
         space = projection.space(shape, "exp_avg")[0]
         storage = (options["state_bits"], options["block_size"], options["min_8bit_size"])
         codec = codec_for(space, *storage, any_divisor=projection is not FULL_SPACE)
-        return StatePlan({"exp_avg": Full(), "exp_avg_sq": cls.second_moment(space)}, codec, projection)
+        moments = {"exp_avg": Full(), "exp_avg_sq": cls.second_moment(space)}
+        return StatePlan(moments, codec, projection, stacked=options["stacked"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; a rank or a ratio of its own replaces the default of either."""
+        own = {name: param_group[name] for name in ("rank", "rank_ratio") if param_group.get(name) is not None}
+        check_one_rank(own)
+        super().add_param_group(
+            {**param_group, **dict.fromkeys({"rank", "rank_ratio"} - set(own), None)} if own else param_group
+        )
 
     @classmethod
     def second_moment(cls, space: tuple[int, ...]) -> Moment:
@@ -210,12 +223,12 @@ def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projectio
     rank, ratio = options["rank"], options["rank_ratio"]
     if rank is None and ratio is None:
         ratio = DEFAULT_RANK_RATIO
-    restored = {True: "squared", False: "none"}.get(options["restore_state"], options["restore_state"])
-    common = dict(
+    basis = BasisOptions(
         dtype=torch.bfloat16 if proj_bits(options) == 16 else torch.float32,
-        schedule=Schedule(options["update_interval"], options["reproject_factor"]),
+        update_interval=options["update_interval"],
+        reproject_factor=options["reproject_factor"],
         scale=options["scale"],
-        restore_state=restored,
+        restore_state={True: "squared", False: "none"}.get(options["restore_state"], options["restore_state"]),
         eq5_scale=options["eq5_scale"],
         align=options["align"],
     )
@@ -229,10 +242,10 @@ def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projectio
                 f"rank={rank} is above {short}, the smaller side of a weight of shape {shape}: use a rank of at most "
                 f"{short}, or rank_ratio, or leave the weight out (target_modules, rules)."
             )
-        return FULL_SPACE if rank == short else LowRank(kept, options["transposed"], **common)
+        return FULL_SPACE if rank == short else LowRank(kept, options["transposed"], basis)
     conv_ratio = options["conv_rank_ratio"] or ratio
     if len(shape) == 4 and math.prod(shape) > MIN_CONV_SIZE and conv_ratio is not None:
-        return Tucker(shape, tucker_ranks(shape, conv_ratio), **common)
+        return Tucker(shape, tucker_ranks(shape, conv_ratio), basis)
     return FULL_SPACE
 
 
@@ -273,6 +286,8 @@ class CoapRecipe(ProjectedRecipe):
 
     def options_of(self, role: ParamRole, asked: Any) -> Treatment:
         options: dict[str, Any] = {}
+        if len(role.shape) == 4 and asked is not True:
+            raise ValueError(f"{role.name}: a convolution takes no rank by rule, use true and conv_rank_ratio.")
         if len(role.shape) < 4 and role.fan_out == len(role.shape) - 1:
             options["transposed"] = True
         if len(role.shape) == 3:
@@ -322,7 +337,4 @@ class CoapAdafactorRecipe(CoapRecipe):
 
     algorithm = "coap_adafactor"
     optimizer_cls = CoapAdafactor
-
-    @property
-    def has_full_second_moment(self) -> bool:
-        return False
+    full_second_moment = False

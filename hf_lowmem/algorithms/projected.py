@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, Treatment
+from hf_lowmem.param_groups import Assignment, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 
 # Linear-like weights of the body. Embeddings, heads, routers and LoRA factors are not.
@@ -35,10 +35,19 @@ class ProjectedRecipe(Recipe):
     target_modules: str | list[str] | None = None
     rules: str | None = None
 
+    untreated: ClassVar[dict[str, Any]] = LEFT_OUT
     without_roles: ClassVar[str] = "every matrix is projected, embeddings and heads too"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for target in [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules or ():
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"target_modules: {target!r} is not a regular expression: {error}.") from None
+
     def options_of(self, role: ParamRole, asked: Any) -> Treatment:
-        """The options that project a matrix, a stack of them or a convolution, and why; None of them where not.
+        """The options that project a matrix, a stack of them or a convolution, or LEFT_OUT; and why.
 
         Args:
             role: a parameter with output and input axes.
@@ -51,7 +60,8 @@ class ProjectedRecipe(Recipe):
 
     def treat(self, role: ParamRole) -> Treatment:
         if not is_projectable(role):
-            return LEFT_OUT, role.why
+            conv = role.role == "conv" and role.fan_out is not None
+            return LEFT_OUT, "a convolution without four axes" if conv else role.why
         if not self._selects(role):
             return LEFT_OUT, "not of the body" if self._takes_the_body else "not in target_modules"
         return self.options_of(role, True)
@@ -77,7 +87,10 @@ class ProjectedRecipe(Recipe):
             return LEFT_OUT
         if not is_projectable(role):
             raise ValueError(f"{role.name} of shape {role.shape} has no output and input axes to project.")
-        return self.options_of(role, value)[0]
+        options, why = self.options_of(role, value)
+        if options == LEFT_OUT:
+            raise ValueError(f"{role.name} of shape {role.shape} cannot be projected: {why}.")
+        return options
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
         targets = self.target_modules
@@ -85,21 +98,11 @@ class ProjectedRecipe(Recipe):
             return
         if any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
             return
-        names = [a.role.name for a in assignments if a.role.role in BODY]
+        names = [a.role.name for a in assignments if a.role.role in BODY and a.param.requires_grad]
         raise ValueError(
-            f"target_modules={targets!r} names no weight that can be projected: names look like "
+            f"target_modules={targets!r} names no trained weight that can be projected: names look like "
             f"{' or '.join(names[:3]) or assignments[0].role.name}."
         )
-
-    def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
-        bits: int = self.state_bits
-        if role.role in EMBEDDINGS and treatment == LEFT_OUT:
-            bits = self.embedding_bits or (32 if self.has_full_second_moment else bits)
-        return {**treatment, "state_bits": bits}
-
-    @property
-    def has_full_second_moment(self) -> bool:
-        return True
 
 
 def is_projectable(role: ParamRole) -> bool:
@@ -110,12 +113,13 @@ def is_projectable(role: ParamRole) -> bool:
 
 
 def is_projected(assignment: Assignment) -> bool:
-    return assignment.options.get("project") is not False
+    return assignment.param.requires_grad and assignment.options.get("project") is not False
 
 
 def names_module(targets: str | Sequence[str], name: str) -> bool:
-    """transformers' rule for `optim_target_modules`, of the module's name or the parameter's own."""
-    keys = (name, name.rpartition(".")[0])
+    """transformers' rule for `optim_target_modules`; a parameter that is no module's `weight` has its own name too."""
+    module, _, leaf = name.rpartition(".")
+    keys = (module,) if leaf == "weight" else (module, name)
     if isinstance(targets, str):
         return any(re.fullmatch(targets, key) for key in keys)
     return any(target in key or re.fullmatch(target, key) for target in targets for key in keys)

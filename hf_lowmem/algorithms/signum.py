@@ -62,7 +62,7 @@ class SignumRecipe(Recipe):
 
     algorithm = "signum"
     optimizer_cls = Signum
-    has_second_moment = False
+    full_second_moment = False
 
     def treat(self, role: ParamRole) -> Treatment:
         return FULL, "no second moment"

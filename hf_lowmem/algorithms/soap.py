@@ -46,6 +46,9 @@ class Soap(LowMemOptimizer):
         project: whether the group's weights are preconditioned at all.
         stacked: whether 3-D weights are stacks of matrices.
         state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`.
+
+    Raises:
+        ValueError: an option out of range.
     """
 
     algorithm = "soap"
@@ -99,9 +102,9 @@ class Soap(LowMemOptimizer):
         codec = codec_for(shape, options["state_bits"], options["block_size"], options["min_8bit_size"])
         axes = basis_axes(shape, options)
         basis = (axes, options["stacked"], options["precondition_frequency"], options["shampoo_beta"])
-        return StatePlan(
-            {"exp_avg": Full(), "exp_avg_sq": Full(signed=False)}, codec, Eigenbasis(*basis) if axes else FULL_SPACE
-        )
+        projection = Eigenbasis(*basis) if axes else FULL_SPACE
+        moments = {"exp_avg": Full(), "exp_avg_sq": Full(signed=False)}
+        return StatePlan(moments, codec, projection, stacked=options["stacked"])
 
     def rule_of(self, plan: StatePlan, group: Group) -> str:
         plain = plan.projection is FULL_SPACE and not group["normalize_grads"]

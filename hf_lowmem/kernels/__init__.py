@@ -15,15 +15,15 @@ KERNELS: dict[KernelKey, Kernel] = {}
 for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", _ANY)] = eager.signum
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", _ANY)] = eager.adamw_mean
+    KERNELS[KernelKey("adafactor", "RowColMean", _codec, "FullSpace", _ANY)] = eager.adafactor
     for _rule, _form in _FORMS.items():
         KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", _ANY)] = partial(eager.adamw_full, form=_form)
-        for _space in ("LowRank", "Tucker"):
-            KERNELS[KernelKey(_rule, "Full", _codec, _space, _ANY)] = eager.in_subspace(eager.adamw_full, _form)
+    for _space in ("LowRank", "Tucker"):
+        _in_subspace = eager.transformers_adamw_in_subspace
+        KERNELS[KernelKey("transformers_adamw", "Full", _codec, _space, _ANY)] = _in_subspace
+        KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, _ANY)] = eager.adafactor
 for _rule, _form in _FORMS.items():
     KERNELS[KernelKey(_rule, "Full", "Float32", "FullSpace", "cpu")] = partial(eager.adamw_full_float32, form=_form)
-    for _space in ("LowRank", "Tucker"):
-        _kernel = eager.in_subspace(eager.adamw_full_float32, _form)
-        KERNELS[KernelKey(_rule, "Full", "Float32", _space, "cpu")] = _kernel
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:

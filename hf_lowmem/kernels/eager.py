@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from hf_lowmem.codecs import Int8Blockwise
+from hf_lowmem.codecs import Float32, Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
-from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.kernels.seam import Hyper, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.scratch import Scratch, known_finite
-from hf_lowmem.state import Subspace
+from hf_lowmem.state import FULL_SPACE, Subspace
 
 Index = tuple[slice, ...]
 View = Callable[[Tensor], Tensor]
@@ -26,6 +26,12 @@ View = Callable[[Tensor], Tensor]
 def tile_size(device: torch.device) -> int:
     """Entries per tile: what a CPU's last cache holds with its temporaries, or enough to fill an accelerator."""
     return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
+def tile_limit(slot: Slot) -> int:
+    """`tile_size`, in whole 8-bit blocks: a row longer than that is cut between them."""
+    limit, codec = tile_size(slot.param.device), slot.plan.codec
+    return limit - limit % codec.block_size if isinstance(codec, Int8Blockwise) else limit
 
 
 def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
@@ -157,7 +163,7 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
     decay = 1 - hyper.lr * hyper.weight_decay
     for slot in slots:
         weight = Weight.of(slot, at_least_1d)
-        for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
+        for index in tiles(weight.param.shape, tile_limit(slot), weight.param.ndim):
             tile = weight[index]
             param, exp_avg = tile.load(tile.load_grad(scratch), decay, hyper.beta1, scratch)
             param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=hyper.lr)
@@ -209,7 +215,7 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> 
         scalars = form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
         second = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
-        for index in tiles(weight.param.shape, tile_size(scratch.device), weight.param.ndim):
+        for index in tiles(weight.param.shape, tile_limit(slot), weight.param.ndim):
             tile, exp_avg_sq = weight[index], second[index]
             grad = tile.load_grad(scratch)
             param, exp_avg = tile.load(grad, scalars.decay, hyper.beta1, scratch)
@@ -225,21 +231,88 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> 
             tile.store(param, exp_avg, scratch)
 
 
-def in_subspace(kernel: Callable[[Sequence[Slot], Hyper, Form], None], form: Form) -> Kernel:
-    """The kernel of an elementwise rule in the space of a projection, where it steps an update that starts at zero."""
+def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """`transformers_adamw_rule` in the space of a projection, by the kernel for unprojected weights."""
 
     def undecayed(slot: Slot, hyper: Hyper) -> Scalars:
-        return replace(form(slot, hyper), decay=1.0)
+        return replace(transformers_adamw_form(slot, hyper), decay=1.0)
 
-    def step(slots: Sequence[Slot], hyper: Hyper) -> None:
-        for slot in slots:
-            projection = cast(Subspace, slot.plan.projection)
-            grad = projection.project(slot.state, slot.grad).contiguous()
-            update = torch.zeros_like(grad)
-            kernel([Slot(update, grad, slot.state, slot.plan, slot.step)], hyper, undecayed)
-            projection.add_back(slot.state, slot.param, update, form(slot, hyper).decay)
+    for slot in slots:
+        inner = in_subspace(slot)
+        on_cpu = inner.param.device.type == "cpu" and isinstance(slot.plan.codec, Float32)
+        (adamw_full_float32 if on_cpu else adamw_full)([inner], hyper, undecayed)
+        add_back(slot, inner.param, 1 - hyper.lr * hyper.weight_decay)
 
-    return step
+
+def in_subspace(slot: Slot) -> Slot:
+    """The projected gradient, and an update that starts at zero in place of the parameter."""
+    grad = slot.plan.projection.project(slot.state, slot.grad).contiguous()
+    return slot._replace(param=torch.zeros_like(grad), grad=grad)
+
+
+def add_back(slot: Slot, update: Tensor, decay: float) -> None:
+    cast(Subspace, slot.plan.projection).add_back(slot.state, slot.param, update, decay)
+
+
+def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """Adafactor with row and column means: one pass for them, one for the clipping, one for the update."""
+    for slot in slots:
+        step_size: float | Tensor = hyper.lr
+        if hyper.flags["scale_parameter"]:
+            dims = matrix_dims(slot)
+            norm = torch.linalg.vector_norm(slot.param, dim=dims, keepdim=True, dtype=torch.float32)
+            count = slot.param.numel() / norm.numel()
+            step_size = hyper.lr * (norm / math.sqrt(count)).clamp(min=1e-3)
+        decay = 1 - step_size * hyper.weight_decay
+        if isinstance(decay, Tensor):
+            slot.param.mul_(decay)
+            decay = 1.0
+        if slot.plan.projection is FULL_SPACE:
+            adafactor_pass(slot, hyper, step_size, decay)
+        else:
+            inner = in_subspace(slot)
+            adafactor_pass(inner, hyper, step_size, 1.0)
+            add_back(slot, inner.param, decay)
+
+
+def matrix_dims(slot: Slot) -> tuple[int, ...]:
+    """The axes that statistics are taken over."""
+    return tuple(range(1 if slot.plan.stacked else 0, slot.param.ndim))
+
+
+def adafactor_pass(slot: Slot, hyper: Hyper, step_size: float | Tensor, decay: float) -> None:
+    """param <- decay * param - exp_avg, for a parameter or an update in the space of a projection."""
+    scratch, weight = Scratch(slot.param.device), Weight.of(slot, lambda tensor: tensor)
+    row, col = slot.state["exp_avg_sq_row"].unsqueeze(-1), slot.state["exp_avg_sq_col"].unsqueeze(-2)
+    indices = list(tiles(slot.param.shape, tile_limit(slot), slot.param.ndim))
+
+    row_sum, col_sum = torch.zeros_like(row), torch.zeros_like(col)
+    for index in indices:
+        grad = weight[index].load_grad(scratch)
+        square = torch.mul(grad, grad, out=scratch.get("square", grad.shape)).add_(1e-30)
+        broadcast_tile(row_sum, index).add_(square.sum(-1, keepdim=True))
+        broadcast_tile(col_sum, index).add_(square.sum(-2, keepdim=True))
+    beta2 = 1 - slot.step ** hyper.flags["decay_rate"]
+    row.mul_(beta2).add_(row_sum, alpha=(1 - beta2) / slot.param.shape[-1])
+    col.mul_(beta2).add_(col_sum, alpha=(1 - beta2) / slot.param.shape[-2])
+    row_factor, col_factor = (row / row.mean(-2, keepdim=True)).rsqrt(), col.rsqrt()
+
+    def update(index: Index) -> Tensor:
+        grad = weight[index].load_grad(scratch)
+        out = torch.mul(grad, broadcast_tile(row_factor, index), out=scratch.get("update", grad.shape))
+        return out.mul_(broadcast_tile(col_factor, index))
+
+    dims = matrix_dims(slot)
+    energy = torch.zeros_like(row.sum(dims, keepdim=True))
+    for index in indices:
+        u = update(index)
+        broadcast_tile(energy, index).add_(u.mul_(u).sum(dims, keepdim=True))
+    rms = (energy / (slot.param.numel() / energy.numel())).sqrt()
+    factor = step_size / (rms / hyper.flags["clip_threshold"]).clamp(min=1.0)
+    for index in indices:
+        tile = weight[index]
+        param, exp_avg = tile.load(update(index).mul_(broadcast_tile(factor, index)), decay, hyper.beta1, scratch)
+        tile.store(param.sub_(exp_avg), exp_avg, scratch)
 
 
 def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
@@ -278,7 +351,7 @@ def step_means(
     weight: Weight, parts: Sequence[Groups], depth: int, slot: Slot, hyper: Hyper, scratch: Scratch
 ) -> None:
     """Step a weight of which the first `depth` axes may be cut: first along axes that no group crosses."""
-    limit = tile_size(scratch.device)
+    limit = tile_limit(slot)
     scalars = adamw_form(slot, hyper)
     crossed = {axis for part in parts for axis in part.dims}
     free = next((axis for axis in range(depth) if axis in crossed), depth)

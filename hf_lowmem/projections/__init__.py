@@ -1,8 +1,8 @@
 """The spaces that moments live in."""
 
+from hf_lowmem.projections.basis import BasisOptions
 from hf_lowmem.projections.eigenbasis import Eigenbasis
 from hf_lowmem.projections.low_rank import LowRank
-from hf_lowmem.projections.schedule import Schedule
 from hf_lowmem.projections.tucker import Tucker
 
-__all__ = ["Eigenbasis", "LowRank", "Schedule", "Tucker"]
+__all__ = ["BasisOptions", "Eigenbasis", "LowRank", "Tucker"]

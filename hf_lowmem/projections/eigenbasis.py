@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_lowmem.projections.basis import as_stack
 from hf_lowmem.projections.precision import full_float32
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
@@ -116,11 +117,6 @@ class Eigenbasis:
 
     def _stack_axis(self, axis: int) -> int:
         return axis if self.stacked else axis + 1
-
-
-def as_stack(square: Tensor) -> Tensor:
-    """A view (experts, size, size)."""
-    return square if square.ndim == 3 else square.unsqueeze(0)
 
 
 def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.moments import Full
+from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, as_stack, clipped_step
 from hf_lowmem.projections.precision import full_float32
-from hf_lowmem.projections.schedule import Schedule
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
 SKETCH_SEED = 3407
-EQ5_LR, EQ5_CLIP = 0.1, 1.0
-_FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,12 @@ class LowRank:
     Args:
         rank: dimensions kept.
         transposed: the weight is stored (fan_in, fan_out), as Conv1D and some experts are; W is its transpose.
-        dtype: storage of the basis.
-        schedule: when the basis changes.
-        scale: factor of every update.
-        restore_state: "squared" carries the moments over a change of basis by its rotation R, the second by R * R;
-            "reference" carries the root of the second by R, as the authors do; "none" leaves both.
-        eq5_scale: "rms" scales the gradient to unit size in Eq. 5, "none" takes it as it is.
-        align: what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".
+        options: how the basis follows the gradient.
     """
 
     rank: int
     transposed: bool
-    dtype: torch.dtype
-    schedule: Schedule
-    scale: float = 1.0
-    restore_state: str = "none"
-    eq5_scale: str = "none"
-    align: str = "sign"
+    options: BasisOptions
 
     # -- shapes -----------------------------------------------------------------------------------------------------
 
@@ -61,7 +48,7 @@ class LowRank:
         side, axis = (n, in_axis) if m >= n else (m, out_axis)
         dims = (*range(len(stack)), None, axis)
         return {
-            "proj": TensorSpec((*stack, self.rank, side), dims, self.dtype),
+            "proj": TensorSpec((*stack, self.rank, side), dims, self.options.dtype),
             "proj_count": TensorSpec((), (), on_host=True),
         }
 
@@ -93,7 +80,7 @@ class LowRank:
     def project_back(self, state: State, update: Tensor) -> Tensor:
         basis = state["proj"].float()
         right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
-        return self.scale * self._matrix(update @ basis if right else basis.mT @ update)
+        return self.options.scale * self._matrix(update @ basis if right else basis.mT @ update)
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
         if param.dtype != torch.float32:
@@ -104,42 +91,45 @@ class LowRank:
         if self.transposed:
             left, right = right.mT, left.mT
         add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
-        add_product(left, right, beta=decay, alpha=self.scale)
+        add_product(left, right, beta=decay, alpha=self.options.scale)
 
     # -- the basis --------------------------------------------------------------------------------------------------
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
-        event = self.schedule.event(state)
-        incomplete = state["proj_count"].item() < len(as_stack(state["proj"]))
+        event = self.options.event(state)
+        proj = as_stack(state["proj"])
+        # An expert that never gets a token keeps its stack here: one pass over the gradient at every step.
+        incomplete = state["proj_count"].item() < len(proj)
         if not event and not incomplete:
             return
-        proj = as_stack(state["proj"])
         matrix = as_stack(self._matrix(grad))
-        magnitude = matrix.abs().amax((1, 2)).float()
+        magnitude = torch.linalg.vector_norm(matrix, torch.inf, dim=(1, 2)).float()
         usable = magnitude.isfinite() & (magnitude > 0)
         exists = proj.abs().amax((1, 2)) > 0
         with full_float32():
-            self._change(proj, matrix, usable & exists, event, moments)
-            new = (usable & ~exists).nonzero().flatten() if incomplete else ()
+            if event:
+                self._change(proj, matrix, (usable & exists).nonzero().flatten(), event, moments)
+            new = (usable & ~exists).nonzero().flatten()
             if len(new):
-                proj[new] = first_basis(long_side_first(matrix[new].float()), self.rank).to(proj.dtype)
+                found = first_basis(long_side_first(pick(matrix, new)), self.rank)
+                proj[new] = found.to(proj.dtype)
                 state["proj_count"] += len(new)
 
-    def _change(self, proj: Tensor, matrix: Tensor, which: Tensor, event: str | None, moments: Moments) -> None:
-        """Correct or recompute the bases of the matrices that `which` marks, and carry the moments over."""
-        chosen = which.nonzero().flatten()
-        if event is None or not len(chosen):
+    def _change(self, proj: Tensor, matrix: Tensor, which: Tensor, event: str, moments: Moments) -> None:
+        """Correct or recompute the bases of the matrices `which`, and carry their moments over."""
+        if not len(which):
             return
-        old, grad = proj[chosen].float(), matrix[chosen].float()
+        options = self.options
+        old, grad = proj[which].float(), pick(matrix, which)
         if event == "recompute":
-            new = aligned(recomputed_basis(long_side_first(grad), old), old, self.align)
+            new = options.aligned(recomputed_basis(long_side_first(grad), old), old)
         else:
-            exp_avg = as_stack(moments["exp_avg"].load())[chosen]
-            new = corrected_basis(grad, old, exp_avg, unit=self.eq5_scale == "rms")
-        proj[chosen] = new.to(proj.dtype)
-        if self.restore_state != "none":
-            rotation = old @ proj[chosen].float().mT
-            carry_over(moments, chosen, rotation, is_right(grad), reference=self.restore_state == "reference")
+            exp_avg = pick(as_stack(moments["exp_avg"].load()), which)
+            new = corrected_basis(grad, old, exp_avg, unit=options.eq5_scale == "rms")
+        proj[which] = new.to(proj.dtype)
+        if options.restore_state != "none":
+            rotation = old @ proj[which].float().mT
+            carry_over(moments, which, rotation, is_right(grad), reference=options.restore_state == "reference")
 
     def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
         pass
@@ -149,9 +139,9 @@ def is_right(matrix: Tensor) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
 
 
-def as_stack(tensor: Tensor) -> Tensor:
-    """A view with an axis of matrices in front."""
-    return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+def pick(stack: Tensor, which: Tensor) -> Tensor:
+    """The matrices `which` of a stack as float32, copied only where that cannot be avoided."""
+    return (stack if len(which) == len(stack) else stack[which]).float()
 
 
 def long_side_first(matrix: Tensor) -> Tensor:
@@ -176,28 +166,11 @@ def leading_rows(x: Tensor, sketch: Tensor) -> Tensor:
 
     B = Q^T X is thin, so its SVD is a QR of B^T and an SVD of the r x r factor.
     """
-    x = at_most_one(x)
-    q = torch.linalg.qr(x @ sketch).Q
-    q_b, r_b = torch.linalg.qr(x.mT @ q)
+    size = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    q = torch.linalg.qr(x @ (sketch / size)).Q  # the singular vectors do not depend on the size of X
+    q_b, r_b = torch.linalg.qr(x.mT @ (q / size))
     rows: Tensor = torch.linalg.svd(r_b.mT).Vh @ q_b.mT
     return rows
-
-
-def at_most_one(matrix: Tensor) -> Tensor:
-    """A matrix (..., m, n) over its largest magnitude, so that its squares neither overflow nor vanish."""
-    return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def aligned(new: Tensor, old: Tensor, how: str) -> Tensor:
-    """The basis `new` (..., rank, side) with the signs, or the rotation, that bring it nearest to `old`."""
-    if how == "none":
-        return new
-    if how == "procrustes":
-        u, _, vh = torch.linalg.svd(new @ old.mT)
-        new = (u @ vh).mT @ new
-        return new
-    agreement = (new * old).sum(-1, keepdim=True)
-    return torch.where(agreement < 0, -new, new)
 
 
 def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool) -> Tensor:
@@ -211,57 +184,57 @@ def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool)
         exp_avg: M (..., m, rank) or (..., rank, n).
         unit: scale G to unit root mean square first.
     """
-    if unit:
-        grad = at_most_one(grad)
-        grad = grad / grad.square().mean((-2, -1), keepdim=True).sqrt()
-    gradient = eq5_gradient_right(grad, basis, exp_avg) if is_right(grad) else eq5_gradient_left(grad, basis, exp_avg)
-    norm = gradient.square().sum((-2, -1), keepdim=True).sqrt()
-    new = basis - EQ5_LR * gradient * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0)
-    return torch.where(norm.isfinite(), new, basis)  # the squares of a huge gradient overflow
+    largest = torch.linalg.vector_norm(grad, torch.inf, dim=(-2, -1), keepdim=True)
+    if unit and (largest.min() < 1e-12 or largest.max() > 1e12):
+        grad = grad / largest  # its squares would leave float32
+    rows = torch.linalg.vector_norm(grad, dim=-1)
+    size = rows.square().mean(-1)[..., None, None].sqrt() / grad.shape[-1] ** 0.5
+    factor = 1 / size if unit else torch.ones_like(size)
+    gradient = eq5_gradient_right if is_right(grad) else eq5_gradient_left
+    return clipped_step(basis, gradient(grad, basis, exp_avg, rows * factor[..., 0], factor))
 
 
-def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor) -> Tensor:
-    """dL/dP for G (m, n), P (r, n), M (m, r), m >= n."""
+def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+    """dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, n), M (m, r), m >= n."""
     m, n = grad.shape[-2:]
-    a, s = grad @ basis.mT, basis @ basis.mT
+    a, s = factor * (grad @ basis.mT), basis @ basis.mT
     aa = a.mT @ a
-    row_m, row_mu, h = _cosines((exp_avg @ s * exp_avg).sum(-1), (exp_avg * a).sum(-1), grad)
-    f = _residual(grad, aa, s)
+    row_m, row_mu, h = _cosines((exp_avg @ s * exp_avg).sum(-1), (exp_avg * a).sum(-1), rows)
+    f = _residual(rows, aa, s) / (m * n)
     outer = 2 * h / (m * n)
     eye = torch.eye(s.shape[-1], device=s.device)
     by_grad = outer * (s - 2 * eye) @ a.mT - f / m * (row_m * exp_avg).mT
     by_basis = outer * aa + f / m * (exp_avg.mT @ (row_mu * exp_avg))
-    return by_grad @ grad + by_basis @ basis
+    return (factor * by_grad) @ grad + by_basis @ basis
 
 
-def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor) -> Tensor:
-    """dL/dP for G (m, n), P (r, m), M (r, n), m < n."""
+def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+    """dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, m), M (r, n), m < n."""
     m, n = grad.shape[-2:]
-    a, s = basis @ grad, basis @ basis.mT
+    a, s = factor * (basis @ grad), basis @ basis.mT
     aa = a @ a.mT
-    k, mm = exp_avg @ grad.mT, exp_avg @ exp_avg.mT  # (r, m), (r, r)
-    row_m, row_mu, h = _cosines((mm @ basis * basis).sum(-2), (basis * k).sum(-2), grad)
-    f = _residual(grad, aa, s)
+    k, mm = factor * (exp_avg @ grad.mT), exp_avg @ exp_avg.mT  # (r, m), (r, r)
+    row_m, row_mu, h = _cosines((mm @ basis * basis).sum(-2), (basis * k).sum(-2), rows)
+    f = _residual(rows, aa, s) / (m * n)
     outer = 2 * h / (m * n)
     eye = torch.eye(s.shape[-1], device=s.device)
-    fit = outer * ((s - 2 * eye) @ (a @ grad.mT) + aa @ basis)
+    fit = outer * ((s - 2 * eye) @ (factor * (a @ grad.mT)) + aa @ basis)
     return fit - f / m * (row_m.mT * k - mm @ (row_mu.mT * basis))
 
 
-def _residual(grad: Tensor, aa: Tensor, s: Tensor) -> Tensor:
-    """MSE(G_hat, G) (..., 1, 1) = (|G|^2 - 2 |A|^2 + <S, A A^T>) / mn."""
+def _residual(rows: Tensor, aa: Tensor, s: Tensor) -> Tensor:
+    """|G_hat - G|^2 (..., 1, 1) = |G|^2 - 2 |A|^2 + <S, A A^T>."""
     trace = aa.diagonal(dim1=-2, dim2=-1).sum(-1)
-    total = grad.square().sum((-2, -1)) - 2 * trace + (s * aa).sum((-2, -1))
-    return (total.clamp(min=0) / (grad.shape[-2] * grad.shape[-1]))[..., None, None]
+    total = rows.square().sum(-1) - 2 * trace + (s * aa).sum((-2, -1))
+    return total.clamp(min=0)[..., None, None]
 
 
-def _cosines(square: Tensor, dot: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From |M_hat_i|^2 and <M_hat_i, G_i>: the rows' weights 1/ab and c/a^2 (..., m, 1), and 1 - mean(c)."""
+def _cosines(square: Tensor, dot: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From |M_hat_i|^2, <M_hat_i, G_i> and |G_i|: the rows' weights 1/ab and c/a^2 (..., m, 1), and 1 - mean(c)."""
     root = square.clamp(min=0).sqrt()
-    a = root.clamp(min=_FLOOR)
-    b = grad.square().sum(-1).sqrt().clamp(min=_FLOOR)
+    a, b = root.clamp(min=COSINE_FLOOR), rows.clamp(min=COSINE_FLOOR)
     c = dot / (a * b)
-    along = torch.where(root > _FLOOR, c / a.square(), 0.0)
+    along = torch.where(root > COSINE_FLOOR, c / a.square(), 0.0)
     return (1 / (a * b))[..., None], along[..., None], (1 - c.mean(-1))[..., None, None]
 
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.moments import Full
-from hf_lowmem.projections.low_rank import EQ5_CLIP, EQ5_LR, aligned
+from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, clipped_step
 from hf_lowmem.projections.precision import full_float32
-from hf_lowmem.projections.schedule import Schedule
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
-_FLOOR = 1e-8
 _MIN_SWEEPS, _MAX_SWEEPS, _TOLERANCE = 3, 100, 1e-4
 
 Factors = list[Tensor]  # one or two: (rank, channels), rows orthonormal
@@ -37,21 +35,16 @@ class Tucker:
     Args:
         shape: the weight's (out, in, kh, kw).
         ranks: dimensions kept of axis 0, or of axes 0 and 1.
-        dtype, schedule, scale, restore_state, eq5_scale, align: as for `LowRank`.
+        options: how the basis follows the gradient.
     """
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
-    dtype: torch.dtype
-    schedule: Schedule
-    scale: float = 1.0
-    restore_state: str = "none"
-    eq5_scale: str = "none"
-    align: str = "sign"
+    options: BasisOptions
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         factors = {
-            f"proj_{axis}": TensorSpec((rank, shape[axis]), (None, axis), self.dtype)
+            f"proj_{axis}": TensorSpec((rank, shape[axis]), (None, axis), self.options.dtype)
             for axis, rank in enumerate(self.ranks)
         }
         return {**factors, "proj_count": TensorSpec((), (), on_host=True)}
@@ -68,13 +61,13 @@ class Tucker:
         return contract(grad.float(), self._factors(state)).flatten(1)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        return self.scale * expand(self._core(update), self._factors(state))
+        return self.options.scale * expand(self._core(update), self._factors(state))
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
         param.copy_(self.project_back(state, update).add_(param.float(), alpha=decay))
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
-        event = self.schedule.event(state)
+        event = self.options.event(state)
         exists = bool(state["proj_count"].item())
         if not event and exists:
             return
@@ -95,12 +88,12 @@ class Tucker:
         old = [factor.clone() for factor in self._factors(state)]
         if recompute:
             found = decompose(grad, self.ranks)
-            new = [aligned(factor, before, self.align) for factor, before in zip(found, old, strict=True)]
+            new = [self.options.aligned(factor, before) for factor, before in zip(found, old, strict=True)]
         else:
             exp_avg = self._core(moments["exp_avg"].load())
-            new = corrected_factors(grad, old, exp_avg, unit=self.eq5_scale == "rms")
+            new = corrected_factors(grad, old, exp_avg, unit=self.options.eq5_scale == "rms")
         self._store(state, new)
-        if self.restore_state == "none":
+        if self.options.restore_state == "none":
             return
         rotations = [factor @ before.mT for factor, before in zip(self._factors(state), old, strict=True)]
         for name, squared in (("exp_avg", False), ("exp_avg_sq", True)):
@@ -111,7 +104,7 @@ class Tucker:
     def _carried(self, core: Tensor, rotations: Factors, squared: bool) -> Tensor:
         if not squared:
             return contract(core, rotations)
-        if self.restore_state == "reference":
+        if self.options.restore_state == "reference":
             return contract(core.sqrt(), rotations).square()
         return contract(core, [rotation.square() for rotation in rotations])
 
@@ -151,17 +144,22 @@ def unfold(tensor: Tensor, axis: int) -> Tensor:
 def decompose(grad: Tensor, ranks: tuple[int, ...]) -> Factors:
     """Higher-order orthogonal iteration: each factor in turn becomes the leading subspace given the others."""
     factors = [leading_left(unfold(grad, axis), rank) for axis, rank in enumerate(ranks)]
-    energy = grad.square().sum()
-    error = torch.tensor(torch.inf)
+    energy = _energy(grad)
+    error = math.inf
     for sweep in range(_MAX_SWEEPS):
         for axis, rank in enumerate(ranks):
             others = [_identity(grad, i) if i == axis else factor for i, factor in enumerate(factors)]
             factors[axis] = leading_left(unfold(contract(grad, others), axis), rank)
         before = error
-        error = ((energy - contract(grad, factors).square().sum()).abs() / energy).sqrt()
-        if sweep + 1 >= _MIN_SWEEPS and (before - error).abs() < _TOLERANCE:
+        error = math.sqrt(abs(energy - _energy(contract(grad, factors))) / energy)
+        if sweep + 1 >= _MIN_SWEEPS and abs(before - error) < _TOLERANCE:
             break
     return factors
+
+
+def _energy(tensor: Tensor) -> float:
+    """|tensor|^2; in float64, where the squares of a tiny or huge gradient stay apart from zero and infinity."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).item()) ** 2
 
 
 def _identity(tensor: Tensor, axis: int) -> Tensor:
@@ -189,10 +187,10 @@ def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: 
         grad = grad / grad.square().mean().sqrt()
     m_hat, residual = expand(exp_avg, factors), expand(contract(grad, factors), factors) - grad
     root = m_hat.square().sum(1, keepdim=True).sqrt()
-    a = root.clamp(min=_FLOOR)
-    b = grad.square().sum(1, keepdim=True).sqrt().clamp(min=_FLOOR)
+    a = root.clamp(min=COSINE_FLOOR)
+    b = grad.square().sum(1, keepdim=True).sqrt().clamp(min=COSINE_FLOOR)
     cosine = (m_hat * grad).sum(1, keepdim=True) / (a * b)
-    along = torch.where(root > _FLOOR, cosine / a.square(), 0.0)
+    along = torch.where(root > COSINE_FLOOR, cosine / a.square(), 0.0)
     by_g_hat = 2 / grad.numel() * (1 - cosine.mean()) * residual
     by_m_hat = -residual.square().mean() / cosine.numel() * (grad / (a * b) - along * m_hat)
 
@@ -203,7 +201,5 @@ def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: 
         m = unfold(expand(exp_avg, [_identity(exp_avg, i) if i == axis else p for i, p in enumerate(factors)]), axis)
         d_g, d_m = unfold(by_g_hat, axis), unfold(by_m_hat, axis)
         gradient = factor @ (g @ d_g.mT + d_g @ g.mT) + m @ d_m.mT
-        norm = gradient.norm()
-        new = factor - EQ5_LR * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0) * gradient
-        corrected.append(torch.where(norm.isfinite(), new, factor))
+        corrected.append(clipped_step(factor, gradient))
     return corrected

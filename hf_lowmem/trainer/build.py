@@ -135,7 +135,7 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
-    if explanation.caution:
+    if explanation.caution and not logger.isEnabledFor(logging.INFO):  # else the summary has said it
         logger.warning("%s", explanation.caution)
     takes_rules = hasattr(recipe, "rules")
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
