@@ -16,6 +16,8 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", _ANY)] = eager.signum
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", _ANY)] = eager.adamw_mean
     KERNELS[KernelKey("adafactor", "RowColMean", _codec, "FullSpace", _ANY)] = eager.adafactor
+    for _space in ("FullSpace", "Eigenbasis"):
+        KERNELS[KernelKey("soap", "Full", _codec, _space, _ANY)] = eager.soap
     for _rule, _form in _FORMS.items():
         KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", _ANY)] = partial(eager.adamw_full, form=_form)
     for _space in ("LowRank", "Tucker"):

@@ -254,6 +254,43 @@ def add_back(slot: Slot, update: Tensor, decay: float) -> None:
     cast(Subspace, slot.plan.projection).add_back(slot.state, slot.param, update, decay)
 
 
+def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """SOAP's elementwise part in tiles; its rotations are whole products."""
+    scratch = Scratch(slots[0].param.device)
+    for slot in slots:
+        scalars, projection = transformers_adamw_form(slot, hyper), slot.plan.projection
+        exp_avg = StoredMoment.of(slot, "exp_avg", at_least_1d)
+        exp_avg_sq = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
+        grad, indices = at_least_1d(slot.grad), list(tiles(exp_avg.data.shape, tile_limit(slot), exp_avg.data.ndim))
+        stored = exp_avg.data.dtype == torch.float32
+        moment = exp_avg.data if stored else torch.empty(exp_avg.data.shape, device=scratch.device)
+        for index in indices:
+            averaged = exp_avg[index].load(scratch).lerp_(as_float32(grad[index], "grad", scratch), 1 - hyper.beta1)
+            if not stored:
+                moment[index].copy_(averaged)  # the step takes the average before it is rounded
+            exp_avg[index].store(averaged, scratch)
+        update = projection.project(slot.state, moment.view(slot.param.shape))
+        update = update.clone() if projection is FULL_SPACE else update
+        del moment
+        rotated = projection.project(slot.state, slot.grad.float())
+        for index in indices:
+            tile, g = exp_avg_sq[index], at_least_1d(rotated)[index]
+            loaded = tile.load(scratch)
+            if tile.absmax is not None:
+                loaded.square_()
+            loaded.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+            root = torch.sqrt(loaded, out=scratch.get("root", loaded.shape))
+            at_least_1d(update)[index].div_(root.add_(scalars.eps))
+            tile.store(loaded if tile.absmax is None else loaded.sqrt_(), scratch)
+        del rotated
+        update = projection.project_back(slot.state, update)
+        if hyper.flags["normalize_grads"]:
+            dims = matrix_dims(slot)
+            norm = torch.linalg.vector_norm(update, dim=dims, keepdim=True) if update.ndim else update.abs()
+            update = update / (1e-30 + norm / math.sqrt(update.numel() / norm.numel()))
+        slot.param.copy_(slot.param.float().mul_(scalars.decay).sub_(update, alpha=scalars.step_size))
+
+
 def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
     """Adafactor with row and column means: one pass for them, one for the clipping, one for the update."""
     for slot in slots:
