@@ -9,14 +9,14 @@ SCRIPT = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-def main(output_dir, optim):
+def main(output_dir, optim, optim_args=None):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     ))
     tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
-        output_dir=output_dir, optim=optim, max_steps=2, learning_rate=1e-2, per_device_train_batch_size=2,
+        output_dir=output_dir, optim=optim, optim_args=optim_args, max_steps=4, learning_rate=1e-2, per_device_train_batch_size=2,
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
     )
     assert args.world_size == 2
@@ -45,15 +45,18 @@ def torchrun(arguments):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("launch", "module_arguments"),
-    [(accelerate, ["-m", "hf_lowmem", "run"]), (torchrun, ["-m", "hf_lowmem"])],
+    ("launch", "module_arguments", "optim"),
+    [
+        (accelerate, ["-m", "hf_lowmem", "run"], ["slim_adamw_8bit"]),
+        (torchrun, ["-m", "hf_lowmem"], ["coap_adamw_8bit", "update_interval=1,reproject_factor=2"]),
+    ],
     ids=["accelerate-run", "torchrun"],
 )
-def test_both_ranks_finish_with_the_same_weights(launch, module_arguments, tmp_path, monkeypatch):
+def test_both_ranks_finish_with_the_same_weights(launch, module_arguments, optim, tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(SCRIPT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["launcher"])
-    launch([*module_arguments, str(tmp_path / "train.py"), str(tmp_path), "slim_adamw_8bit"])
+    launch([*module_arguments, str(tmp_path / "train.py"), str(tmp_path), *optim])
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys()
     for name in first:
