@@ -1,9 +1,13 @@
 """The demo's held-out loss over several seeds: is a difference between optimizers larger than that between seeds?
 
-    python benchmarks/demo_seeds.py --optims adamw_torch,coap_adamw_8bit --seeds 0,1,2
+    for seed in 0 1 2; do
+        hf-lowmem demo --seed $seed --output-dir runs/$seed --optims "adamw_torch,coap_adamw_8bit,soap_8bit,\\
+    coap_adafactor_8bit,coap_adamw update_interval=10,coap_adamw update_interval=10 eq5_scale=rms"
+    done
+    python benchmarks/demo_seeds.py --commit "$(git rev-parse HEAD)" runs/*/demo.json
 
-Each optimizer starts from the same weights and sees the same batches as the others with that seed. An optim name may
-be followed by its optim_args, as for `hf-lowmem demo`.
+With a given seed each optimizer starts from the same weights and sees the same batches as the others. The table holds
+the optimizers that every run has.
 """
 
 from __future__ import annotations
@@ -12,68 +16,66 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from step_time import describe_machine  # noqa: E402
+from hf_lowmem.demo import BASELINE  # noqa: E402
 
-from hf_lowmem.demo import BASELINE, Settings  # noqa: E402
-from hf_lowmem.demo.train import run_demo  # noqa: E402
+STATE = "state_bytes_per_parameter_outside_embeddings"
 
-OPTIMS = (
-    BASELINE,
-    "coap_adamw_8bit",
-    "coap_adafactor_8bit",
-    "soap_8bit",
-    "coap_adamw update_interval=10",
-    "coap_adamw update_interval=10 eq5_scale=rms",
-)
+
+def merge(paths: list[Path], commit: str) -> dict[str, Any]:
+    demos = sorted((json.loads(path.read_text()) for path in paths), key=lambda demo: demo["settings"]["seed"])
+    runs = [{run["optim"]: run for run in demo["runs"]} for demo in demos]
+    shared = [optim for optim in runs[0] if all(optim in by_name for by_name in runs)]
+    rows = [
+        {
+            "optim": optim,
+            STATE: runs[0][optim][STATE],
+            "held_out_losses": [by_name[optim]["held_out_loss"] for by_name in runs],
+        }
+        for optim in shared
+    ]
+    common = {key: demos[0][key] for key in ("device", "platform", "versions")}
+    settings = {
+        key: value for key, value in demos[0]["settings"].items() if key not in ("optims", "output_dir", "seed")
+    }
+    seeds = [demo["settings"]["seed"] for demo in demos]
+    return {"commit": commit, **common, "settings": settings, "seeds": seeds, "rows": rows}
 
 
 def render(report: dict[str, Any]) -> str:
-    machine, seeds = report["machine"], report["seeds"]
-    baseline = next((row["held_out_losses"] for row in report["rows"] if row["optim"] == BASELINE), None)
+    means = {row["optim"]: statistics.mean(row["held_out_losses"]) for row in report["rows"]}
     lines = [
         "# Held-out loss of the demo by seed",
         "",
-        f"- machine: {machine['cpu']}, torch {machine['versions']['torch']}",
-        f"- commit: {machine['commit']}",
-        f"- command: `{machine['command']}`",
+        f"{report['settings']['steps']} steps; how to run it: `benchmarks/demo_seeds.py`.",
+        "State in bytes per parameter outside embeddings.",
         "",
-        f"| `optim` | state, bytes/param | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | against AdamW |",
-        "|---|---:|" + "---:|" * (len(seeds) + 2),
+        f"- device: {report['device']}, torch {report['versions']['torch']}",
+        f"- commit: {report['commit']}",
+        "",
+        f"| `optim` | state | {' | '.join(f'seed {seed}' for seed in report['seeds'])} | mean | against AdamW |",
+        "|---|---:|" + "---:|" * (len(report["seeds"]) + 2),
     ]
     for row in report["rows"]:
-        losses = row["held_out_losses"]
-        mean = statistics.mean(losses)
-        against = f"{mean / statistics.mean(baseline) - 1:+.1%}" if baseline and row["optim"] != BASELINE else ""
-        cells = " | ".join(f"{loss:.3f}" for loss in losses)
-        lines.append(
-            f"| `{row['optim']}` | {row['state_bytes_per_parameter']:.3f} | {cells} | {mean:.3f} | {against} |"
-        )
+        mean = means[row["optim"]]
+        against = f"{mean / means[BASELINE] - 1:+.1%}" if BASELINE in means and row["optim"] != BASELINE else ""
+        cells = " | ".join(f"{loss:.3f}" for loss in row["held_out_losses"])
+        lines.append(f"| `{row['optim']}` | {row[STATE]:.3f} | {cells} | {mean:.3f} | {against} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optims", default=",".join(OPTIMS), help="default: %(default)s")
-    parser.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
+    parser.add_argument("runs", nargs="+", type=Path, help="demo.json of each seed")
+    parser.add_argument("--commit", required=True, help="of the package that was run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "demo_seeds_cpu.json")
     args = parser.parse_args()
-    optims, seeds = tuple(args.optims.split(",")), [int(seed) for seed in args.seeds.split(",")]
-
-    rows: list[dict[str, Any]] = [{"optim": optim, "held_out_losses": []} for optim in optims]
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = run_demo(Settings(optims=optims, seed=seed, output_dir=Path(folder)))
-        for row, run in zip(rows, runs, strict=True):
-            row["held_out_losses"].append(run.held_out_loss)
-            row["state_bytes_per_parameter"] = run.state_bytes_per_parameter
-    report = {"machine": describe_machine("cpu"), "seeds": seeds, "rows": rows}
+    report = merge(args.runs, args.commit)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(render(report))
     print(render(report))

@@ -16,8 +16,8 @@ def main(output_dir, optim, optim_args=None):
     ))
     tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
-        output_dir=output_dir, optim=optim, optim_args=optim_args, max_steps=4, learning_rate=1e-2, per_device_train_batch_size=2,
-        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        output_dir=output_dir, optim=optim, optim_args=optim_args, max_steps=4, learning_rate=1e-2,
+        per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
     )
     assert args.world_size == 2
     Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in tokens]).train()
