@@ -71,7 +71,8 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         "# The cost of a new basis",
         "",
-        "Milliseconds per matrix, and for all weights of the model; method: `benchmarks/refresh.py`.",
+        "Milliseconds per matrix, and for all weights of the model; method: `benchmarks/refresh.py`. `floor` is the",
+        "gradient's projection and the update's way back, which every step of COAP and GaLore takes.",
         "",
         f"- machine: {device}, torch {machine['versions']['torch']}",
         f"- commit: {machine['commit']}",

@@ -58,7 +58,7 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
 def check_one_rank(values: Mapping[str, Any]) -> None:
     if values.get("rank") is not None and values.get("rank_ratio") is not None:
         raise ValueError(
-            f"rank={values['rank']} and rank_ratio={values['rank_ratio']} say the same: give one of them."
+            f"rank={values['rank']} and rank_ratio={values['rank_ratio']} both set the rank: give one of them."
         )
 
 
@@ -87,7 +87,7 @@ def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_option
             f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
             "resume with the same optim name, or without the checkpoint's optimizer state."
         )
-    hint = "resume with the same model, optim name, rules and state_bits as the checkpoint"
+    hint = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
     for number, (mine, theirs) in enumerate(zip(current, saved, strict=False)):
         for option in layout_options:
             if theirs.get(option) != mine[option]:

@@ -43,7 +43,8 @@ class Recipe:
     full_second_moment: ClassVar[bool] = True  # of a parameter that is not treated
     untreated: ClassVar[dict[str, Any]] = FULL
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
-    caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes:.2f} per parameter
+    projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
+    caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes} per parameter, and {adamw}'s
 
     def __post_init__(self) -> None:
         check_hyperparameters(vars(self))

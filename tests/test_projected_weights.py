@@ -468,3 +468,8 @@ def test_a_rule_that_cannot_be_followed_is_an_error(rule: dict[str, Any], messag
 def test_target_modules_that_are_no_regular_expression(targets: Any) -> None:
     with pytest.raises(ValueError, match="is not a regular expression"):
         hf_lowmem.explain(nn.Linear(4, 4), "coap_adamw", {"target_modules": targets})
+
+
+def test_projecting_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    hf_lowmem.build_optimizer(nn.Sequential(nn.Linear(8, 8)), "coap_adamw", lr=1e-3)
+    assert "coap_adamw projects no weight of this model" in caplog.text

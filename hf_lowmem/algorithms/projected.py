@@ -35,6 +35,7 @@ class ProjectedRecipe(Recipe):
     target_modules: str | list[str] | None = None
     rules: str | None = None
 
+    projects: ClassVar[bool] = True
     untreated: ClassVar[dict[str, Any]] = LEFT_OUT
     without_roles: ClassVar[str] = "every matrix is projected, embeddings and heads too"
 
@@ -98,10 +99,13 @@ class ProjectedRecipe(Recipe):
             return
         if any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
             return
-        names = [a.role.name for a in assignments if a.role.role in BODY and a.param.requires_grad]
+        names = [a.role.name for a in assignments if a.role.role in NAMEABLE and a.param.requires_grad]
+        hint = (
+            f"names look like {' or '.join(names[:3])}, and a string is a regular expression for the whole module name"
+        )
         raise ValueError(
-            f"target_modules={targets!r} names no trained weight that can be projected: names look like "
-            f"{' or '.join(names[:3]) or assignments[0].role.name}."
+            f"target_modules={targets!r} names no trained weight that can be projected: "
+            f"{hint if names else 'there is none (LoRA factors and frozen weights are not projected)'}."
         )
 
 

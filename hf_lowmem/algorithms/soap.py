@@ -141,7 +141,7 @@ class SoapRecipe(ProjectedRecipe):
     optimizer_cls = Soap
     caution = (
         "SOAP is for quality, not for memory: its state takes {bytes:.2f} bytes per parameter here, where AdamW's "
-        "takes 8 in float32."
+        "takes about {adamw} in the same storage."
     )
 
     def shared_options(self) -> dict[str, Any]:

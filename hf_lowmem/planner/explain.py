@@ -12,6 +12,8 @@ from hf_lowmem.moments import Full, GroupMean, RowColMean
 from hf_lowmem.param_groups import Assignment, Recipe, RolePlan
 from hf_lowmem.state import StatePlan
 
+ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # both moments of one parameter, by `state_bits`
+
 
 @dataclass(frozen=True)
 class Row:
@@ -106,7 +108,9 @@ def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
     """The table of a plan that `plan_roles(model, recipe)` made."""
     rows = tuple(_row(assignment, recipe) for assignment in plan)
     bytes_per_param = Explanation(recipe.algorithm, rows).bytes_per_param
-    return Explanation(recipe.algorithm, rows, recipe.caution.format(bytes=bytes_per_param))
+    return Explanation(
+        recipe.algorithm, rows, recipe.caution.format(bytes=bytes_per_param, adamw=ADAMW_BYTES[recipe.state_bits])
+    )
 
 
 def _row(assignment: Assignment, recipe: Recipe) -> Row:

@@ -137,6 +137,12 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
     if explanation.caution and not logger.isEnabledFor(logging.INFO):  # else the summary has said it
         logger.warning("%s", explanation.caution)
+    if recipe.projects and not any("proj_count" in row.state for row in explanation.rows):
+        logger.warning(
+            "%s projects no weight of this model: weights of unknown role and LoRA factors take target_modules or a "
+            "rules file, convolutions a rank_ratio.",
+            explanation.algorithm,
+        )
     takes_rules = hasattr(recipe, "rules")
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
     hint = "; a rules file overrides it" if takes_rules else ""
