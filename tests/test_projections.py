@@ -795,7 +795,7 @@ def test_a_gradient_that_leaves_the_basis_stops_the_weight_until_the_next_recomp
     ("options", "message"),
     [
         ({"rank": 0}, r"^rank=0 must be a whole number of at least 1\.$"),
-        ({"rank": 4, "rank_ratio": 4.0}, r"^rank=4 and rank_ratio=4\.0 say the same: give one of them\.$"),
+        ({"rank": 4, "rank_ratio": 4.0}, r"^rank=4 and rank_ratio=4\.0 both set the rank: give one of them\.$"),
         ({"rank": 33}, "rank=33 is above 32, the smaller side of a weight of shape"),
         ({"update_interval": 0}, r"^update_interval=0 must be a whole number of at least 1\.$"),
         ({"reproject_factor": 0}, r"^reproject_factor=0 must be a whole number of at least 1\.$"),
