@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,8 +18,8 @@ from hf_lowmem.update_rules import RULES
 
 def composed_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """Step one parameter by its rule, in float32."""
-    key = slot.noise_key
-    _apply(rule, slot.plan, slot.param, slot.grad, slot.state, slot.step, key, **hyper.numbers, **hyper.flags)
+    weight = slot.weight()
+    weight.store(_new_param(rule, slot.plan, weight, slot.grad, slot.state, slot.step, **hyper.numbers, **hyper.flags))
 
 
 def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
@@ -26,17 +27,27 @@ def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in hyper.numbers.items()}
     step = torch.tensor(slot.step, dtype=torch.float64)
     key = torch.tensor(slot.noise_key, dtype=torch.int32, device=slot.param.device)
+    weight, values = slot._replace(noise_key=key).weight(), {**numbers, **hyper.flags}
     with torch._dynamo.utils.disable_cache_limit():
-        _compiled()(rule, slot.plan, slot.param, slot.grad, slot.state, step, key, **numbers, **hyper.flags)
+        if slot.plan.rounding.kind == "kahan":
+            # A compiled store would leave out the rounding to the weight's dtype, whose error it is to keep.
+            weight.store(_compiled(_new_param)(rule, slot.plan, weight, slot.grad, slot.state, step, **values))
+        else:
+            _compiled(_store_new_param)(rule, slot.plan, weight, slot.grad, slot.state, step, **values)
 
 
-def _apply(
-    rule: str, plan: StatePlan, param: Tensor, grad: Tensor, state: State, step: Any, noise_key: Any, **hyper: Any
-) -> None:
+def _new_param(
+    rule: str, plan: StatePlan, weight: StoredWeight, grad: Tensor, state: State, step: Any, **hyper: Any
+) -> Tensor:
     space = _BoundProjection(plan.projection, state, plan.stacked)
-    weight = StoredWeight.of(param, plan.rounding, state, noise_key)
-    new_param = RULES[rule](weight.load(), grad.float(), plan.bind(state), space, step, **hyper)
-    weight.store(new_param)
+    new_param: Tensor = RULES[rule](weight.load(), grad.float(), plan.bind(state), space, step, **hyper)
+    return new_param
+
+
+def _store_new_param(
+    rule: str, plan: StatePlan, weight: StoredWeight, grad: Tensor, state: State, step: Any, **hyper: Any
+) -> None:
+    weight.store(_new_param(rule, plan, weight, grad, state, step, **hyper))
 
 
 @dataclass(frozen=True)
@@ -53,5 +64,5 @@ class _BoundProjection:
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(_apply, dynamic=False, fullgraph=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, dynamic=False, fullgraph=True)

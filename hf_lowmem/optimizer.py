@@ -48,7 +48,7 @@ class LowMemOptimizer(Optimizer):
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; weight decay is decoupled.
         roles: options per parameter; each incoming group is split by them. Options given in a group win.
         rounding: how a weight narrower than float32 takes an update: "nearest", "stochastic", or "kahan", which keeps
-            what was cut off in `kahan_comp`, state of the weight's shape and dtype.
+            what was cut off in `kahan_comp`, int16 of the weight's shape.
         rounding_seed: of the noise of "stochastic", which also depends on the parameter's place and its step.
         offload_state: whether `release_state` moves the state to the host until the next step; see `placement.py`.
         options: the algorithm's own options, the defaults of every group.

@@ -4,11 +4,14 @@
     stochastic   w <- the neighbour of w' above or below, each as likely as w' is near it, so that E[w] = w'
     kahan        w <- round(w'), c <- w' - w, and the next update starts from w + c
 
-Source: arXiv:2010.06192, algorithms 2 to 5. Departs from it: w' is computed in float32 from w + c, not in bfloat16.
+Source: arXiv:2010.06192, algorithms 2 to 5. Departs from it: w' is computed in float32 from w + c, and c is an int16
+fraction of w's last place. Together they hold float32's 24 bits, where a bfloat16 c would hold 16 and lose, in its
+turn, the updates of an lr of 1e-6 to weights above about 0.1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +25,7 @@ from hf_lowmem.state import KAHAN_COMP, Rounding, State
 _EXPONENT = 0x7F800000  # the bits of a float32's power of two
 _TINY = torch.finfo(torch.float32).tiny
 _MASK = 0xFFFFFFFF
+_FRACTION = 2.0**-16  # of a unit in the last place, that an int16 counts
 # A hash of 32-bit integers: Weyl's sequence, then the multiply and shift rounds of "lowbias32".
 _WEYL, _MIX_1, _MIX_2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
@@ -32,7 +36,8 @@ class StoredWeight:
 
     Args:
         data: the weight in its own dtype.
-        kahan_comp: what rounding has cut off from it, same shape and dtype; None unless `rounding="kahan"`.
+        kahan_comp: what rounding has cut off from it, int16 of the same shape, in 2^-16 of a unit in the last place;
+            None unless `rounding="kahan"`.
         noise_key: this step's key of the noise; None unless `rounding="stochastic"`. A 0-D int32 tensor under
             torch.compile.
         start: where the whole weight starts in its storage.
@@ -63,7 +68,9 @@ class StoredWeight:
         if self.data.dtype == torch.float32:
             return self.data
         value = scratch.get("param", self.data.shape).copy_(self.data) if scratch else self.data.float()
-        return value if self.kahan_comp is None else value.add_(self.kahan_comp)
+        if self.kahan_comp is not None:
+            value.addcmul_(last_place(value, self.data.dtype), self.kahan_comp.float(), value=_FRACTION)
+        return value
 
     def store(self, value: Tensor) -> None:
         """Write float32 `value`, which may be overwritten."""
@@ -73,23 +80,31 @@ class StoredWeight:
             value = self._rounded_at_random(value)
         self.data.copy_(value)
         if self.kahan_comp is not None:
-            self.kahan_comp.copy_(value.sub_(self.data))
+            fraction = value.sub_(self.data).div_(last_place(self.data.float(), self.data.dtype)).div_(_FRACTION)
+            self.kahan_comp.copy_(fraction.round_().clamp_(-(2**15), 2**15 - 1))
 
     def _rounded_at_random(self, value: Tensor) -> Tensor:
         """`value` on the grid of `data`'s dtype: its magnitude plus noise of one unit, cut off."""
-        info = torch.finfo(self.data.dtype)
-        bits = round(-torch.tensor(torch.finfo(torch.float32).eps / info.eps).log2().item())
-        magnitude = value.abs()
-        power = magnitude.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
-        unit = power.mul_(info.eps).clamp_(min=max(info.smallest_normal * info.eps, _TINY))
+        dtype = self.data.dtype
+        bits = int(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # that float32 has more
+        unit = last_place(value, dtype)
         noise = hashed(places(self.data, self.start), self.noise_key, bits)
-        units = magnitude.div_(unit).add_(noise, alpha=2.0**-bits).floor_()
+        units = value.abs().div_(unit).add_(noise, alpha=2.0**-bits).floor_()
         return torch.where(value.isfinite(), torch.copysign(units.mul_(unit), value), value)
+
+
+def last_place(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place that `dtype` has at each entry of float32 `value`, and at least float32's smallest
+    normal number, so that dividing by it is safe."""
+    info = torch.finfo(dtype)
+    power = value.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
+    return power.mul_(info.eps).clamp_(min=max(info.smallest_normal * info.eps, _TINY))
 
 
 def places(view: Tensor, start: Any) -> Tensor:
     """The place in the storage of each entry of a view, from `start`, as int32: tiles draw what the whole would."""
-    offset = view.storage_offset() - start
+    # A compiled step takes whole weights, and cannot ask where they start.
+    offset = 0 if torch.compiler.is_compiling() else view.storage_offset() - start
     if view.is_contiguous():
         return torch.arange(view.numel(), dtype=torch.int32, device=view.device).view(view.shape).add_(_signed(offset))
     total = torch.full((1,) * view.ndim, _signed(offset), dtype=torch.int32, device=view.device)

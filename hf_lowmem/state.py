@@ -174,19 +174,18 @@ FULL_SPACE = FullSpace()
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a weight of `dtype` takes its update: "nearest", "stochastic" or "kahan"; see `rounding.py`."""
+    """How a weight takes its update: "nearest", "stochastic" or "kahan"; see `rounding.py`."""
 
     kind: str = "nearest"
-    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype) -> Rounding:
         """The rounding of a weight; one that is not narrower than the arithmetic loses nothing."""
-        return cls(kind, dtype) if dtype.itemsize < torch.float32.itemsize else cls()
+        return cls(kind) if dtype.itemsize < torch.float32.itemsize else cls()
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """What rounding has cut off from each entry, in the weight's dtype."""
-        return {KAHAN_COMP: TensorSpec(shape, tuple(range(len(shape))), self.dtype)} if self.kind == "kahan" else {}
+        """What rounding has cut off from each entry."""
+        return {KAHAN_COMP: TensorSpec(shape, tuple(range(len(shape))), torch.int16)} if self.kind == "kahan" else {}
 
 
 @dataclass(frozen=True, eq=False)

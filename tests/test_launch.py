@@ -9,11 +9,11 @@ SCRIPT = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-def main(output_dir, optim, optim_args=None):
+def main(output_dir, optim, optim_args=None, dtype="float32"):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    ))
+    )).to(getattr(torch, dtype))
     tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
         output_dir=output_dir, optim=optim, optim_args=optim_args, max_steps=4, learning_rate=1e-2,
@@ -49,8 +49,10 @@ def torchrun(arguments):
     [
         (accelerate, ["-m", "hf_lowmem", "run"], ["slim_adamw_8bit"]),
         (torchrun, ["-m", "hf_lowmem"], ["coap_adamw_8bit", "update_interval=1,reproject_factor=2"]),
+        (torchrun, ["-m", "hf_lowmem"], ["slim_adamw_8bit", "rounding=stochastic,rounding_seed=5", "bfloat16"]),
+        (torchrun, ["-m", "hf_lowmem"], ["adam_mini", "rounding=kahan", "bfloat16"]),
     ],
-    ids=["accelerate-run", "torchrun"],
+    ids=["accelerate-run", "torchrun", "stochastic", "kahan"],
 )
 def test_both_ranks_finish_with_the_same_weights(launch, module_arguments, optim, tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(SCRIPT)

@@ -111,7 +111,7 @@ class Weight:
 
     @classmethod
     def of(cls, slot: Slot, view: View) -> Weight:
-        return cls(stored_weight(slot).map(view), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
+        return cls(slot.weight().map(view), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
 
     def __getitem__(self, index: Index) -> Weight:
         return Weight(self.param[index], self.grad[index], self.exp_avg[index]) if index else self
@@ -133,10 +133,6 @@ class Weight:
     def store(self, param: Tensor, exp_avg: Tensor, scratch: Scratch) -> None:
         self.param.store(param)
         self.exp_avg.store(exp_avg, scratch)
-
-
-def stored_weight(slot: Slot) -> StoredWeight:
-    return StoredWeight.of(slot.param, slot.plan.rounding, slot.state, slot.noise_key)
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,7 @@ def add_back(slot: Slot, update: Tensor, decay: float | Tensor) -> None:
 
 def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None:
     """param <- decay * param + scale * update, for an update (float32) of the parameter's shape."""
-    scratch, weight, update = Scratch(slot.param.device), stored_weight(slot).map(at_least_1d), at_least_1d(update)
+    scratch, weight, update = Scratch(slot.param.device), slot.weight().map(at_least_1d), at_least_1d(update)
     for index in tiles(update.shape, tile_limit(slot), update.ndim):
         tile, factor = weight[index], broadcast_tile(decay, index) if isinstance(decay, Tensor) else decay
         tile.store(tile.load(scratch).mul_(factor).add_(update[index], alpha=scale))
@@ -318,7 +314,7 @@ def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
         step_size: float | Tensor = hyper.lr
         if hyper.flags["scale_parameter"]:
             dims = matrix_dims(slot)
-            norm = torch.linalg.vector_norm(stored_weight(slot).load(), dim=dims, keepdim=True)
+            norm = torch.linalg.vector_norm(slot.weight().load(), dim=dims, keepdim=True)
             count = slot.param.numel() / norm.numel()
             step_size = hyper.lr * (norm / math.sqrt(count)).clamp(min=1e-3)
         decay = 1 - step_size * hyper.weight_decay

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.state import State, StatePlan
 
 
@@ -36,7 +37,11 @@ class Slot(NamedTuple):
     state: State
     plan: StatePlan
     step: float
-    noise_key: int = 0
+    noise_key: Any = 0
+
+    def weight(self) -> StoredWeight:
+        """The parameter, to be read and written as float32."""
+        return StoredWeight.of(self.param, self.plan.rounding, self.state, self.noise_key)
 
 
 class KernelKey(NamedTuple):

@@ -157,10 +157,9 @@ def sampled_places(param: Tensor) -> Tensor:
 
 def stored(optimizer: Any, param: Tensor, at: Tensor) -> Tensor:
     """What is kept of a weight at some places: the weight, and Kahan's buffer, zero before the first step."""
-    weight, comp = param.detach().take(at), optimizer.state.get(param, {}).get(KAHAN_COMP)
-    return torch.stack(
-        [weight, torch.zeros_like(weight) if comp is None else comp.take(at.to(comp.device)).to(at.device)]
-    )
+    weight, comp = param.detach().take(at).float(), optimizer.state.get(param, {}).get(KAHAN_COMP)
+    kept = torch.zeros_like(weight) if comp is None else comp.take(at.to(comp.device)).to(weight)
+    return torch.stack([weight, kept])
 
 
 def add_to_log(name: str, value: float, state: Any, logs: dict[str, Any] | None) -> None:

@@ -77,6 +77,16 @@ def test_resume_is_bit_exact(optim: str, dtype: torch.dtype, make_trainer: Make,
         assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == declared
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "adam_mini", "coap_adamw_8bit", "coap_adafactor", "soap"])
+def test_resume_of_rounded_weights_is_bit_exact(optim: str, rounding: str, make_trainer: Make, tmp_path: Path) -> None:
+    arguments = dict(dtype=torch.bfloat16, learning_rate=1e-4, optim_args=f"rounding={rounding}")
+    stopped = resumes_bit_exactly(make_trainer, tmp_path, optim, **arguments)
+    kept = [state["kahan_comp"] for state in states(stopped) if "kahan_comp" in state]
+    assert len(kept) == (len(states(stopped)) if rounding == "kahan" else 0)
+    assert all(comp.any() for comp in kept)
+
+
 @pytest.mark.parametrize("algorithm", [name for name in NAMES if not name.endswith("8bit")])
 def test_resume_is_bit_exact_with_bfloat16_moments(algorithm: str, make_trainer: Make, tmp_path: Path) -> None:
     resumes_bit_exactly(make_trainer, tmp_path, algorithm, optim_args="state_bits=16", dtype=torch.bfloat16)

@@ -63,6 +63,30 @@ def test_train_asks_get_last_checkpoint_when_resume_is_true(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
 
+def test_a_trainer_starts_from_the_default_callbacks_and_hands_them_the_optimizer(tmp_path):
+    assert {"DEFAULT_CALLBACKS"} <= set(inspect.unwrap(Trainer.__init__).__code__.co_names)
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(("pre", [p.grad is not None for g in optimizer.param_groups for p in g["params"]]))
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(("post", [p.grad is not None for g in optimizer.param_groups for p in g["params"]]))
+
+        def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+            seen.append(("log", state.log_history[-1]["step"]))
+
+    class Model(torch.nn.Linear):
+        def forward(self, x, labels=None):
+            return {"loss": super().forward(x).sum()}
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, use_cpu=True, report_to="none")
+    data = [{"x": torch.ones(2)}] * 4
+    Trainer(Model(2, 2), args, train_dataset=data, callbacks=[Watch()]).train()
+    assert seen[:3] == [("pre", [True, True]), ("post", [True, True]), ("log", 1)]
+
+
 def test_the_decay_rule_needs_no_trainer():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     assert Trainer.get_decay_parameter_names(None, model) == ["0.weight"]
@@ -75,6 +99,7 @@ def test_the_decay_rule_needs_no_trainer():
         (trainer_optimizer, "_OPTIMIZER_HANDLERS"),
         (trainer, "_parse_optim_args"),
         (trainer, "get_last_checkpoint"),
+        (trainer, "DEFAULT_CALLBACKS"),
     ],
 )
 def test_an_unknown_layout_fails_at_import_and_names_what_is_missing(module, internal, monkeypatch):
