@@ -105,7 +105,7 @@ def test_released_state_can_be_copied_pickled_and_replaced(moves: None) -> None:
     optimizer.release_state()
     assert same_state(copy.deepcopy(optimizer), plain)
     optimizer.release_state()
-    assert same_state(pickle.loads(pickle.dumps(optimizer)), plain)  # noqa: S301
+    assert same_state(pickle.loads(pickle.dumps(optimizer)), plain)
     optimizer.release_state()
     optimizer.load_state_dict(plain.state_dict())
     optimizer.step()
