@@ -6,8 +6,6 @@ pytest tests/test_trl_trainers.py --trl-table docs/trl_trainers.md      writes t
 from __future__ import annotations
 
 import ast
-import gc
-import math
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -15,10 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed_runs import (
+    assert_declared_state,
+    assert_the_trainers_groups,
+    assert_trained,
+    inner,
+    run_and_resume,
+    same_state,
+    same_weights,
+)
 from transformers import Trainer
 from trl_trainers import EXCLUDED, MODELS, NOT_SAVED, TRAINERS, TrlTrainer, save_model
 
-import hf_lowmem
+pytestmark = pytest.mark.usefixtures("trl_ready")
 
 # Settings with which 8 bits and the projection apply to these small weights, and a basis changes within four steps.
 OPTIMS = {
@@ -32,34 +39,13 @@ TABLE = Path(__file__).parents[1] / "docs" / "trl_trainers.md"
 Run = Callable[..., tuple[Trainer, Trainer]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_and_quiet() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and the collection before each training walks all of TRL."""
-    pytest.importorskip("trl")
-    import datasets
-    import trl.trainer.sft_trainer
-
-    hf_lowmem.register()
-    datasets.disable_progress_bars()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-        yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """The model and the teacher of each family."""
     root = tmp_path_factory.mktemp("models")
     return {
-        family: (save_model(family, root / family), save_model(family, root / f"{family}-teacher", seed=1))
-        for family in MODELS
+        family: (save_model(make, root / family), save_model(make, root / f"{family}-teacher", seed=1))
+        for family, make in MODELS.items()
     }
 
 
@@ -68,85 +54,21 @@ def run(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> Run:
     """`run(declaration, family, optim, optim_args)`: a run of four steps, and one resumed from its second step."""
 
     def run(declared: TrlTrainer, family: str, optim: str, optim_args: str | None = None) -> tuple[Trainer, Trainer]:
-        def build() -> Trainer:
-            return declared.build(*folders[family], tmp_path, optim=optim, optim_args=optim_args)
-
-        whole = build()
-        whole.train()
-        resumed = build()
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert whole.state.global_step == resumed.state.global_step == 4
-        return whole, resumed
+        options = {"optim": optim, "optim_args": optim_args}
+        return run_and_resume(lambda: declared.build(*folders[family], tmp_path, **options), tmp_path)
 
     return run
 
 
-def inner(trainer: Trainer) -> torch.optim.Optimizer:
-    return trainer.optimizer.optimizer
-
-
-def same_weights(mine: Trainer, theirs: Trainer) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine.model.parameters(), theirs.model.parameters(), strict=True))
-
-
-def same_state(mine: Trainer, theirs: Trainer) -> bool:
-    for a, b in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
-        ours, others = inner(mine).state.get(a, {}), inner(theirs).state.get(b, {})
-        if ours.keys() != others.keys() or not all(torch.equal(ours[name], others[name]) for name in ours):
-            return False
-    return True
-
-
-def assert_trained(trainer: Trainer) -> None:
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 4
-    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in logged)
-    assert any(entry["grad_norm"] > 0 for entry in logged)
-
-
-def assert_declared_state(trainer: Trainer, optim: str, optim_args: str | None) -> None:
-    """The optimizer is ours, and holds the tensors that `explain` declares and no others."""
-    optimizer = inner(trainer)
-    explanation = hf_lowmem.explain(trainer.model, optim, optim_args)
-    assert optimizer.param_groups[0]["algorithm"] == explanation.algorithm
-    declared = {row.name: row.state for row in explanation.rows if row.trainable}
-    names = {id(param): row.name for param, row in zip(trainer.model.parameters(), explanation.rows, strict=True)}
-    held = {
-        names[id(param)]: {
-            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()
-        }
-        for param, state in optimizer.state.items()
-    }
-    assert held == declared
-    tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == explanation.nbytes
-
-    moments = [(param, state) for param, state in optimizer.state.items() if param.ndim > 1]
+def assert_made_smaller(trainer: Trainer, optim: str) -> None:
+    """The name's own kind of state applies to some weight of these small models."""
+    moments = [(param, state) for param, state in inner(trainer).state.items() if param.ndim > 1]
     if optim.endswith("8bit"):
         assert any(state["exp_avg"].dtype == torch.uint8 for _, state in moments)
     if optim.startswith("coap"):
         assert any("proj" in state for _, state in moments)
     else:
         assert any(state["exp_avg_sq"].numel() < param.numel() for param, state in moments)
-
-
-def assert_the_trainers_groups(trainer: Trainer) -> None:
-    """Each parameter has the weight decay and the learning rate that this trainer gives it under adamw_torch."""
-    mine = {
-        id(param): (group["initial_lr"], group["weight_decay"])
-        for group in inner(trainer).param_groups
-        for param in group["params"]
-    }
-    trainer.args.optim, trainer.args.optim_args, trainer.optimizer = "adamw_torch", None, None
-    theirs = trainer.create_optimizer()
-    assert type(theirs) is torch.optim.AdamW
-    assert mine == {
-        id(param): (group["lr"], group["weight_decay"]) for group in theirs.param_groups for param in group["params"]
-    }
-    decayed = set(trainer.get_decay_parameter_names(trainer.model))
-    named = [(name, param) for name, param in trainer.model.named_parameters() if param.requires_grad]
-    assert mine == {id(param): (1e-3, 0.1 if name in decayed else 0.0) for name, param in named}
-    assert {0.0, 0.1} == {weight_decay for _, weight_decay in mine.values()}
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
@@ -157,6 +79,7 @@ def test_trains_and_resumes(trainer: str, family: str, optim: str, run: Run, trl
     whole, resumed = run(declared, family, optim, OPTIMS[optim])
     assert_trained(whole)
     assert_declared_state(resumed, optim, OPTIMS[optim])
+    assert_made_smaller(resumed, optim)
     if not declared.not_saved:
         assert same_weights(whole, resumed)
         assert same_state(whole, resumed)

@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{% else %}<bot>{{ message['content'] }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
 # Last axes of 64 and more, so that 8-bit blocks and projections apply to every weight of the body.
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": len(SPECIAL) + 256,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -33,13 +33,13 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": None,
 }
 MODELS: dict[str, Callable[[], tf.PreTrainedModel]] = {
-    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_SIZES)),
-    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_SIZES, tie_word_embeddings=True)),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, tie_word_embeddings=True)),
 }
 
 
-def save_model(family: str, folder: Path, seed: int = 0) -> Path:
-    """A random model of a family in MODELS, with its tokenizer and chat template, as `from_pretrained` reads it."""
+def save_model(make: Callable[[], tf.PreTrainedModel], folder: Path, seed: int = 0) -> Path:
+    """A random model, a tokenizer for it and a chat template, as `from_pretrained` reads them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -51,7 +51,7 @@ def save_model(family: str, folder: Path, seed: int = 0) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     tf.set_seed(seed)
-    MODELS[family]().save_pretrained(folder)
+    make().save_pretrained(folder)
     return folder
 
 
@@ -103,8 +103,8 @@ def letters(completions: list[Any], **columns: Any) -> list[float]:
 class TrlTrainer:
     """How to build one trainer.
 
-    `data` is a key of DATA, `config` holds options of its config class, and `arguments` those of its constructor, where
-    the value TEACHER stands for the folder of a second model of the same family.
+    `data` is a key of DATA, `config` holds options of its config class, and `arguments` those of its constructor,
+    where the value TEACHER stands for the folder of a second model of the same family.
     `not_saved` says what of the trainer's own state TRL leaves out of a checkpoint, so that no optimizer resumes
     bit-exactly.
     """
