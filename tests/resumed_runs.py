@@ -72,13 +72,16 @@ def assert_the_trainers_groups(trainer: Trainer) -> None:
         for group in inner(trainer).param_groups
         for param in group["params"]
     }
-    trainer.args.optim, trainer.args.optim_args, trainer.optimizer = "adamw_torch", None, None
+    args, ours = trainer.args, trainer.optimizer
+    named_optim = (args.optim, args.optim_args)
+    args.optim, args.optim_args, trainer.optimizer = "adamw_torch", None, None
     theirs = trainer.create_optimizer()
+    (args.optim, args.optim_args), trainer.optimizer = named_optim, ours
     assert type(theirs) is torch.optim.AdamW
     assert mine == {
         id(param): (group["lr"], group["weight_decay"]) for group in theirs.param_groups for param in group["params"]
     }
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     named = [(name, param) for name, param in trainer.model.named_parameters() if param.requires_grad]
-    lr, decay = trainer.args.learning_rate, trainer.args.weight_decay
+    lr, decay = args.learning_rate, args.weight_decay
     assert mine == {id(param): (lr, decay if name in decayed else 0.0) for name, param in named}
