@@ -54,6 +54,11 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": [40, 41, 42]},
         FACTORS | {"token_embedding"},
     ),
+    "tied_modules_to_save": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        FACTORS | {"token_embedding"},
+    ),
     "mixtral_experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, FACTORS),
     "qwen3_moe_experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, FACTORS),
 }
@@ -180,30 +185,49 @@ def test_coap_says_what_projects_lora_factors(tmp_path: Path, caplog: pytest.Log
         hf_lowmem.explain(model, "coap_adamw", {"target_modules": ["lora_A"]})
 
 
+def plain_trainer(model: nn.Module, output: Path, **options: Any) -> tf.Trainer:
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(8 * 16).view(8, 16)]
+    steps = {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    optimizers = options.pop("optimizers", (None, None))
+    args = tf.TrainingArguments(str(output), weight_decay=0.1, **steps, **quiet, **options)
+    return tf.Trainer(model, args, train_dataset=rows, optimizers=optimizers)
+
+
+def fresh(folder: Path, **options: Any) -> nn.Module:
+    tf.set_seed(0)
+    base = tf.AutoModelForCausalLM.from_pretrained(folder)
+    return peft.get_peft_model(base, peft.LoraConfig(r=8, task_type="CAUSAL_LM", **options))
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_trained_tokens_of_a_tied_embedding(optim: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Through a plain Trainer: the fused head of TRL 1.16 fails on the head that PEFT wraps."""
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": [40, 41, 42]}
+
+    def build() -> tf.Trainer:
+        model = fresh(folders["qwen3"], **options)
+        return plain_trainer(model, tmp_path, optim=optim, optim_args=OPTIMS[optim], learning_rate=1e-2)
+
+    whole, resumed = run_and_resume(build, tmp_path)
+    assert_trained(whole)
+    assert same_weights(whole, resumed)
+    assert same_state(whole, resumed)
+    assert_adapters_only(resumed, optim, FACTORS | {"token_embedding"})
+    assert_the_trainers_groups(resumed)
+
+
 def test_loraplus_keeps_its_two_learning_rates(folders: dict[str, Path], tmp_path: Path) -> None:
     """peft's own groups, through a plain Trainer."""
     from peft.optimizers import create_loraplus_optimizer
 
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(8 * 16).view(8, 16)]
-
     def build() -> tf.Trainer:
-        tf.set_seed(0)
-        base = tf.AutoModelForCausalLM.from_pretrained(folders["llama"])
-        model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = fresh(folders["llama"], target_modules="all-linear")
         optimizer_cls, kwargs = hf_lowmem.optimizer_cls_and_kwargs(
             model, "slim_adamw_8bit", lr=1e-3, optim_args=OPTIMS["slim_adamw_8bit"]
         )
         optimizer = create_loraplus_optimizer(model, optimizer_cls, loraplus_lr_ratio=16, **kwargs)
-        args = tf.TrainingArguments(
-            str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            logging_steps=1,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        return tf.Trainer(model, args, train_dataset=rows, optimizers=(optimizer, None))
+        return plain_trainer(model, tmp_path, optimizers=(optimizer, None))
 
     whole, resumed = run_and_resume(build, tmp_path)
     assert_trained(whole)
@@ -227,7 +251,8 @@ class KeepBfloat16(tf.TrainerCallback):
                 param.data = param.data.to(torch.bfloat16)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 
 
 def quantized(bits: int) -> tf.BitsAndBytesConfig:
