@@ -8,7 +8,7 @@ substring of the full path is never evidence, and what is not recognised is `unk
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ ROLES = {
     "lora_embedding_A": "LoRA factor (rank, vocab) of an embedding",
     "lora_embedding_B": "LoRA factor (dim, rank) of an embedding",
     "lora_magnitude": "DoRA magnitudes",
+    "adapter": "any other trained part of a PEFT method (AdaLoRA's lora_E, IA3, LoHa, LoKr, OFT, soft prompts)",
     "unknown": "not recognised; keeps its axes where the module type gives them",
 }
 
@@ -180,6 +181,8 @@ def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int
     for segment in (*path, leaf):
         if segment in _ADAPTER_LEAVES:
             return _assign_adapter(_ADAPTER_LEAVES[segment], owners, found, by_row)
+    if _in_peft_adapter(model, (*path, leaf)):
+        return found("adapter", why="PEFT says so")
     if _NORM_CLASS.search(type(owner).__name__):
         return found("norm", why=f"in {type(owner).__name__}")
     if param.ndim <= 1:
@@ -216,6 +219,18 @@ def _assign_adapter(role: str, owners: _Owners, found: _Found, by_row: _Found) -
     if role == "lora_embedding_A":
         return found(role, fan_out=1, fan_in=(0,), why="adapter leaf")
     return by_row(role, why="adapter leaf")
+
+
+def _in_peft_adapter(model: nn.Module, path: Sequence[str]) -> bool:
+    """Whether a tuner layer of PEFT on the path names what follows as its adapter's, or the path is a soft prompt."""
+    module: Any = model
+    for segment in path:
+        if segment in getattr(module, "adapter_layer_names", ()) and segment not in _INNER:
+            return True
+        if segment == "prompt_encoder" and hasattr(module, "peft_config"):
+            return True
+        module = getattr(module, segment, None)
+    return False
 
 
 def _assign_conv(conv: _ConvNd, ndim: int, found: _Found, by_row: _Found) -> ParamRole:

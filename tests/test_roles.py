@@ -683,6 +683,33 @@ def test_adapters_of_stacked_experts_have_no_axes() -> None:
     assert set(frozen) == {"gate_up_proj", "down_proj"}
 
 
+PEFT_METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "AdaLoraConfig": ({"total_step": 8}, {"lora_A", "lora_B", "adapter"}),
+    "IA3Config": ({"feedforward_modules": ["down_proj"]}, {"adapter"}),
+    "LoHaConfig": ({}, {"adapter"}),
+    "LoKrConfig": ({}, {"adapter"}),
+    "OFTConfig": ({"oft_block_size": 8, "r": 0}, {"adapter"}),
+    "VBLoRAConfig": ({"num_vectors": 16, "vector_length": 8}, {"adapter"}),
+    "PromptTuningConfig": ({"num_virtual_tokens": 4}, {"adapter"}),
+    "PrefixTuningConfig": ({"num_virtual_tokens": 4}, {"adapter"}),
+    "PromptEncoderConfig": ({"num_virtual_tokens": 4, "encoder_hidden_size": 8}, {"adapter", "bias"}),
+}
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_what_other_peft_methods_train_is_an_adapter(method: str) -> None:
+    peft = pytest.importorskip("peft")
+    options, expected = PEFT_METHODS[method]
+    if not issubclass(getattr(peft, method), peft.PromptLearningConfig):
+        options = {"target_modules": ["q_proj", "down_proj"], **options}
+    model = peft.get_peft_model(tiny_model("llama"), getattr(peft, method)(task_type="CAUSAL_LM", **options))
+    trained = [found for param, found in assign_roles(model) if param.requires_grad]
+    assert {found.role for found in trained} == expected
+    assert all(found.fan_out is None for found in trained if found.role == "adapter")
+    frozen = {found.role for param, found in assign_roles(model) if not param.requires_grad}
+    assert {"attention_query", "mlp_down", "token_embedding"} <= frozen
+
+
 @pytest.mark.parametrize(
     ("conv", "role", "fan_out", "fan_in"),
     [

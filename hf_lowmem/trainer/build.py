@@ -139,8 +139,8 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
         logger.warning("%s", explanation.caution)
     if recipe.projects and not any("proj_count" in row.state for row in explanation.rows):
         logger.warning(
-            "%s projects no weight of this model: weights of unknown role and LoRA factors take target_modules or a "
-            "rules file, convolutions a rank_ratio.",
+            "%s projects no weight of this model: weights of unknown role take target_modules or a rules file, LoRA "
+            "factors a rules file, convolutions a rank_ratio.",
             explanation.algorithm,
         )
     if recipe.rounding != "nearest" and not any(row.rounded for row in explanation.rows if row.trainable):
