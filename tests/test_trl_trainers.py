@@ -106,6 +106,24 @@ def test_what_trl_does_not_save_no_optimizer_resumes(case: str, run: Run) -> Non
     assert not same_weights(whole, resumed)
 
 
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "rloo", "online_dpo"])
+def test_state_on_the_host_during_rollouts_changes_nothing(
+    trainer: str, folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between CPU tensors here, which the moves take for ones on an accelerator."""
+    monkeypatch.setattr("hf_lowmem.placement.on_accelerator", lambda tensor: tensor.is_cuda or tensor.ndim > 0)
+    runs = {}
+    for text in ("false", "true"):
+        options = dict(optim="slim_adamw_8bit", optim_args=f"offload_state={text},min_8bit_size=0,block_size=64")
+        runs[text] = TRAINERS[trainer].build(*folders["llama"], tmp_path, **options)
+        runs[text].train()
+    assert same_weights(runs["false"], runs["true"])
+    assert same_state(runs["false"], runs["true"])
+    moved = [sum(entry.get("offload_gib", 0) for entry in run.state.log_history) for run in runs.values()]
+    assert moved[0] == 0
+    assert moved[1] > 0
+
+
 def installed_trainers() -> set[str]:
     """All classes called Trainer of the installed TRL, by the shortest module that holds them; nothing is imported."""
     (root,) = map(Path, find_spec("trl").submodule_search_locations)

@@ -73,7 +73,7 @@ class SlimAdamRecipe(Recipe):
         options = self._table(role, role.role)
         if options:
             return options, f"mean over {'fan_in' if role.role in FAN_IN else 'fan_out'}"
-        return FULL, role.why
+        return FULL, f"elementwise: {role.why}"
 
     @staticmethod
     def _table(role: ParamRole, name: str) -> dict[str, Any]:
