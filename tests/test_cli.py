@@ -1,16 +1,13 @@
 """`hf-lowmem`: quick answers, scripts run with our names, and TRL's SFT on the user's model and data."""
 
 import json
-import os
-import runpy
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
 from hf_lowmem.cli import main

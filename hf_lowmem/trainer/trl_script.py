@@ -38,7 +38,7 @@ def launch(task: str, argv: list[str]) -> None:
     if "LOCAL_RANK" in os.environ:  # `accelerate launch` or `torchrun` has started this process
         main(task, argv)
         return
-    parser = _make_parser(task, f"hf-lowmem {task}")
+    parser = make_parser(task, f"hf-lowmem {task}")
     parser.dataclass_types = []  # plain values will do: the dataclasses would set up the device in this process too
     given, config_rest, argv_rest = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -65,7 +65,7 @@ def main(task: str, argv: list[str] | None = None) -> None:
     Raises:
         ValueError: when evaluation is asked for and the data file is not split, or a reward is needed and none given.
     """
-    parser = _make_parser(task)
+    parser = make_parser(task)
     script_args, training_args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -80,14 +80,18 @@ def main(task: str, argv: list[str] | None = None) -> None:
         script_args.dataset_name = None
     if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):
         training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint).lower() == "true"
+    # Held while TRL drops its trainer: torch can deadlock if DDP's reducer is the last to let go of a gloo group, whose
+    # threads may still wait for the GIL (pytorch issue 56297).
+    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     _script(task).main(script_args, training_args, model_args, dataset_args)
+    del group
 
 
 def _script(task: str) -> Any:
     return import_module(f"trl.scripts.{task}")
 
 
-def _make_parser(task: str, prog: str | None = None) -> Any:
+def make_parser(task: str, prog: str | None = None) -> Any:
     """TRL's parser of the task's script, with our names among the choices of `--optim`, and our default."""
     register()
     parser = _script(task).make_parser(prog=prog)
