@@ -18,10 +18,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_lowmem import algorithms
     from hf_lowmem.trainer.build import build_optimizer, explain, optimizer_cls_and_kwargs
+    from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState
     from hf_lowmem.trainer.names import optim_names
     from hf_lowmem.trainer.registration import register
 
 _HOME = {
+    "LostUpdates": "hf_lowmem.trainer.callbacks",
+    "OffloadState": "hf_lowmem.trainer.callbacks",
     "build_optimizer": "hf_lowmem.trainer.build",
     "explain": "hf_lowmem.trainer.build",
     "optim_names": "hf_lowmem.trainer.names",
@@ -30,6 +33,8 @@ _HOME = {
 }
 
 __all__ = [
+    "LostUpdates",
+    "OffloadState",
     "algorithms",
     "build_optimizer",
     "explain",

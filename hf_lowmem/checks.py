@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
-from hf_lowmem.state import TensorSpec
+from hf_lowmem.state import KAHAN_COMP, TensorSpec
 
 Group = Mapping[str, Any]
 LEAST = {
-    "min_8bit_size": 0,
+    **dict.fromkeys(("min_8bit_size", "rounding_seed"), 0),
     **dict.fromkeys(("rows_per_block", "rank", "update_interval", "reproject_factor"), 1),
     **dict.fromkeys(("precondition_frequency", "max_precond_dim"), 1),
 }
@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "align": ("sign", "none", "procrustes"),
     "proj_bits": (None, 32, 16),
     "sides": ("one", "both"),
+    "rounding": ("nearest", "stochastic", "kahan"),
 }
 
 
@@ -111,11 +112,13 @@ def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_option
 def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape: tuple[int, ...]) -> None:
     """Refuse saved state that is not laid out as declared for a parameter of `shape`."""
     hint = "Resume with the same optim name, rules and state_bits."
-    if set(saved) != set(specs):
+    if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
         raise ValueError(
             f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
         )
     for name, spec in specs.items():
+        if name not in saved:
+            continue
         found = (tuple(saved[name].shape), saved[name].dtype)
         if found != (spec.shape, spec.dtype):
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,12 +17,15 @@ from torch.optim import Optimizer
 from hf_lowmem.checks import check_groups, check_hyperparameters, check_param, check_state, check_unsharded
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
-from hf_lowmem.state import FULL_SPACE, State, StatePlan
+from hf_lowmem.placement import HostCopies, Transfer
+from hf_lowmem.rounding import noise_key
+from hf_lowmem.state import FULL_SPACE, Rounding, State, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state")  # of any group; a resumed run may change them
 
 
 def as_tuple(value: Any) -> Any:
@@ -42,9 +47,14 @@ class LowMemOptimizer(Optimizer):
         params: parameters or groups, as for any `torch.optim.Optimizer`.
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; weight decay is decoupled.
         roles: options per parameter; each incoming group is split by them. Options given in a group win.
+        rounding: how a weight narrower than float32 takes an update: "nearest", "stochastic", or "kahan", which keeps
+            what was cut off in `kahan_comp`, state of the weight's shape and dtype.
+        rounding_seed: of the noise of "stochastic", which also depends on the parameter's place and its step.
+        offload_state: whether `release_state` moves the state to the host until the next step; see `placement.py`.
         options: the algorithm's own options, the defaults of every group.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: a hyperparameter out of range, an option that does not fit a parameter, or nothing to train.
     """
 
@@ -63,11 +73,21 @@ class LowMemOptimizer(Optimizer):
         weight_decay: float,
         *,
         roles: Roles | None = None,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
+        offload_state: bool = False,
         **options: Any,
     ) -> None:
+        legal = {*self.plan_options(), *RULE_FLAGS.get(self.rule, ()), "compile"}
+        if unknown := set(options) - legal:
+            raise TypeError(
+                f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(sorted(legal))}."
+            )
         self._roles = roles
         self._plans: dict[tuple, StatePlan] = {}
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **options)
+        self._host_copies = HostCopies()
+        run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **run, **options)
         check_hyperparameters(defaults)
         super().__init__(params, {**defaults, "algorithm": self.algorithm})
         if not self.param_groups:
@@ -128,27 +148,31 @@ class LowMemOptimizer(Optimizer):
         try:
             for param in added["params"]:
                 check_param(param)
-                self.plan(added, tuple(param.shape))
+                self.plan(added, tuple(param.shape), param.dtype)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def plan(self, group: Group, shape: tuple[int, ...]) -> StatePlan:
-        """The plan of a parameter of `shape` in `group`; a function of these alone."""
-        names = self.plan_options()
-        options = tuple(group[option] for option in names)
-        plan = self._plans.get((shape, options))
+    def plan(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> StatePlan:
+        """The plan of a parameter of `shape` and `dtype` in `group`; a function of these alone."""
+        key = (shape, dtype, *(group[option] for option in (*self.plan_options(), "rounding")))
+        plan = self._plans.get(key)
         if plan is None:
-            plan = self.make_plan(shape, **dict(zip(names, options, strict=True)))
-            self._plans[shape, options] = plan
+            plan = self._plans[key] = self.state_plan(shape, dtype, group)
         return plan
+
+    @classmethod
+    def state_plan(cls, shape: tuple[int, ...], dtype: torch.dtype, values: Mapping[str, Any]) -> StatePlan:
+        """The state of a parameter under a group's values."""
+        plan = cls.make_plan(shape, **{option: values[option] for option in cls.plan_options()})
+        return replace(plan, rounding=Rounding.of(values["rounding"], dtype))
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
     def init_state(self, param: Tensor, group: Group) -> State:
         """Allocate the declared state of one parameter, all zero."""
         check_unsharded(param)
-        specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
+        specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
         state = {name: spec.zeros(param.device) for name, spec in specs.items()}
         self.state[param] = state
         return state
@@ -160,10 +184,12 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._fetch_state()
+        numbers = count()
         for group in self.param_groups:
             buckets: dict[KernelKey, list[Slot]] = defaultdict(list)
             for param in group["params"]:
-                slot = self._slot(param, group)
+                slot = self._slot(param, group, next(numbers))
                 if slot is not None:
                     buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
             for key, slots in buckets.items():
@@ -171,7 +197,7 @@ class LowMemOptimizer(Optimizer):
                     self._run(key, slots, group)
         return loss
 
-    def _slot(self, param: Tensor, group: Group) -> Slot | None:
+    def _slot(self, param: Tensor, group: Group, number: int) -> Slot | None:
         # Every trainable parameter gets its state at the first step, gradient or not: all ranks hold the same keys.
         if param.grad is None and not param.requires_grad:
             return None
@@ -185,17 +211,19 @@ class LowMemOptimizer(Optimizer):
             )
         state["step"] += 1
         step = state["step"].item() - self.idle_calls
-        return Slot(param, param.grad, state, self.plan(group, tuple(param.shape)), step)
+        plan = self.plan(group, tuple(param.shape), param.dtype)
+        key = noise_key(group["rounding_seed"], number, int(step)) if plan.rounding.kind == "stochastic" else 0
+        return Slot(param, param.grad, state, plan, step, key)
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         slots = [slot for slot in slots if slot.param.numel()]
         projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
-        for _, grad, state, plan, _ in projected:
+        for _, grad, state, plan, *_ in projected:
             plan.projection.before_step(grad, state, plan.bind(state))
         active = [slot for slot in slots if slot.step > 0]
         if active:
             self._update(key, active, group)
-        for _, grad, state, plan, _ in projected:
+        for _, grad, state, plan, *_ in projected:
             plan.projection.after_step(grad, state, plan.bind(state), group["betas"][1])
 
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
@@ -211,16 +239,48 @@ class LowMemOptimizer(Optimizer):
 
     # -- state ------------------------------------------------------------------------------------------------------
 
+    def release_state(self) -> None:
+        """Move the state of groups with `offload_state` to the host, until the next `step` brings it back.
+
+        On CUDA it returns at once. State that is on the CPU stays where it is.
+        """
+        offloaded = [param for group in self.param_groups if group["offload_state"] for param in group["params"]]
+        self._host_copies.release((param, self.state[param]) for param in offloaded if param in self.state)
+
+    def _fetch_state(self) -> None:
+        self._host_copies.fetch()
+        if self.state and not self._host_copies.used and any(group["offload_state"] for group in self.param_groups):
+            self._host_copies.used = True
+            logger.warning(
+                "offload_state=true, but the state stays on the device: hf_lowmem.register() adds the callback that "
+                "moves it, or call release_state() after each step."
+            )
+
+    def state_transferred(self) -> Transfer:
+        """What `release_state` and the steps after it have moved, both ways, since the last call of this method."""
+        return self._host_copies.transferred()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyperparameters and state, as plain numbers and tensors."""
+        self._host_copies.synchronize()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._host_copies.fetch()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._roles = None  # parameters are other objects after a copy; the groups hold all that is needed
         self._plans = {}
+        self._host_copies = HostCopies()
         super().__setstate__(state)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned: hyperparameters and bit-exact state.
 
-        Options that neither the state's layout nor torch's own hyperparameters depend on stay this run's.
+        Options that neither the state's layout nor torch's own hyperparameters depend on stay this run's, `rounding`
+        too: a Kahan buffer that the checkpoint lacks starts at zero, one that this run has no use for is left out.
 
         torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
 
@@ -236,14 +296,18 @@ class LowMemOptimizer(Optimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(key)
                 if saved:
-                    specs = self.plan(group, tuple(param.shape)).specs(tuple(param.shape))
+                    specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
                     check_state(saved, specs, tuple(param.shape))
                     loaded[param] = {
-                        name: saved[name].to(spec.place(param.device), copy=True) for name, spec in specs.items()
+                        name: saved[name].to(spec.place(param.device), copy=True)
+                        if name in saved
+                        else spec.zeros(param.device)
+                        for name, spec in specs.items()
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            kept = ("params", "param_names", "compile", *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
+            kept = ("params", "param_names", *RUN_OPTIONS, *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
             group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
+        self._host_copies.forget()
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

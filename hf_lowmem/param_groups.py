@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from hf_lowmem.checks import check_hyperparameters
-from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.optimizer import RUN_OPTIONS, LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
 from hf_lowmem.rules import load_rules, read_axes
 from hf_lowmem.state import StatePlan
 
+STORAGE_OPTIONS = ("state_bits", "block_size", "min_8bit_size")
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
 Treatment = tuple[dict[str, Any], str]  # group options (axes, segments, rank, ...), and why in a few words
@@ -30,6 +31,9 @@ class Recipe:
         block_size: largest number of entries of a row that share one 8-bit scale: 256, 128 or 64.
         min_8bit_size: parameters with fewer entries keep float32 state.
         compile: step through torch.compile.
+        rounding: "nearest", "stochastic" or "kahan", how weights narrower than float32 take an update.
+        rounding_seed: of the noise of "stochastic".
+        offload_state: keep the state on the host while a trainer generates, or between the steps of one that does not.
     """
 
     state_bits: Literal[32, 16, 8] = 32
@@ -37,6 +41,9 @@ class Recipe:
     block_size: Literal[256, 128, 64] = 256
     min_8bit_size: int = 4096
     compile: bool = False
+    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
+    rounding_seed: int = 0
+    offload_state: bool = False
 
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
@@ -87,18 +94,12 @@ class Recipe:
 
     def shared_options(self) -> dict[str, Any]:
         """Keywords of the optimizer class: what holds for every group, and for parameters that no plan knows."""
-        return {
-            "state_bits": self.state_bits,
-            "block_size": self.block_size,
-            "min_8bit_size": self.min_8bit_size,
-            "compile": self.compile,
-        }
+        return {name: getattr(self, name) for name in (*STORAGE_OPTIONS, *RUN_OPTIONS)}
 
-    def state_plan(self, role: ParamRole, options: dict[str, Any]) -> StatePlan:
-        """The state of a parameter with these group options."""
-        cls = self.optimizer_cls
-        values = {**cls.plan_options(), **self.shared_options(), **options}
-        return cls.make_plan(role.shape, **{option: values[option] for option in cls.plan_options()})
+    def state_plan(self, assignment: Assignment) -> StatePlan:
+        """The state of a parameter with its group options."""
+        cls, shape, dtype = self.optimizer_cls, assignment.role.shape, assignment.param.dtype
+        return cls.state_plan(shape, dtype, {**cls.plan_options(), **self.shared_options(), **assignment.options})
 
 
 @dataclass(frozen=True)

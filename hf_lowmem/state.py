@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+KAHAN_COMP = "kahan_comp"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Subspace(Projection, Protocol):
     """A projection in whose space an elementwise rule can be run by the kernel for unprojected weights."""
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        """param <- decay * param + project_back(update), in place, rounded once."""
+        """param <- decay * param + project_back(update), in place, for a float32 parameter."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,27 @@ class FullSpace:
 FULL_SPACE = FullSpace()
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How a weight of `dtype` takes its update: "nearest", "stochastic" or "kahan"; see `rounding.py`."""
+
+    kind: str = "nearest"
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, kind: str, dtype: torch.dtype) -> Rounding:
+        """The rounding of a weight; one that is not narrower than the arithmetic loses nothing."""
+        return cls(kind, dtype) if dtype.itemsize < torch.float32.itemsize else cls()
+
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """What rounding has cut off from each entry, in the weight's dtype."""
+        return {KAHAN_COMP: TensorSpec(shape, tuple(range(len(shape))), self.dtype)} if self.kind == "kahan" else {}
+
+
 @dataclass(frozen=True, eq=False)
 class StatePlan:
-    """The state of one parameter: its moments by name, the codec that stores the full ones, and the projection.
+    """The state of one parameter: its moments by name, the codec that stores the full ones, the projection, and how
+    the weight is rounded.
 
     `stacked` says that axis 0 counts matrices, which share no statistic.
     """
@@ -182,10 +201,11 @@ class StatePlan:
     codec: Codec
     projection: Projection = FULL_SPACE
     stacked: bool = False
+    rounding: Rounding = Rounding()
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Every state tensor of a parameter of `shape`, `step` included."""
-        declared = {"step": STEP, **self.projection.specs(shape)}
+        declared = {"step": STEP, **self.projection.specs(shape), **self.rounding.specs(shape)}
         for name, moment in self.moments.items():
             space, param_dims = self.projection.space(shape, name)
             for key, spec in moment.specs(name, space, self.codec).items():

@@ -19,7 +19,7 @@ LAYERS = [
     {"checks", "composed"},
     {"kernels"},
     {"projections"},
-    {"update_rules", "moments", "codecs"},
+    {"update_rules", "moments", "codecs", "rounding", "placement"},
     {"state", "scratch"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

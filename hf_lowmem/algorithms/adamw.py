@@ -36,6 +36,7 @@ class LowMemAdamW(LowMemOptimizer):
         min_8bit_size: weights with fewer entries stay float32.
         compile: step through torch.compile.
         roles: options per parameter, from `param_groups.plan_roles`.
+        options: `rounding`, `rounding_seed` and `offload_state` of `LowMemOptimizer`.
     """
 
     algorithm = "lowmem_adamw"
@@ -57,7 +58,9 @@ class LowMemAdamW(LowMemOptimizer):
         roles: Roles | None = None,
         **options: Any,
     ) -> None:
-        storage = dict(state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile)
+        storage: dict[str, Any] = dict(
+            state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile
+        )
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **storage, **options)
 
     @classmethod
@@ -80,6 +83,7 @@ class GroupedAdamW(LowMemAdamW):
         rows_per_block: that many consecutive entries of the last kept axis share one number too.
         segments: for fused weights, (name, axis, outer, start, stop, axes, rows_per_block) of each part instead:
             `axis`, of size n, is viewed as (outer, n // outer), and the part is `[:, start:stop]` of it.
+        state_bits, block_size, min_8bit_size, compile, roles, options: as for `LowMemAdamW`.
     """
 
     layout_options: ClassVar[dict[str, Any]] = {**STORAGE, "axes": (), "rows_per_block": 1, "segments": ()}
@@ -95,27 +99,12 @@ class GroupedAdamW(LowMemAdamW):
         axes: tuple[int, ...] = (),
         rows_per_block: int = 1,
         segments: tuple[tuple, ...] = (),
-        state_bits: int = 32,
-        block_size: int = 256,
-        min_8bit_size: int = 4096,
-        compile: bool = False,
-        roles: Roles | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            axes=tuple(axes or ()),
-            rows_per_block=rows_per_block,
-            segments=tuple(segments),
-            state_bits=state_bits,
-            block_size=block_size,
-            min_8bit_size=min_8bit_size,
-            compile=compile,
-            roles=roles,
+        grouping: dict[str, Any] = dict(
+            axes=tuple(axes or ()), rows_per_block=rows_per_block, segments=tuple(segments)
         )
+        super().__init__(params, lr, betas, eps, weight_decay, **grouping, **options)
 
     @classmethod
     def second_moment(cls, shape: tuple[int, ...], options: dict[str, Any]) -> Moment:

@@ -50,6 +50,7 @@ class Coap(LowMemOptimizer):
         stacked: whether 3-D weights are stacks of matrices.
         state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`; the sizes are those of the
             projected moments, and any divisor of their rows from 32 to `block_size` will do as a block.
+        rounding, rounding_seed, offload_state: as for `LowMemOptimizer`.
 
     Raises:
         TypeError: an unknown option.
@@ -87,11 +88,6 @@ class Coap(LowMemOptimizer):
         roles: Roles | None,
         **options: Any,
     ) -> None:
-        legal = {*self.plan_options(), *RULE_FLAGS[self.rule]}
-        if unknown := set(options) - legal:
-            raise TypeError(
-                f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(sorted(legal))}."
-            )
         values = {**self.plan_options(), **options}
         check_one_rank(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)

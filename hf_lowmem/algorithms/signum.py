@@ -26,7 +26,7 @@ class Signum(LowMemOptimizer):
     Its lr must be far below AdamW's. In 8 bits an entry whose momentum falls below 1e-7 of its block's largest stops.
 
     State per weight: exp_avg of its shape; `step`. Only `betas[0]` is used; `betas[1]` and `eps` are accepted so that
-    a Trainer's arguments fit.
+    a Trainer's arguments fit. The options are those of `LowMemAdamW`.
     """
 
     algorithm = "signum"
@@ -46,9 +46,12 @@ class Signum(LowMemOptimizer):
         min_8bit_size: int = 4096,
         compile: bool = False,
         roles: Roles | None = None,
+        **options: Any,
     ) -> None:
-        storage = dict(state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile)
-        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **storage)
+        storage: dict[str, Any] = dict(
+            state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **storage, **options)
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:

@@ -45,9 +45,10 @@ class Soap(LowMemOptimizer):
         normalize_grads: scale every update to unit root mean square; the authors advise it for frequencies near 100.
         project: whether the group's weights are preconditioned at all.
         stacked: whether 3-D weights are stacks of matrices.
-        state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`.
+        state_bits, block_size, min_8bit_size, compile, roles, options: as for `LowMemAdamW`.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an option out of range.
     """
 
@@ -84,8 +85,9 @@ class Soap(LowMemOptimizer):
         min_8bit_size: int = 4096,
         compile: bool = False,
         roles: Roles | None = None,
+        **options: Any,
     ) -> None:
-        options: dict[str, Any] = dict(
+        own: dict[str, Any] = dict(
             sides=sides,
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
@@ -93,9 +95,11 @@ class Soap(LowMemOptimizer):
             project=project,
             stacked=stacked,
         )
-        flags = dict(correct_bias=correct_bias, normalize_grads=normalize_grads)
-        storage = dict(state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile)
-        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **options, **flags, **storage)
+        flags: dict[str, Any] = dict(correct_bias=correct_bias, normalize_grads=normalize_grads)
+        storage: dict[str, Any] = dict(
+            state_bits=state_bits, block_size=block_size, min_8bit_size=min_8bit_size, compile=compile
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, **own, **flags, **storage, **options)
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:

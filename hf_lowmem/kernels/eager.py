@@ -16,6 +16,7 @@ from hf_lowmem.codecs import Float32, Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
 from hf_lowmem.kernels.seam import Hyper, Slot
 from hf_lowmem.moments import GroupMean
+from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.scratch import Scratch, known_finite
 from hf_lowmem.state import FULL_SPACE, Subspace
 
@@ -104,31 +105,38 @@ def as_float32(tile: Tensor, name: str, scratch: Scratch) -> Tensor:
 class Weight:
     """A parameter with its gradient and first moment, or one view or tile of all three."""
 
-    param: Tensor
+    param: StoredWeight
     grad: Tensor
     exp_avg: StoredMoment
 
     @classmethod
     def of(cls, slot: Slot, view: View) -> Weight:
-        return cls(view(slot.param), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
+        return cls(stored_weight(slot).map(view), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
 
     def __getitem__(self, index: Index) -> Weight:
         return Weight(self.param[index], self.grad[index], self.exp_avg[index]) if index else self
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.grad.shape
+
     def load_grad(self, scratch: Scratch) -> Tensor:
         return as_float32(self.grad, "grad", scratch)
 
-    def load(self, grad: Tensor, decay: float, beta1: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    def load(self, grad: Tensor, decay: float | Tensor, beta1: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The weights times `decay` and the first moment with `grad` averaged in, as float32."""
-        param = as_float32(self.param, "param", scratch)
-        if decay != 1:
+        param = self.param.load(scratch)
+        if isinstance(decay, Tensor) or decay != 1:
             param.mul_(decay)
         return param, self.exp_avg.load(scratch).lerp_(grad, 1 - beta1)
 
     def store(self, param: Tensor, exp_avg: Tensor, scratch: Scratch) -> None:
-        if param is not self.param:
-            self.param.copy_(param)
+        self.param.store(param)
         self.exp_avg.store(exp_avg, scratch)
+
+
+def stored_weight(slot: Slot) -> StoredWeight:
+    return StoredWeight.of(slot.param, slot.plan.rounding, slot.state, slot.noise_key)
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
     decay = 1 - hyper.lr * hyper.weight_decay
     for slot in slots:
         weight = Weight.of(slot, at_least_1d)
-        for index in tiles(weight.param.shape, tile_limit(slot), weight.param.ndim):
+        for index in tiles(weight.shape, tile_limit(slot), len(weight.shape)):
             tile = weight[index]
             param, exp_avg = tile.load(tile.load_grad(scratch), decay, hyper.beta1, scratch)
             param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=hyper.lr)
@@ -215,7 +223,7 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> 
         scalars = form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
         second = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
-        for index in tiles(weight.param.shape, tile_limit(slot), weight.param.ndim):
+        for index in tiles(weight.shape, tile_limit(slot), len(weight.shape)):
             tile, exp_avg_sq = weight[index], second[index]
             grad = tile.load_grad(scratch)
             param, exp_avg = tile.load(grad, scalars.decay, hyper.beta1, scratch)
@@ -250,8 +258,21 @@ def in_subspace(slot: Slot) -> Slot:
     return slot._replace(param=torch.zeros_like(grad), grad=grad)
 
 
-def add_back(slot: Slot, update: Tensor, decay: float) -> None:
-    cast(Subspace, slot.plan.projection).add_back(slot.state, slot.param, update, decay)
+def add_back(slot: Slot, update: Tensor, decay: float | Tensor) -> None:
+    """The parameter times `decay` plus an update of the subspace."""
+    projection = cast(Subspace, slot.plan.projection)
+    if slot.param.dtype == torch.float32 and not isinstance(decay, Tensor):
+        projection.add_back(slot.state, slot.param, update, decay)
+    else:
+        add(slot, projection.project_back(slot.state, update), 1.0, decay)
+
+
+def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None:
+    """param <- decay * param + scale * update, for an update (float32) of the parameter's shape."""
+    scratch, weight, update = Scratch(slot.param.device), stored_weight(slot).map(at_least_1d), at_least_1d(update)
+    for index in tiles(update.shape, tile_limit(slot), update.ndim):
+        tile, factor = weight[index], broadcast_tile(decay, index) if isinstance(decay, Tensor) else decay
+        tile.store(tile.load(scratch).mul_(factor).add_(update[index], alpha=scale))
 
 
 def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
@@ -288,7 +309,7 @@ def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
             dims = matrix_dims(slot)
             norm = torch.linalg.vector_norm(update, dim=dims, keepdim=True) if update.ndim else update.abs()
             update = update / (1e-30 + norm / math.sqrt(update.numel() / norm.numel()))
-        slot.param.copy_(slot.param.float().mul_(scalars.decay).sub_(update, alpha=scalars.step_size))
+        add(slot, update, -scalars.step_size, scalars.decay)
 
 
 def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
@@ -297,13 +318,10 @@ def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
         step_size: float | Tensor = hyper.lr
         if hyper.flags["scale_parameter"]:
             dims = matrix_dims(slot)
-            norm = torch.linalg.vector_norm(slot.param, dim=dims, keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(stored_weight(slot).load(), dim=dims, keepdim=True)
             count = slot.param.numel() / norm.numel()
             step_size = hyper.lr * (norm / math.sqrt(count)).clamp(min=1e-3)
         decay = 1 - step_size * hyper.weight_decay
-        if isinstance(decay, Tensor):
-            slot.param.mul_(decay)
-            decay = 1.0
         if slot.plan.projection is FULL_SPACE:
             adafactor_pass(slot, hyper, step_size, decay)
         else:
@@ -317,7 +335,7 @@ def matrix_dims(slot: Slot) -> tuple[int, ...]:
     return tuple(range(1 if slot.plan.stacked else 0, slot.param.ndim))
 
 
-def adafactor_pass(slot: Slot, hyper: Hyper, step_size: float | Tensor, decay: float) -> None:
+def adafactor_pass(slot: Slot, hyper: Hyper, step_size: float | Tensor, decay: float | Tensor) -> None:
     """param <- decay * param - exp_avg, for a parameter or an update in the space of a projection."""
     scratch, weight = Scratch(slot.param.device), Weight.of(slot, lambda tensor: tensor)
     row, col = slot.state["exp_avg_sq_row"].unsqueeze(-1), slot.state["exp_avg_sq_col"].unsqueeze(-2)
@@ -347,8 +365,9 @@ def adafactor_pass(slot: Slot, hyper: Hyper, step_size: float | Tensor, decay: f
     rms = (energy / (slot.param.numel() / energy.numel())).sqrt()
     factor = step_size / (rms / hyper.flags["clip_threshold"]).clamp(min=1.0)
     for index in indices:
-        tile = weight[index]
-        param, exp_avg = tile.load(update(index).mul_(broadcast_tile(factor, index)), decay, hyper.beta1, scratch)
+        tile, scaled = weight[index], update(index).mul_(broadcast_tile(factor, index))
+        shrink = broadcast_tile(decay, index) if isinstance(decay, Tensor) else decay
+        param, exp_avg = tile.load(scaled, shrink, hyper.beta1, scratch)
         tile.store(param.sub_(exp_avg), exp_avg, scratch)
 
 
@@ -365,7 +384,7 @@ def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
             for segment, exp_avg_sq in zip(moment.segments, stored, strict=True):
                 weight = Weight.of(slot, segment.view)
                 groups = Groups(at_least_1d, exp_avg_sq, segment.mean_dims)
-                step_means(weight, [groups], weight.param.ndim, slot, hyper, scratch)
+                step_means(weight, [groups], len(weight.shape), slot, hyper, scratch)
         else:
             parts = [Groups(s.view, v, s.mean_dims) for s, v in zip(moment.segments, stored, strict=True)]
             split_axis = min(segment.axis for segment in moment.segments)
@@ -392,10 +411,10 @@ def step_means(
     scalars = adamw_form(slot, hyper)
     crossed = {axis for part in parts for axis in part.dims}
     free = next((axis for axis in range(depth) if axis in crossed), depth)
-    for chunk_index in tiles(weight.param.shape, limit, free):
+    for chunk_index in tiles(weight.shape, limit, free):
         chunk = weight[chunk_index]
         groups = [part[chunk_index] for part in parts]
-        inner = list(tiles(chunk.param.shape, limit, depth))
+        inner = list(tiles(chunk.shape, limit, depth))
         grad = average_squares(chunk, groups, inner, hyper, scratch)
         roots = [part.exp_avg_sq.sqrt().add_(scalars.eps) for part in groups]
         for index in inner:
@@ -417,7 +436,7 @@ def average_squares(
         for part, total in zip(groups, totals, strict=True):
             broadcast_tile(total, index).add_(square_sum(part.view(grad), part.dims, scratch))
     for part, total in zip(groups, totals, strict=True):
-        count = part.view(chunk.param).numel() // total.numel()
+        count = part.view(chunk.grad).numel() // total.numel()
         part.exp_avg_sq.mul_(hyper.beta2).add_(total, alpha=(1 - hyper.beta2) / count)
     return grad if len(inner) == 1 else None
 

@@ -28,13 +28,15 @@ class Hyper:
 
 
 class Slot(NamedTuple):
-    """One parameter to step: its gradient, its state, its plan, and the number of this step, from 1."""
+    """One parameter to step: its gradient, its state, its plan, the number of this step, from 1, and the key of the
+    noise that stochastic rounding takes."""
 
     param: Tensor
     grad: Tensor
     state: State
     plan: StatePlan
     step: float
+    noise_key: int = 0
 
 
 class KernelKey(NamedTuple):

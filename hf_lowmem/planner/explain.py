@@ -19,7 +19,8 @@ ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # both moments of one parameter, by `state_b
 class Row:
     """One parameter: what is compressed, the state that is declared for it, and why.
 
-    `state` maps the name of each state tensor to (shape, dtype); `nbytes` counts all of them, `step` included.
+    `state` maps the name of each state tensor to (shape, dtype); `nbytes` counts all of them, `step` included;
+    `rounded` says that the weight is rounded at random or by Kahan's sum.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     state: dict[str, tuple[tuple[int, ...], str]]
     nbytes: int
     why: str
+    rounded: bool = False
 
     @property
     def numel(self) -> int:
@@ -116,14 +118,17 @@ def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
 def _row(assignment: Assignment, recipe: Recipe) -> Row:
     role = assignment.role
     state: dict[str, tuple[tuple[int, ...], str]] = {}
-    nbytes, compressed, why = 0, "-", "frozen"
+    nbytes, compressed, why, rounded = 0, "-", "frozen", False
     if assignment.param.requires_grad:
-        plan = recipe.state_plan(role, assignment.options)
+        plan = recipe.state_plan(assignment)
         specs = plan.specs(role.shape)
         state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()}
         nbytes = plan.nbytes(role.shape)
         compressed, why = _compressed(plan, role.shape, assignment.options["state_bits"]), assignment.why
-    return Row(role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why)
+        rounded = plan.rounding.kind != "nearest"
+    return Row(
+        role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why, rounded
+    )
 
 
 def _compressed(plan: StatePlan, shape: tuple[int, ...], state_bits: int) -> str:
@@ -148,6 +153,8 @@ def _compressed(plan: StatePlan, shape: tuple[int, ...], state_bits: int) -> str
         said.append("exp_avg bf16")
     elif state_bits == 8:
         said.append("fp32 (too small or odd for 8-bit blocks)")
+    if plan.rounding.kind != "nearest":
+        said.append({"kahan": "Kahan's buffer added", "stochastic": "stochastic rounding"}[plan.rounding.kind])
     return ", ".join(said) or "full"
 
 

@@ -83,9 +83,6 @@ class LowRank:
         return self.options.scale * self._matrix(update @ basis if right else basis.mT @ update)
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        if param.dtype != torch.float32:
-            param.copy_(self.project_back(state, update).add_(param.float(), alpha=decay))
-            return
         basis = state["proj"].float()
         left, right = (update, basis) if is_right(self._matrix(param)) else (basis.mT, update)
         if self.transposed:

@@ -64,7 +64,7 @@ class Tucker:
         return self.options.scale * expand(self._core(update), self._factors(state))
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        param.copy_(self.project_back(state, update).add_(param.float(), alpha=decay))
+        param.mul_(decay).add_(self.project_back(state, update))
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         event = self.options.event(state)

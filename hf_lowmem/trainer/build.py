@@ -143,6 +143,8 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
             "rules file, convolutions a rank_ratio.",
             explanation.algorithm,
         )
+    if recipe.rounding != "nearest" and not any(row.rounded for row in explanation.rows if row.trainable):
+        logger.warning("rounding=%s does nothing here: no trained weight is narrower than float32.", recipe.rounding)
     takes_rules = hasattr(recipe, "rules")
     unknown = [row.name for row in explanation.rows if row.role == "unknown" and row.trainable and len(row.shape) > 1]
     hint = "; a rules file overrides it" if takes_rules else ""

@@ -5,8 +5,8 @@ Three places are changed, and `tests/contract/test_transformers_internals.py` pi
 - `OptimizerNames` gets one member per name. A member pickles as a call of `optim_member`, so a `training_args.bin`
   also loads in a process that has not registered.
 - The handler table gets one entry per name.
-- In `transformers.trainer`, `_parse_optim_args` lets JSON pass, and `get_last_checkpoint` passes over checkpoints that
-  were cut short.
+- In `transformers.trainer`, `_parse_optim_args` lets JSON pass, `get_last_checkpoint` passes over checkpoints that
+  were cut short, and `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act under our optimizers only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import transformers
 
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
+from hf_lowmem.trainer.callbacks import CALLBACKS
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
@@ -48,6 +49,7 @@ _member_names = _internal("transformers.training_args", "OptimizerNames._member_
 _handlers = _internal("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS")
 _transformers_parse = _internal("transformers.trainer", "_parse_optim_args")
 _internal("transformers.trainer", "get_last_checkpoint")
+_default_callbacks = _internal("transformers.trainer", "DEFAULT_CALLBACKS")
 
 
 def register() -> None:
@@ -65,6 +67,7 @@ def register() -> None:
             logger.warning("transformers %s has its own optim %r, which is kept.", transformers.__version__, name)
     _trainer._parse_optim_args = _parse_optim_args
     _trainer.get_last_checkpoint = last_whole_checkpoint
+    _default_callbacks.extend(callback for callback in CALLBACKS if callback not in _default_callbacks)
 
 
 def optim_member(name: str) -> Any:
