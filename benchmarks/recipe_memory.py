@@ -13,9 +13,9 @@ the number of tokens in a batch with every row full, h the hidden size, i the in
 queries and keys, v the vocabulary, L the layers; all in bytes:
 
 - checkpoints: the input of every layer, 2 T h L;
-- one layer, recomputed in the backward pass: T (16 h + 4 q + 4 k + 8 i) that autograd saves (both norms' float32 input
-  and both outputs; rotated queries and keys, values and the attention's output; four tensors of the MLP), T 4 i for the
-  gradients that flow through the MLP, and with LoRA T (10 h + 2 q + 2 i) for the inputs that the adapters save again;
+- one layer, recomputed in the backward pass: what autograd saves, T (16 h + 4 q + 4 k + 8 i), or with LoRA
+  T (18 h + 6 q + 4 k + 8 i), where frozen weights save nothing and every adapter its own input; a test counts both on
+  a real layer; and T 4 i for the gradients that flow through the MLP;
 - LM head: TRL computes the logits in tiles of 4096 tokens x 32768 words and keeps one, 2 min(T, 4096) 32768; plus the
   float32 gradients of its input, 4 T h, and, where it is trained, of its weight, with a copy: 6 v h;
 - rollout: keys and values of all completions of one generation batch, 4 k L for each token; plus one layer's forward
@@ -36,7 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -96,11 +102,6 @@ class Plan:
     @property
     def peak(self) -> int:
         return sum(self.always.values()) + max(sum(parts.values()) for parts in self.moments.values())
-
-    @property
-    def largest(self) -> str:
-        """The moment that makes the peak."""
-        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
 
 def plan(recipe: Path) -> Plan:
@@ -172,10 +173,9 @@ def activations(task: str, config: Any, tokens: int, adapters: bool) -> dict[str
 
 def layer_saved(config: Any, adapters: bool) -> int:
     """Bytes for each token that autograd saves in one decoder layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = hidden  # heads x head size, in these models
-    saved = 16 * hidden + 4 * queries + 4 * key_width(config) + 8 * inner
-    return saved + (10 * hidden + 2 * queries + 2 * inner if adapters else 0)
+    hidden, queries = (18, 6) if adapters else (16, 4)
+    # the queries are as wide as the hidden state in these models
+    return (hidden + queries) * config.hidden_size + 4 * key_width(config) + 8 * config.intermediate_size
 
 
 def key_width(config: Any) -> int:
@@ -192,16 +192,18 @@ def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.n
         asked[name, dtype] = max(asked.get((name, dtype), 0), out.nbytes)
         return out
 
-    layer = torch.nn.Linear(512, 512, bias=False, dtype=trainable[0].dtype)  # one tile
-    optimizer = hf_lowmem.build_optimizer(layer, optim, lr=1e-3, optim_args=optim_args)
-    layer.weight.grad = torch.ones_like(layer.weight)
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
     Scratch.get = record  # type: ignore[method-assign]
     try:
         optimizer.step()
     finally:
         Scratch.get = get  # type: ignore[method-assign]
     tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
-    return sum(asked.values()) * tile // layer.weight.numel()
+    return sum(asked.values()) * tile // 256**2
 
 
 def facts(name_or_path: str) -> tuple[str, Any]:
@@ -234,14 +236,19 @@ def nbytes(params: Any) -> int:
 def head(recipe: Path, planned: Plan) -> str:
     """The comment that the recipe opens with."""
     command = f"hf-lowmem {planned.task} --config {recipe.relative_to(ROOT)}"
-    lines = [command, "", f"Planned GPU memory: {planned.peak / GIB:.1f} GiB. Computed, not measured; in GiB:"]
+    lines = [
+        command,
+        "",
+        f"Planned GPU memory: {planned.peak / GIB:.1f} GiB. Computed, not measured; in GiB:",
+        "always",
+    ]
     for part, size in planned.always.items():
         lines.append(line(part, size, planned.notes.get(part)))
+    lines.append("and the largest of")
     for moment, parts in planned.moments.items():
         made_of = " + ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
         notes = "; ".join(planned.notes[part] for part in parts if part in planned.notes)
-        made_of += f" ({notes})" if notes else ""
-        lines.append(line(("+ " if moment == planned.largest else "or ") + moment, sum(parts.values()), made_of))
+        lines.append(line(moment, sum(parts.values()), made_of + (f" ({notes})" if notes else "")))
     lines.append("The formulas, and what is left out: benchmarks/recipe_memory.py")
     return "".join(f"# {text}".rstrip() + "\n" for text in lines)
 

@@ -60,7 +60,10 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours(dtype: torch.dtype,
     up = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
     down = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
     rounded = store(nearest, value, data.draw(st.integers(-(2**31), 2**31 - 1)))
-    below, above = torch.where(nearest.float() > value, down, nearest), torch.where(nearest.float() < value, up, nearest)
+    below, above = (
+        torch.where(nearest.float() > value, down, nearest),
+        torch.where(nearest.float() < value, up, nearest),
+    )
     normal = value.abs() > 1e-30  # of the smallest magnitudes the grid is coarser in bfloat16
     assert ((rounded == below) | (rounded == above))[normal | (value == 0)].all()
     assert torch.equal(store(nearest, nearest.float(), 5)[normal], nearest[normal])
