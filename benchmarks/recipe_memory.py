@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ class Plan:
 
     task: str
     model: str
-    adapters: bool
     always: dict[str, int]
     moments: dict[str, dict[str, int]]
     notes: dict[str, str]
@@ -150,7 +149,7 @@ def plan(recipe: Path) -> Plan:
         notes["keys and values"] = f"{answers} x {length} tokens"
         if judge is not None:
             moments["rollout"]["reward model's layer"] = tokens * (2 * judge.hidden_size + 6 * judge.intermediate_size)
-    return Plan(task, name, model_args.use_peft, always, moments, notes)
+    return Plan(task, name, always, moments, notes)
 
 
 def batch(task: str, training: Any) -> tuple[int, int]:
@@ -279,7 +278,7 @@ def render(report: dict[str, Any]) -> str:
     for name, row in report["recipes"].items():
         always = [row["always"].get(part) for part in parts]
         moments = [row["moments"].get(moment) for moment in ("backward pass", "update", "rollout")]
-        sizes = [row["peak"], *always, *(sum(moment.values()) if moment else None for moment in moments)]
+        sizes = [Plan(**row).peak, *always, *(sum(moment.values()) if moment else None for moment in moments)]
         cells = ["" if size is None else f"{size / GIB:.2f}" for size in sizes]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -290,12 +289,7 @@ def main() -> None:
     for recipe in sorted(RECIPES.glob("*.yaml")):
         planned = plan(recipe)
         recipe.write_text(f"{head(recipe, planned)}\n{body(recipe)}")
-        report["recipes"][recipe.stem] = {
-            "peak": planned.peak,
-            "always": planned.always,
-            "moments": planned.moments,
-            "notes": planned.notes,
-        }
+        report["recipes"][recipe.stem] = asdict(planned)
     output = ROOT / "benchmarks" / "results" / "recipe_memory.json"
     output.write_text(json.dumps(report, indent=2) + "\n")
     output.with_suffix(".md").write_text(render(report))

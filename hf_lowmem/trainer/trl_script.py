@@ -80,8 +80,8 @@ def main(task: str, argv: list[str] | None = None) -> None:
         script_args.dataset_name = None
     if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):
         training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint).lower() == "true"
-    # Held while TRL drops its trainer: torch can deadlock if DDP's reducer is the last to let go of a gloo group, whose
-    # threads may still wait for the GIL (pytorch issue 56297).
+    # Held while TRL drops its trainer: torch can deadlock where DDP's reducer is the last to let go of a gloo group,
+    # whose threads may still wait for the GIL (pytorch issue 56297).
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     _script(task).main(script_args, training_args, model_args, dataset_args)
     del group
