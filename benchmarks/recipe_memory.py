@@ -2,15 +2,15 @@
 
     python benchmarks/recipe_memory.py            # writes the results, and the head of every recipe
 
-The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. Exact are
-the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO, and GRPO
-and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off instead), the reward
-model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its declared tensors) and the
-step's temporaries (the buffers that one tile of 2^24 entries asks for).
+The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. Exact
+are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO,
+and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
+instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
+declared tensors) and the step's temporaries (the buffers that one tile of 2^24 entries asks for).
 
-The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T is
-the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the widths of
-queries and keys, v the vocabulary, L the layers; all in bytes:
+The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
+is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
+widths of queries and keys, v the vocabulary, L the layers; all in bytes:
 
 - checkpoints: the input of every layer, 2 T h L;
 - one layer, recomputed in the backward pass: what autograd saves, T (16 h + 4 q + 4 k + 8 i), or with LoRA
@@ -22,9 +22,9 @@ queries and keys, v the vocabulary, L the layers; all in bytes:
   pass of the reward model, if any, over all of them: T (2 h + 6 i) with that model's sizes.
 
 A prompt of a rollout is taken as PROMPT_TOKENS long. The planned peak is what is always there (weights to optimizer
-state) and the largest of three moments: the backward pass (gradients, checkpoints, and one layer or the LM head), the
-update (gradients and temporaries) and the rollout, before which the gradients are freed. Not counted: the CUDA context,
-fragmentation, the data, and the workspace of matrix products.
+state) and the largest of three moments: the backward pass (gradients, checkpoints, and one layer or the LM head),
+the update (gradients and temporaries) and the rollout, before which the gradients are freed. Not counted: the CUDA
+context, fragmentation, the data, and the workspace of matrix products.
 """
 
 from __future__ import annotations
@@ -269,8 +269,8 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         "# Planned GPU memory of the recipes, GiB",
         "",
-        f"Computed, not measured (`{machine['command']}`, commit {machine['commit']}): weights, gradients and optimizer "
-        "state are exact, activations and rollouts by the formulas in the script.",
+        f"Computed, not measured (`{machine['command']}`, commit {machine['commit']}): weights, gradients and "
+        "optimizer state are exact, activations and rollouts by the formulas in the script.",
         "",
         f"| recipe | peak | {' | '.join(parts)} | backward pass | update | rollout |",
         f"|---|{'---:|' * (len(parts) + 4)}",

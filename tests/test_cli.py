@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
-from hf_lowmem.cli import main
+from hf_lowmem.cli import TRL_TASKS, main
 
 NAMES = hf_lowmem.optim_names()
 
@@ -18,7 +18,7 @@ NAMES = hf_lowmem.optim_names()
 @pytest.mark.parametrize("option", [["--help"], ["optims"]])
 def test_help_and_optims_answer_at_once(option):
     code = (
-        "import sys; from hf_lowmem.cli import main\n"
+        "import sys; from hf_lowmem.cli import TRL_TASKS, main\n"
         "try: main(sys.argv[1:])\n"
         "finally: sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )
@@ -26,7 +26,7 @@ def test_help_and_optims_answer_at_once(option):
     done = subprocess.run([sys.executable, "-c", code, *option], capture_output=True, text=True)
     assert time.perf_counter() - start < 1
     assert done.returncode == 0, "torch, transformers or trl was imported"
-    for word in ["run", "sft", "inspect", "optims", "demo"] if option == ["--help"] else NAMES:
+    for word in ["run", *TRL_TASKS, "inspect", "optims", "demo"] if option == ["--help"] else NAMES:
         assert word in done.stdout
 
 
@@ -66,8 +66,10 @@ def test_run_is_python_with_our_names(argv, tmp_path, monkeypatch, capsys):
         (["run", "missing.py"], "hf-lowmem run: there is no script 'missing.py'."),
         (["missing.py"], "hf-lowmem run: there is no script 'missing.py'."),
         (["sft", "--config", "missing.yaml"], "hf-lowmem sft: there is no config file 'missing.yaml'."),
+        (["grpo", "--config", "missing.yaml"], "hf-lowmem grpo: there is no config file 'missing.yaml'."),
         (["inspect", "m", "--optim", "slim_adam"], "hf-lowmem inspect: Unknown optim name 'slim_adam'; the nearest"),
         (["sft", "--optim", "slim_adam"], "hf-lowmem sft: Unknown optim name 'slim_adam'; the nearest names: slim_ad"),
+        (["dpo", "--optim", "slim_adam"], "hf-lowmem dpo: Unknown optim name 'slim_adam'; the nearest names: slim_ad"),
         (["sft", "--optim=adamw_torhc"], "hf-lowmem sft: Unknown optim name 'adamw_torhc'; the nearest names: adamw_"),
         (["sft", "--config", "bad.yaml"], "hf-lowmem sft: Unknown optim name 'adammini'; the nearest names: adam_min"),
     ],
