@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_lowmem
 from hf_lowmem.cli import TRL_TASKS, main
@@ -172,8 +172,10 @@ def test_sft_trains_a_local_model_on_a_jsonl_file(model_folder, tmp_path, monkey
 @pytest.mark.slow
 def test_grpo_takes_a_reward_model(model_folder, tmp_path, monkeypatch, launched_here):
     monkeypatch.chdir(tmp_path)
-    main(["reward", *options_for("reward", model_folder, tmp_path, output_dir=tmp_path / "judge")])
-    options = options_for("grpo", model_folder, tmp_path, reward_model_name_or_path=tmp_path / "judge")
+    judge = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "judge")
+    options = options_for("grpo", model_folder, tmp_path, reward_model_name_or_path="judge", logging_steps=1)
     at = options.index("--reward_funcs")
     main(["grpo", *options[:at], *options[at + 2 :]])
     check_run(tmp_path)
