@@ -199,9 +199,9 @@ def test_grpo_takes_a_reward_model(model_folder, tmp_path, monkeypatch, launched
         (
             "grpo",
             ["--dataset_name", "data.jsonl"],
-            "grpo needs a reward: give --reward_funcs, such as accuracy_reward",
+            "No reward is given: add --reward_funcs, such as accuracy_reward",
         ),
-        ("rloo", ["--config", "config.yaml"], "rloo needs a reward: give --reward_funcs, such as accuracy_reward"),
+        ("rloo", ["--config", "config.yaml"], "No reward is given: add --reward_funcs, such as accuracy_reward"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence_before_a_model_is_loaded(

@@ -44,7 +44,7 @@ def launch(task: str, argv: list[str]) -> None:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     try:
-        _check(task, given, given, given)
+        _check(given, given, given)
     except ValueError as error:
         parser.exit(2, f"hf-lowmem {task}: {error}\n")
     launch_training_script(
@@ -71,7 +71,7 @@ def main(task: str, argv: list[str] | None = None) -> None:
     )
     if unknown:  # what a YAML file holds for the launcher is not ours to judge, the command line is
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    _check(task, script_args, training_args, dataset_args)
+    _check(script_args, training_args, dataset_args)
     show_summary()
     if _is_file(script_args.dataset_name):  # as TRL's dataset mixture, which can read one
         path = Path(script_args.dataset_name)
@@ -109,7 +109,7 @@ def _launch_this_module(task: str, args: Any) -> None:
     launch_command(args)
 
 
-def _check(task: str, script_args: Any, training_args: Any, dataset_args: Any) -> None:
+def _check(script_args: Any, training_args: Any, dataset_args: Any) -> None:
     """Raise ValueError for what TRL would find only after the model is loaded, or say less well."""
     if _is_file(script_args.dataset_name):
         path = Path(script_args.dataset_name)
@@ -120,7 +120,7 @@ def _check(task: str, script_args: Any, training_args: Any, dataset_args: Any) -
     takes_reward = hasattr(script_args, "reward_funcs")
     if takes_reward and not (script_args.reward_funcs or script_args.reward_model_name_or_path):
         raise ValueError(
-            f"{task} needs a reward: give --reward_funcs, such as accuracy_reward or my_module.my_function, or "
+            "No reward is given: add --reward_funcs, such as accuracy_reward or my_module.my_function, or "
             "--reward_model_name_or_path with a sequence classifier of one label."
         )
 
