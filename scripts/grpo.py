@@ -10,10 +10,10 @@
         --output_dir Qwen2.5-0.5B-grpo
 
 The data has the column `prompt`, a text or a conversation, and whatever the reward asks for: `accuracy_reward` reads
-`solution` (and needs `pip install math-verify`). A reward is TRL's own by name, a function `my_module.my_function` (which may lie in the current folder), or
-a reward model (`--reward_model_name_or_path`). With `--beta` above 0 and without LoRA a second copy of the model is
-kept as the reference. Models, data files and several processes are as in sft.py. All options:
-`python scripts/grpo.py --help`.
+`solution` (and needs `pip install math-verify`). A reward is TRL's own by name, a function `my_module.my_function`
+(which may lie in the current folder), or a reward model (`--reward_model_name_or_path`). With `--beta` above 0 and
+without LoRA a second copy of the model is kept as the reference. Models, data files and several processes are as in
+sft.py. All options: `python scripts/grpo.py --help`.
 """
 
 from hf_lowmem.trainer.trl_script import main
