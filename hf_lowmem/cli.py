@@ -7,10 +7,13 @@ import os
 import runpy
 import sys
 from argparse import REMAINDER, ArgumentParser
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+
+Command = Callable[[list[str]], None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,16 +66,17 @@ def run(argv: list[str]) -> None:
     runpy.run_path(args.script, run_name="__main__")
 
 
-def sft(argv: list[str]) -> None:
-    """Fine-tune with TRL's SFT script: its options, our optim names (see `hf-lowmem sft --help`)."""
-    parser = ArgumentParser(prog="hf-lowmem sft", add_help=False, allow_abbrev=False)
+def train(task: str, argv: list[str]) -> None:
+    """Run TRL's script for a task, after the mistakes that can be seen without its slow imports."""
+    prog = f"hf-lowmem {task}"
+    parser = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--optim")
     parser.add_argument("--config")
     args, _ = parser.parse_known_args(argv)
     if find_spec("trl") is None:
-        parser.exit(2, "hf-lowmem sft: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n")
+        parser.exit(2, f"{prog}: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n")
     if args.config is not None and not os.path.isfile(args.config):
-        parser.exit(2, f"hf-lowmem sft: there is no config file {args.config!r}.\n")
+        parser.exit(2, f"{prog}: there is no config file {args.config!r}.\n")
     optim = args.optim
     if optim is None and args.config is not None:
         import yaml  # type: ignore[import-untyped]
@@ -85,11 +89,19 @@ def sft(argv: list[str]) -> None:
 
         known = [*OPTIM_NAMES, *(member.value for member in OptimizerNames)]
         if optim not in known:
-            parser.exit(2, f"hf-lowmem sft: {unknown_optim(optim, known)}\n")
+            parser.exit(2, f"{prog}: {unknown_optim(optim, known)}\n")
 
-    from hf_lowmem.trainer.sft import launch
+    from hf_lowmem.trainer.trl_script import launch
 
-    launch(argv)
+    launch(task, argv)
+
+
+def _training_command(task: str, what: str) -> Command:
+    def command(argv: list[str]) -> None:
+        train(task, argv)
+
+    command.__doc__ = f"{what} (TRL's script, our optim names)."
+    return command
 
 
 def inspect(argv: list[str]) -> None:
@@ -147,4 +159,19 @@ def demo(argv: list[str]) -> None:
     demo_main(argv)
 
 
-COMMANDS = {"run": run, "sft": sft, "inspect": inspect, "optims": optims, "demo": demo}
+TRL_TASKS = {
+    "sft": "Fine-tune on text",
+    "reward": "Train a reward model on chosen and rejected answers",
+    "dpo": "Align with chosen and rejected answers",
+    "kto": "Align with answers labelled good or bad",
+    "grpo": "Reinforce by a reward, groups of answers compared",
+    "rloo": "Reinforce by a reward, each answer against the others",
+    "distillation": "Distill a teacher model into a smaller one",
+}
+COMMANDS: dict[str, Command] = {
+    "run": run,
+    **{task: _training_command(task, what) for task, what in TRL_TASKS.items()},
+    "inspect": inspect,
+    "optims": optims,
+    "demo": demo,
+}

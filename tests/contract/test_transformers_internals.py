@@ -1,5 +1,6 @@
 """Pins what we touch inside transformers, TRL and accelerate, so that a new release fails here and says where."""
 
+import importlib
 import importlib.util
 import inspect
 from enum import Enum
@@ -10,6 +11,7 @@ import transformers
 from transformers import Trainer, TrainingArguments, trainer, trainer_optimizer, training_args
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_lowmem.cli import TRL_TASKS
 from hf_lowmem.trainer import registration
 
 
@@ -115,25 +117,51 @@ def test_trl_takes_a_launch_function_and_separates_the_launchers_arguments():
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.accelerate_launcher import launch_training_script
     from trl.cli.commands.training import _subtract_subsequence
-    from trl.scripts import sft
     from trl.scripts.utils import DatasetConfig, TrlParser
 
     assert {"script_name", "launch_args", "training_script_args", "launch_command_fn"} <= set(
         inspect.signature(launch_training_script).parameters
     )
     assert "separate_remaining_strings" in inspect.signature(TrlParser.parse_args_and_config).parameters
-    assert "prog" in inspect.signature(sft.make_parser).parameters
-    assert list(inspect.signature(sft.main).parameters) == [
+    assert {"path", "data_files"} <= set(inspect.signature(DatasetConfig).parameters)
+    assert resolve_accelerate_config_argument(["--num_processes", "2"]) == ["--num_processes", "2"]
+    assert _subtract_subsequence(["--a", "1", "--b", "2"], ["--b", "2"]) == ["--a", "1"]
+    launched = []
+    launch_training_script("dpo.py", ["--num_processes", "1"], ["--x", "y"], launch_command_fn=launched.append)
+    assert not launched[0].module
+    assert {"cpu", "multi_gpu", "num_processes"} <= vars(launched[0]).keys()
+    assert launched[0].training_script.endswith("dpo.py")
+    assert launched[0].training_script_args == ["--x", "y"]
+
+
+@pytest.mark.parametrize("task", TRL_TASKS)
+def test_trls_scripts_have_one_parser_and_one_main_each(task):
+    pytest.importorskip("trl")
+    script = importlib.import_module(f"trl.scripts.{task}")
+    assert "prog" in inspect.signature(script.make_parser).parameters
+    assert list(inspect.signature(script.main).parameters) == [
         "script_args",
         "training_args",
         "model_args",
         "dataset_args",
     ]
-    assert {"path", "data_files"} <= set(inspect.signature(DatasetConfig).parameters)
-    assert resolve_accelerate_config_argument(["--num_processes", "2"]) == ["--num_processes", "2"]
-    assert _subtract_subsequence(["--a", "1", "--b", "2"], ["--b", "2"]) == ["--a", "1"]
-    launched = []
-    launch_training_script("sft.py", ["--num_processes", "1"], ["--x", "y"], launch_command_fn=launched.append)
-    assert not launched[0].module
-    assert launched[0].training_script.endswith("sft.py")
-    assert launched[0].training_script_args == ["--x", "y"]
+    parser = script.make_parser()
+    assert len(parser.dataclass_types) == 4
+    known = {action.dest for action in parser._actions}
+    assert {"dataset_name", "dataset_streaming", "test_split_size", "eval_strategy", "resume_from_checkpoint"} <= known
+    assert ({"reward_funcs", "reward_model_name_or_path"} <= known) == (task in ("grpo", "rloo"))
+
+
+def test_without_dataclasses_trls_parser_gives_plain_values():
+    pytest.importorskip("trl")
+    from trl.scripts import grpo
+
+    parser = grpo.make_parser()
+    parser.dataclass_types = []
+    given, config_rest, rest = parser.parse_args_and_config(
+        ["--num_generations", "3", "--per_device_train_batch_size", "1", "--num_processes", "3"],
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
+    )
+    assert (given.num_generations, given.eval_strategy) == (3, "no")
+    assert (config_rest, rest) == ([], ["--num_processes", "3"])

@@ -1,0 +1,300 @@
+"""The GPU memory that each recipe of scripts/recipes/ is planned to take. Computed, not measured: no GPU is used.
+
+    python benchmarks/recipe_memory.py            # writes the results, and the head of every recipe
+
+The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. Exact
+are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO,
+and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
+instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
+declared tensors) and the step's temporaries (the buffers that one tile of 2^24 entries asks for).
+
+The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
+is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
+widths of queries and keys, v the vocabulary, L the layers; all in bytes:
+
+- checkpoints: the input of every layer, 2 T h L;
+- one layer, recomputed in the backward pass: what autograd saves, T (16 h + 4 q + 4 k + 8 i), or with LoRA
+  T (18 h + 6 q + 4 k + 8 i), where frozen weights save nothing and every adapter its own input; a test counts both on
+  a real layer; and T 4 i for the gradients that flow through the MLP;
+- LM head: TRL computes the logits in tiles of 4096 tokens x 32768 words and keeps one, 2 min(T, 4096) 32768; plus the
+  float32 gradients of its input, 4 T h, and, where it is trained, of its weight, with a copy: 6 v h;
+- rollout: keys and values of all completions of one generation batch, 4 k L for each token; plus one layer's forward
+  pass of the reward model, if any, over all of them: T (2 h + 6 i) with that model's sizes.
+
+A prompt of a rollout is taken as PROMPT_TOKENS long. The planned peak is what is always there (weights to optimizer
+state) and the largest of three moments: the backward pass (gradients, checkpoints, and one layer or the LM head),
+the update (gradients and temporaries) and the rollout, before which the gradients are freed. Not counted: the CUDA
+context, fragmentation, the data, and the workspace of matrix products.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from step_time import describe_machine  # noqa: E402
+
+import hf_lowmem  # noqa: E402
+from hf_lowmem.kernels.eager import tile_size  # noqa: E402
+from hf_lowmem.scratch import Scratch  # noqa: E402
+from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402
+
+RECIPES = ROOT / "scripts" / "recipes"
+PROMPT_TOKENS = 256
+GIB = 2**30
+MODELS = {  # from their public config.json
+    "Qwen2.5-0.5B": Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-1.5B": Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Llama-3.1-8B": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of one recipe's memory, in bytes: what is always there, and the moments that come and go."""
+
+    task: str
+    model: str
+    always: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    notes: dict[str, str]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.always.values()) + max(sum(parts.values()) for parts in self.moments.values())
+
+
+def plan(recipe: Path) -> Plan:
+    """The plan of one YAML file, read by the parser of its task."""
+    task = recipe.stem.split("_")[0]
+    parser = make_parser(task)
+    script, training, model_args, _ = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True"])
+    name, config = facts(model_args.model_name_or_path)
+    model = meta_model(config, classifier=task == "reward")
+    base = nbytes(model.parameters())
+    always, notes = {"weights": base}, {"weights": f"{count(model.parameters()):,} in bfloat16"}
+    if model_args.use_peft:
+        from trl import get_peft_config
+
+        model = get_peft(model, get_peft_config(model_args))
+        always["adapters"] = nbytes(model.parameters()) - base
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    beta = getattr(training, "beta", 0.0)
+    if task in ("dpo", "kto", "grpo", "rloo") and beta > 0:
+        if model_args.use_peft:
+            notes["weights"] += ", the reference model too, with the adapters off"
+        else:
+            always["reference model"] = base
+    judge = None
+    if getattr(script, "reward_model_name_or_path", None):
+        judge_name, judge = facts(script.reward_model_name_or_path)
+        always["reward model"] = nbytes(meta_model(judge, classifier=True).parameters())
+        notes["reward model"] = judge_name
+    state = hf_lowmem.explain(model, training.optim, training.optim_args)
+    always["optimizer state"] = state.nbytes
+    notes["optimizer state"] = f"{state.bytes_per_param:.3f} bytes for each of {state.numel:,} trainable weights"
+    if model_args.use_peft:
+        notes["adapters"] = f"rank {model_args.lora_r}, float32"
+
+    rows, length = batch(task, training)
+    gradients = {"gradients": nbytes(trainable)}
+    notes["checkpoints"] = f"{rows} x {length} tokens"
+    moments = {
+        "backward pass": {**gradients, **activations(task, config, rows * length, model_args.use_peft)},
+        "update": {**gradients, "temporaries": step_temporaries(training.optim, training.optim_args, trainable)},
+    }
+    if task in ("grpo", "rloo"):
+        answers = training.per_device_train_batch_size * training.steps_per_generation
+        tokens = answers * length
+        moments["rollout"] = {"keys and values": 4 * key_width(config) * config.num_hidden_layers * tokens}
+        notes["keys and values"] = f"{answers} x {length} tokens"
+        if judge is not None:
+            moments["rollout"]["reward model's layer"] = tokens * (2 * judge.hidden_size + 6 * judge.intermediate_size)
+    return Plan(task, name, always, moments, notes)
+
+
+def batch(task: str, training: Any) -> tuple[int, int]:
+    """Rows of one forward pass and their length in tokens, when all are full."""
+    rows = training.per_device_train_batch_size * (2 if task in ("reward", "dpo") else 1)  # chosen and rejected
+    rollout = task in ("grpo", "rloo")
+    return rows, PROMPT_TOKENS + training.max_completion_length if rollout else training.max_length
+
+
+def activations(task: str, config: Any, tokens: int, adapters: bool) -> dict[str, int]:
+    """The backward pass beside the gradients, by the formulas above."""
+    hidden, layer_bytes = config.hidden_size, layer_saved(config, adapters) + 4 * config.intermediate_size
+    peaks = {"one layer": tokens * layer_bytes}
+    if task != "reward":
+        head_weight = 0 if adapters else 6 * config.vocab_size * hidden
+        peaks["LM head"] = 2 * min(tokens, 4096) * 32768 + 4 * tokens * hidden + head_weight
+    larger = max(peaks, key=lambda name: peaks[name])
+    return {"checkpoints": 2 * tokens * hidden * config.num_hidden_layers, larger: peaks[larger]}
+
+
+def layer_saved(config: Any, adapters: bool) -> int:
+    """Bytes for each token that autograd saves in one decoder layer."""
+    hidden, queries = (18, 6) if adapters else (16, 4)
+    # the queries are as wide as the hidden state in these models
+    return (hidden + queries) * config.hidden_size + 4 * key_width(config) + 8 * config.intermediate_size
+
+
+def key_width(config: Any) -> int:
+    return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+
+
+def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.nn.Parameter]) -> int:
+    """Bytes of the buffers of one tile on a GPU, from the buffers that one tile on the CPU asks for."""
+    asked: dict[tuple[str, torch.dtype], int] = {}
+    get = Scratch.get
+
+    def record(self: Scratch, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        out = get(self, name, shape, dtype)
+        asked[name, dtype] = max(asked.get((name, dtype), 0), out.nbytes)
+        return out
+
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
+    Scratch.get = record  # type: ignore[method-assign]
+    try:
+        optimizer.step()
+    finally:
+        Scratch.get = get  # type: ignore[method-assign]
+    tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
+    return sum(asked.values()) * tile // 256**2
+
+
+def facts(name_or_path: str) -> tuple[str, Any]:
+    """The model's short name and its config; a folder is named after the model that it was made from."""
+    return next((name, config) for name, config in MODELS.items() if Path(name_or_path).name.startswith(name))
+
+
+def meta_model(config: Any, classifier: bool) -> Any:
+    config.num_labels = 1
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.bfloat16)
+
+
+def get_peft(model: Any, peft_config: Any) -> Any:
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, peft_config)
+
+
+def count(params: Any) -> int:
+    return sum(param.numel() for param in params)
+
+
+def nbytes(params: Any) -> int:
+    return sum(param.numel() * param.element_size() for param in params)
+
+
+def head(recipe: Path, planned: Plan) -> str:
+    """The comment that the recipe opens with."""
+    command = f"hf-lowmem {planned.task} --config {recipe.relative_to(ROOT)}"
+    lines = [
+        command,
+        "",
+        f"Planned GPU memory: {planned.peak / GIB:.1f} GiB. Computed, not measured; in GiB:",
+        "always",
+    ]
+    for part, size in planned.always.items():
+        lines.append(line(part, size, planned.notes.get(part)))
+    lines.append("and the largest of")
+    for moment, parts in planned.moments.items():
+        made_of = " + ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
+        notes = "; ".join(planned.notes[part] for part in parts if part in planned.notes)
+        lines.append(line(moment, sum(parts.values()), made_of + (f" ({notes})" if notes else "")))
+    lines.append("The formulas, and what is left out: benchmarks/recipe_memory.py")
+    return "".join(f"# {text}".rstrip() + "\n" for text in lines)
+
+
+def line(part: str, size: int, note: str | None) -> str:
+    return f"{size / GIB:8.2f}  {part}" + (f": {note}" if note else "")
+
+
+def body(recipe: Path) -> str:
+    """The file without the comment that it opens with."""
+    lines = recipe.read_text().splitlines(keepends=True)
+    first = next(i for i, text in enumerate(lines) if not text.startswith("#") and text.strip())
+    return "".join(lines[first:])
+
+
+def render(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    parts = list(dict.fromkeys(part for row in report["recipes"].values() for part in row["always"]))
+    lines = [
+        "# Planned GPU memory of the recipes, GiB",
+        "",
+        f"Computed, not measured (`{machine['command']}`, commit {machine['commit']}): weights, gradients and "
+        "optimizer state are exact, activations and rollouts by the formulas in the script.",
+        "",
+        f"| recipe | peak | {' | '.join(parts)} | backward pass | update | rollout |",
+        f"|---|{'---:|' * (len(parts) + 4)}",
+    ]
+    for name, row in report["recipes"].items():
+        always = [row["always"].get(part) for part in parts]
+        moments = [row["moments"].get(moment) for moment in ("backward pass", "update", "rollout")]
+        sizes = [Plan(**row).peak, *always, *(sum(moment.values()) if moment else None for moment in moments)]
+        cells = ["" if size is None else f"{size / GIB:.2f}" for size in sizes]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    report: dict[str, Any] = {"machine": describe_machine("cpu"), "prompt_tokens": PROMPT_TOKENS, "recipes": {}}
+    for recipe in sorted(RECIPES.glob("*.yaml")):
+        planned = plan(recipe)
+        recipe.write_text(f"{head(recipe, planned)}\n{body(recipe)}")
+        report["recipes"][recipe.stem] = asdict(planned)
+    output = ROOT / "benchmarks" / "results" / "recipe_memory.json"
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    output.with_suffix(".md").write_text(render(report))
+    print(render(report))
+
+
+if __name__ == "__main__":
+    main()
