@@ -110,6 +110,8 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("model", help="a local folder, a hub id, or a config.json")
     parser.add_argument("--optim", required=True, metavar="NAME", help="an optim name, see `hf-lowmem optims`")
     parser.add_argument("--optim-args", metavar="TEXT", help="options: key=value,key=value or a JSON object")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--rows", action="store_true", help="one line per parameter instead of one per role")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
@@ -119,7 +121,7 @@ def inspect(argv: list[str]) -> None:
     from hf_lowmem import explain
 
     try:
-        table = explain(_meta_model(args.model), args.optim, args.optim_args)
+        table = explain(_meta_model(args.model, args.dtype), args.optim, args.optim_args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"hf-lowmem inspect: {error}\n")
     if args.json:
@@ -128,7 +130,7 @@ def inspect(argv: list[str]) -> None:
         print(table if args.rows else table.by_role())
 
 
-def _meta_model(name: str) -> Any:
+def _meta_model(name: str, dtype: str) -> Any:
     """Build the model of a config on the meta device, which takes no memory."""
     import torch
     import transformers
@@ -137,11 +139,12 @@ def _meta_model(name: str) -> Any:
     with torch.device("meta"):
         for architecture in config.architectures or ():
             if hasattr(transformers, architecture):
-                return getattr(transformers, architecture)(config)
+                return getattr(transformers, architecture)(config).to(getattr(torch, dtype))
         try:
-            return transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config)
         except ValueError:  # not a causal language model
-            return transformers.AutoModel.from_config(config)
+            model = transformers.AutoModel.from_config(config)
+        return model.to(getattr(torch, dtype))
 
 
 def optims(argv: list[str]) -> None:

@@ -3,7 +3,8 @@
 #
 #     bash scripts/test.sh [PYTEST ARGS]        for example: bash scripts/test.sh -m "not slow" -x
 #
-# PYTHON picks the interpreter (3.10 or later). Tests marked `gpu` are left out where there is no GPU.
+# Each of up to four cores takes a file of tests at a time; `-n 0` runs them one after another. PYTHON picks the
+# interpreter (3.10 or later). Tests marked `gpu` are left out where there is no GPU.
 set -euo pipefail
 
 folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,4 +22,4 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 markers=""
 "$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || markers="not gpu"
 cd "$folder"
-exec "$venv/bin/python" -m pytest -m "$markers" "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "$markers" "$@"

@@ -9,9 +9,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Several workers share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def one_launch_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Launchers of all workers take the same port."""
+    if request.node.get_closest_marker("distributed") is None:
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp()
+    with FileLock((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "launch.lock"):
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

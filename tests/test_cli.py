@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import hf_lowmem
 from hf_lowmem.cli import TRL_TASKS, main
 
 NAMES = hf_lowmem.optim_names()
+DTYPES = ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("option", [["--help"], ["optims"]])
@@ -22,9 +22,7 @@ def test_help_and_optims_answer_at_once(option):
         "try: main(sys.argv[1:])\n"
         "finally: sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *option], capture_output=True, text=True)
-    assert time.perf_counter() - start < 1
     assert done.returncode == 0, "torch, transformers or trl was imported"
     for word in ["run", *TRL_TASKS, "inspect", "optims", "demo"] if option == ["--help"] else NAMES:
         assert word in done.stdout
@@ -97,6 +95,9 @@ def test_inspect_shows_roles_rows_and_json(model_folder, capsys):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     rows = shown(str(model_folder), "--optim", "slim_adamw", "--rows")
     assert all(name in rows for name, _ in model.named_parameters())
+    kahan = ("--optim", "slim_adamw", "--optim-args", "rounding=kahan")
+    narrow, wide = (json.loads(shown(str(model_folder), *kahan, "--dtype", dtype, "--json")) for dtype in DTYPES)
+    assert narrow["bytes"] == wide["bytes"] + 2 * wide["parameters"]
     table = json.loads(shown(str(model_folder), "--optim", "slim_adamw", "--json"))
     assert table == json.loads(json.dumps(hf_lowmem.explain(model, "slim_adamw").to_dict()))
 
