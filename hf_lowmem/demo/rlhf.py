@@ -25,9 +25,24 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_lowmem.demo.data import build_pairs, train_tokenizer
-from hf_lowmem.demo.preferences import CHAT_TEMPLATE, KINDS, name_mentioned, preference_pairs, short_answers
+from hf_lowmem.demo.preferences import CHAT_TEMPLATE, KINDS, Example, name_mentioned, preference_pairs, short_answers
 from hf_lowmem.demo.report import measure_state
-from hf_lowmem.demo.rlhf_report import Pipeline, Stage, print_table, save_json, save_png
+from hf_lowmem.demo.rlhf_report import (
+    ACCURACY,
+    DPO,
+    GRPO,
+    LOSS,
+    MARGIN,
+    MODEL_REWARD,
+    NAME_MENTIONED,
+    REWARD,
+    SFT,
+    Pipeline,
+    Stage,
+    print_table,
+    save_json,
+    save_png,
+)
 from hf_lowmem.demo.rlhf_settings import RlhfSettings, StageSettings
 from hf_lowmem.demo.train import build_model, describe_device, quieten, shared_arguments
 from hf_lowmem.demo.watch import Watch
@@ -73,19 +88,26 @@ class Data:
         train_pairs, held_out_pairs = build_pairs()
         self.tokenizer: PreTrainedTokenizerFast = train_tokenizer(train_pairs, settings.vocab_size)
         self.tokenizer.chat_template = CHAT_TEMPLATE
-        self.train = short_answers(train_pairs)
-        self.held_out = short_answers(held_out_pairs)[: settings.held_out]
+        self.max_length = settings.max_length
+        self.train = self.those_that_fit(short_answers(train_pairs))
+        self.held_out = self.those_that_fit(short_answers(held_out_pairs))[: settings.held_out]
         self.train_preferences = Dataset.from_list(preference_pairs(self.train))
         held_out = preference_pairs(self.held_out)
         self.held_out_preferences = {
             kind: Dataset.from_list([pair for pair in held_out if pair["kind"] == kind]) for kind in KINDS
         }
 
+    def those_that_fit(self, examples: list[Example]) -> list[Example]:
+        """The examples of at most `max_length` tokens, so that no trainer cuts or drops any."""
+        conversations = [example["prompt"] + example["completion"] for example in examples]
+        encoded = self.tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True)["input_ids"]
+        return [e for e, ids in zip(examples, encoded, strict=True) if len(ids) <= self.max_length]
+
 
 def run_pipeline(optim: str, settings: RlhfSettings, data: Data, folder: Path, console: Console) -> Pipeline:
     """SFT, the reward model, GRPO and DPO with one optimizer; `folder` receives the models between the stages."""
     run = Run(optim, settings, data, folder, console)
-    return Pipeline(optim, {"SFT": run.sft(), "reward model": run.reward(), "GRPO": run.grpo(), "DPO": run.dpo()})
+    return Pipeline(optim, {SFT: run.sft(), REWARD: run.reward(), GRPO: run.grpo(), DPO: run.dpo()})
 
 
 class Run:
@@ -100,14 +122,18 @@ class Run:
         set_seed(settings.seed)
         trainer = SFTTrainer(
             model=build_model(self.data.tokenizer, settings.model, settings.max_length),
-            args=SFTConfig(**self.arguments(settings.sft), max_length=settings.max_length),
+            args=SFTConfig(
+                **self.arguments(settings.sft),
+                max_length=settings.max_length,
+                train_sampling_strategy="group_by_length",
+            ),
             train_dataset=Dataset.from_list(self.data.train),
             eval_dataset=Dataset.from_list(self.data.held_out),
             processing_class=self.data.tokenizer,
         )
-        watch, seconds = self.watch_training("SFT", trainer, {"loss": "train", "eval_loss": "held-out"})
+        watch, seconds = self.watch_training(SFT, trainer, {"loss": "train", "eval_loss": "held-out"})
         trainer.save_model(str(self.sft_folder))
-        return self.stage(trainer, watch, seconds, {"held-out loss": watch.last("eval_loss")})
+        return self.stage(trainer, watch, seconds, {LOSS: watch.last("eval_loss")})
 
     def reward(self) -> Stage:
         settings = self.settings
@@ -120,7 +146,7 @@ class Run:
             processing_class=self.data.tokenizer,
         )
         shown = {"loss": "train"} | {f"eval_{kind}_accuracy": kind for kind in KINDS}
-        watch, seconds = self.watch_training("reward model", trainer, shown)
+        watch, seconds = self.watch_training(REWARD, trainer, shown)
         trainer.save_model(str(self.reward_folder))
         return self.stage(trainer, watch, seconds, accuracies(watch, "eval_{}_accuracy"))
 
@@ -147,9 +173,9 @@ class Run:
             eval_dataset=Dataset.from_list([{"prompt": example["prompt"]} for example in self.data.held_out]),
             processing_class=self.data.tokenizer,
         )
-        rewards = {"model reward": f"rewards/{REWARD_MODEL}/mean", "name mentioned": "rewards/name_mentioned/mean"}
+        rewards = {MODEL_REWARD: f"rewards/{REWARD_MODEL}/mean", NAME_MENTIONED: "rewards/name_mentioned/mean"}
         shown = {key: name for name, key in rewards.items()} | {"eval_rewards/name_mentioned/mean": "held-out"}
-        watch, seconds = self.watch_training("GRPO", trainer, shown, evaluate_first=True)
+        watch, seconds = self.watch_training(GRPO, trainer, shown, evaluate_first=True)
         figures = {}
         for name, key in rewards.items():
             values = [value for _, value in watch.curves[key]]
@@ -171,9 +197,9 @@ class Run:
             processing_class=self.data.tokenizer,
         )
         shown = {"rewards/margins": "margin"} | {f"eval_{kind}_rewards/accuracies": kind for kind in KINDS}
-        watch, seconds = self.watch_training("DPO", trainer, shown)
+        watch, seconds = self.watch_training(DPO, trainer, shown)
         margin = mean([watch.last(f"eval_{kind}_rewards/margins") for kind in KINDS])
-        figures = {"held-out margin": margin} | accuracies(watch, "eval_{}_rewards/accuracies")
+        figures = {MARGIN: margin} | accuracies(watch, "eval_{}_rewards/accuracies")
         return self.stage(trainer, watch, seconds, figures)
 
     def arguments(self, stage: StageSettings) -> dict[str, Any]:
@@ -213,8 +239,8 @@ class Run:
 def accuracies(watch: Watch, key: str) -> dict[str, float]:
     """The held-out accuracy over all pairs, and over those of each kind; there are as many of one as of the other."""
     by_kind = {kind: watch.last(key.format(kind)) for kind in KINDS}
-    named = {f"held-out accuracy, {kind}": value for kind, value in by_kind.items()}
-    return {"held-out accuracy": mean(list(by_kind.values()))} | named
+    named = {f"{ACCURACY}, {kind}": value for kind, value in by_kind.items()}
+    return {ACCURACY: mean(list(by_kind.values()))} | named
 
 
 def mean(values: list[float]) -> float:

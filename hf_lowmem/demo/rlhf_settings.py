@@ -13,7 +13,7 @@ from hf_lowmem.demo import BASELINE, HELP_OPTIMS, split_optims
 # About 3 million parameters with the small vocabulary. Every width is a multiple of 256, the size of an 8-bit block.
 SMALL_MODEL = {
     "hidden_size": 256,
-    "intermediate_size": 768,
+    "intermediate_size": 512,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
@@ -45,14 +45,14 @@ class RlhfSettings:
     output_dir: Path = Path("demo_output")
     model: dict[str, Any] = field(default_factory=lambda: dict(SMALL_MODEL))
     vocab_size: int = 2048
-    max_length: int = 128  # tokens of a question and an answer
-    held_out: int = 384  # answers
-    sft: StageSettings = StageSettings(steps=300, batch_size=16, learning_rate=1e-3)
-    reward: StageSettings = StageSettings(steps=300, batch_size=16, learning_rate=3e-4)
+    max_length: int = 72  # tokens of a question and an answer; longer ones are left out
+    held_out: int = 320  # answers
+    sft: StageSettings = StageSettings(steps=300, batch_size=16, learning_rate=2e-3)
+    reward: StageSettings = StageSettings(steps=200, batch_size=16, learning_rate=3e-4)
     grpo: StageSettings = StageSettings(steps=60, batch_size=64, learning_rate=3e-4)
-    dpo: StageSettings = StageSettings(steps=100, batch_size=16, learning_rate=1e-4)
+    dpo: StageSettings = StageSettings(steps=60, batch_size=16, learning_rate=1e-4)
     generations: int = 8  # completions of each question in GRPO
-    completion_tokens: int = 32
+    completion_tokens: int = 24
     grpo_beta: float = 0.02  # weight of the divergence from the SFT model
     dpo_beta: float = 0.1
     average_steps: int = 10  # the start and the end of a GRPO run are means over so many steps
