@@ -38,8 +38,9 @@ Example = dict[str, Any]
 def short_answers(pairs: list[Pair]) -> list[Example]:
     """Each entry's question with the answer's first words, as `prompt` and `completion` messages.
 
-    An answer is cut at the last word that ends within ANSWER_CHARS. Later parts of an entry are left out, since nothing in their question says what they hold, and so are answers of
-    fewer than FEWEST_WORDS words and those that begin like an earlier one.
+    An answer is cut at the last word that ends within ANSWER_CHARS. Later parts of an entry are left out, since
+    nothing in their question says what they hold, and so are answers of fewer than FEWEST_WORDS different words and
+    those that begin like an earlier one.
     """
     examples, seen = [], set()
     for pair in pairs:
@@ -55,8 +56,8 @@ def short_answers(pairs: list[Pair]) -> list[Example]:
 def preference_pairs(examples: list[Example]) -> list[Example]:
     """Two preference pairs of each example, `prompt`, `chosen`, `rejected` and the `kind` of the rejected answer.
 
-    ANOTHER rejects the next example's answer (the examples are in the order of a hash, so it is any other entry's), and
-    SHUFFLED rejects the right answer's own words in another order. Both come from `examples` alone.
+    ANOTHER rejects the next example's answer, which is that of any other entry since the examples are in the order of
+    a hash. SHUFFLED rejects the right answer's own words in another order. Both come from `examples` alone.
     """
     following = examples[1:] + examples[:1]
     pairs = []

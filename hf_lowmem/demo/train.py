@@ -66,6 +66,7 @@ def quieten() -> None:
     """Leave the terminal to the demo's own lines."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     # TRL sets the deprecated `gradient_checkpointing` itself, whatever the caller does.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
