@@ -50,7 +50,8 @@ def texts(split, column):
 
 def test_no_answer_or_question_is_in_both_splits(examples):
     train, held_out = examples
-    assert len(train) > 2000 and len(held_out) > 200
+    assert len(train) > 2000
+    assert len(held_out) > 200
     for column in ("prompt", "completion"):
         assert not texts(train, column) & texts(held_out, column)
 
