@@ -79,29 +79,30 @@ def test_pairs_are_the_same_every_time_and_as_many_of_each_kind(examples):
 
 def test_questions_keep_the_name_and_answers_their_first_words(examples):
     train, _ = examples
-    answers = {text(row["prompt"]): text(row["completion"]) for row in train}
-    assert answers["What does `copy.deepcopy` do?"] == "Deep copy operation on arbitrary Python objects."
-    assert max(map(len, answers.values())) <= 140
+    by_question = {text(row["prompt"]): row for row in train}
+    example = by_question["what does copy deepcopy do"]
+    assert example["asked"] == ["copy", "deepcopy"]
+    assert text(example["completion"]) == "deep copy operation on arbitrary python objects"
+    assert max(len(text(row["completion"]).split()) for row in train) == 20
+    assert all(row["asked"] for row in train)
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "share"),
+    ("asked", "answer", "share"),
     [
-        ("What does `shelve.Shelf.close` do?", "Close the shelf.", 2 / 3),
-        ("What does `shelve.Shelf.close` do?", "Closed shelves.", 0),
-        ("What does `sys.get_int_max` do?", "GET_INT_MAX of sys", 1),
-        ('Explain "typesseq-range" in Python.', "A range, a range", 1 / 2),
-        ("What?", "What?", 0),
+        (["shelve", "shelf", "close"], "close the shelf", 2 / 3),
+        (["shelve", "shelf", "close"], "closed shelves", 0),
+        (["time", "time"], "the time", 1),
     ],
 )
-def test_share_mentioned(question, answer, share):
-    assert share_mentioned(question, answer) == pytest.approx(share)
+def test_share_mentioned(asked, answer, share):
+    assert share_mentioned(asked, answer) == pytest.approx(share)
 
 
 def test_reward_function_takes_conversations():
-    prompts = [[{"role": "user", "content": f"What does `os.{name}` do?"}] for name in ("open", "close")]
-    completions = [[{"role": "assistant", "content": "Open it, os."}]] * 2
-    assert name_mentioned(prompts=prompts, completions=completions, trainer_state=None) == [1, 0.5]
+    completions = [[{"role": "assistant", "content": "open it os"}]] * 2
+    asked = [["os", "open"], ["os", "close"]]
+    assert name_mentioned(prompts=[], completions=completions, asked=asked, trainer_state=None) == [1, 0.5]
 
 
 def test_scale_is_that_of_the_machine_unless_asked_for():

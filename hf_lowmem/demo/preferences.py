@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import random
 import re
-import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 from hf_lowmem.demo.data import Pair
 
-ANSWER_CHARS = 140
+ANSWER_WORDS = 20
 FEWEST_WORDS = 5
 
 # The two kinds of rejected answer.
 ANOTHER, SHUFFLED = "another", "shuffled"
 KINDS = (ANOTHER, SHUFFLED)
 
-# The text of `data.build_pairs`, with an end after every answer.
+# One line of question, then the answer and its end.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{ 'Question: ' + message['content'] + '\\nAnswer:' }}
-{%- else -%}
-{{ ' ' + message['content'] | trim + eos_token }}
-{%- endif -%}
+{{ ' ' + message['content'] | trim + ('\\n' if message['role'] == 'user' else eos_token) }}
 {%- endfor -%}"""
 
 Messages = list[dict[str, str]]
@@ -36,20 +30,23 @@ Example = dict[str, Any]
 
 
 def short_answers(pairs: list[Pair]) -> list[Example]:
-    """Each entry's question with the answer's first words, as `prompt` and `completion` messages.
+    """Each entry's question and the first ANSWER_WORDS words of its answer, and the words of the name it asks about.
 
-    An answer is cut at the last word that ends within ANSWER_CHARS. Later parts of an entry are left out, since
-    nothing in their question says what they hold, and so are answers of fewer than FEWEST_WORDS different words and
-    those that begin like an earlier one.
+    The columns are `prompt` and `completion`, both messages, and `asked`. All are in plain words, so that a word is
+    the same token in a name, at the start of a sentence and within one: it helps a small model to relate them. Later
+    parts of an entry are left out, since nothing in their question says what they hold, and so are answers of fewer
+    than FEWEST_WORDS different words and those that begin like an earlier one.
     """
     examples, seen = [], set()
     for pair in pairs:
-        question = pair["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        answer = textwrap.shorten(pair["completion"], ANSWER_CHARS, placeholder="", break_on_hyphens=False)
-        if question.endswith(")") or len(set(answer.split())) < FEWEST_WORDS or answer in seen:
+        question, name = re.fullmatch(r"Question: (.*[`\"](.+)[`\"].*)\nAnswer:", pair["prompt"]).groups()
+        words = words_in(pair["completion"])[:ANSWER_WORDS]
+        answer = " ".join(words)
+        if question.endswith(")") or len(set(words)) < FEWEST_WORDS or answer in seen:
             continue
         seen.add(answer)
-        examples.append({"prompt": [message("user", question)], "completion": [message("assistant", answer)]})
+        prompt = [message("user", " ".join(words_in(question)))]
+        examples.append({"prompt": prompt, "completion": [message("assistant", answer)], "asked": words_in(name)})
     return examples
 
 
@@ -79,23 +76,19 @@ def shuffled(answer: str) -> str:
     return result
 
 
-def name_mentioned(prompts: list[Messages], completions: list[Messages], **columns: Any) -> list[float]:
-    """A reward function for TRL's trainers: how much of the name in the question each answer mentions, 0 to 1."""
-    return [share_mentioned(text(p), text(c)) for p, c in zip(prompts, completions, strict=True)]
+def name_mentioned(completions: list[Messages], asked: list[list[str]], **columns: Any) -> list[float]:
+    """A reward function for TRL's trainers: the share of the asked name's words that each answer mentions, 0 to 1."""
+    return [share_mentioned(name, text(answer)) for name, answer in zip(asked, completions, strict=True)]
 
 
-def share_mentioned(question: str, answer: str) -> float:
-    """The share of the words of the asked name that occur as words in the answer.
-
-    "What does `shelve.Shelf.close` do?" asks for three words: shelve, shelf and close.
-    """
-    asked = re.search(r"[`\"](.+)[`\"]", question)
-    wanted = set(words_in(asked.group(1))) if asked else set()
-    return len(wanted & set(words_in(answer))) / len(wanted) if wanted else 0.0
+def share_mentioned(asked: list[str], answer: str) -> float:
+    """How many of the different words of the asked name occur in the answer, as a share."""
+    wanted = set(asked)
+    return len(wanted & set(words_in(answer))) / len(wanted)
 
 
-def words_in(content: str) -> Iterator[str]:
-    return (match.group() for match in re.finditer(r"[a-z0-9]+", content.lower()))
+def words_in(content: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", content.lower())
 
 
 def message(role: str, content: str) -> dict[str, str]:

@@ -25,7 +25,15 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_lowmem.demo.data import build_pairs, train_tokenizer
-from hf_lowmem.demo.preferences import CHAT_TEMPLATE, KINDS, Example, name_mentioned, preference_pairs, short_answers
+from hf_lowmem.demo.preferences import (
+    CHAT_TEMPLATE,
+    KINDS,
+    Example,
+    name_mentioned,
+    preference_pairs,
+    short_answers,
+    text,
+)
 from hf_lowmem.demo.report import measure_state
 from hf_lowmem.demo.rlhf_report import (
     ACCURACY,
@@ -85,12 +93,13 @@ class Data:
     """The tokenizer and the examples that all pipelines share; the two splits have no entry in common."""
 
     def __init__(self, settings: RlhfSettings) -> None:
-        train_pairs, held_out_pairs = build_pairs()
-        self.tokenizer: PreTrainedTokenizerFast = train_tokenizer(train_pairs, settings.vocab_size)
+        train, held_out = (short_answers(pairs) for pairs in build_pairs())
+        words = [{column: f" {text(example[column])}" for column in ("prompt", "completion")} for example in train]
+        self.tokenizer: PreTrainedTokenizerFast = train_tokenizer(words, settings.vocab_size)
         self.tokenizer.chat_template = CHAT_TEMPLATE
         self.max_length = settings.max_length
-        self.train = self.those_that_fit(short_answers(train_pairs))
-        self.held_out = self.those_that_fit(short_answers(held_out_pairs))[: settings.held_out]
+        self.train = self.those_that_fit(train)
+        self.held_out = self.those_that_fit(held_out)[: settings.held_out]
         self.train_preferences = Dataset.from_list(preference_pairs(self.train))
         held_out = preference_pairs(self.held_out)
         self.held_out_preferences = {
@@ -127,8 +136,8 @@ class Run:
                 max_length=settings.max_length,
                 train_sampling_strategy="group_by_length",
             ),
-            train_dataset=Dataset.from_list(self.data.train),
-            eval_dataset=Dataset.from_list(self.data.held_out),
+            train_dataset=Dataset.from_list(self.data.train).remove_columns("asked"),
+            eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("asked"),
             processing_class=self.data.tokenizer,
         )
         watch, seconds = self.watch_training(SFT, trainer, {"loss": "train", "eval_loss": "held-out"})
@@ -169,8 +178,8 @@ class Run:
                 name_mentioned,
             ],
             reward_processing_classes=[self.data.tokenizer, None],
-            train_dataset=Dataset.from_list([{"prompt": example["prompt"]} for example in self.data.train]),
-            eval_dataset=Dataset.from_list([{"prompt": example["prompt"]} for example in self.data.held_out]),
+            train_dataset=Dataset.from_list(self.data.train).remove_columns("completion"),
+            eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("completion"),
             processing_class=self.data.tokenizer,
         )
         rewards = {MODEL_REWARD: f"rewards/{REWARD_MODEL}/mean", NAME_MENTIONED: "rewards/name_mentioned/mean"}

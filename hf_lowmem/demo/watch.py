@@ -51,10 +51,23 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
+        logs = with_names_of_sets(logs or {})
         for key, value in logs.items():
             self.curves[key].append((state.global_step, float(value)))
         latest = "  ".join(f"{name} {self.last(key):.3f}" for key, name in self.shown.items() if self.curves[key])
         self.progress.update(self.task, latest=latest)
         if list(self.shown)[-1] in logs and not self.console.is_terminal:
             self.console.print(f"{self.label:<16} step {state.global_step}/{self.steps}  {latest}")
+
+
+def with_names_of_sets(logs: dict[str, Any]) -> dict[str, Any]:
+    """The logs of one of several evaluation sets with its name in every key.
+
+    The Trainer's own keys have it, as in `eval_another_loss`. TRL's metrics are `eval_accuracy` for every set.
+    """
+    losses = [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]
+    prefix = losses[0].removesuffix("_loss") if losses else "eval"
+    return {
+        prefix + key.removeprefix("eval") if key.startswith("eval_") and not key.startswith(prefix) else key: value
+        for key, value in logs.items()
+    }
