@@ -33,7 +33,7 @@ TINY_MODEL = {
     "intermediate_size": 256,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "tie_word_embeddings": True,
 }
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -58,6 +59,7 @@ from hf_lowmem.trainer.registration import register
 
 EVALUATIONS = 3
 EVAL_BATCH = 64
+MATCHING = 8.0
 REWARD_MODEL = "reward_model"  # TRL names the reward in its logs after the folder
 
 
@@ -130,7 +132,7 @@ class Run:
         settings = self.settings
         set_seed(settings.seed)
         trainer = SFTTrainer(
-            model=build_model(self.data.tokenizer, settings.model, settings.max_length),
+            model=attending_to_equal_words(build_model(self.data.tokenizer, settings.model, settings.max_length)),
             args=SFTConfig(
                 **self.arguments(settings.sft),
                 max_length=settings.max_length,
@@ -243,6 +245,19 @@ class Run:
     def stage(self, trainer: Any, watch: Watch, seconds: float, figures: dict[str, float]) -> Stage:
         state = measure_state(trainer.model, trainer.optimizer)
         return Stage(**state, seconds=seconds, figures=figures, curves=dict(watch.curves))
+
+
+def attending_to_equal_words(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with new attention weights that let each token attend most to those equal to it.
+
+    The keys' weights are made the queries', and wider by the root of MATCHING. An answer takes up words of its
+    question; from ordinary weights a small model needs many more steps than the demo has to find that out.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(MATCHING**0.5)
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    return model
 
 
 def accuracies(watch: Watch, key: str) -> dict[str, float]:

@@ -10,19 +10,21 @@ from typing import Any
 
 from hf_lowmem.demo import BASELINE, HELP_OPTIMS, split_optims
 
-# About 3 million parameters with the small vocabulary. Every width is a multiple of 256, the size of an 8-bit block.
+# About 2 million parameters with the small vocabulary. Every width is a multiple of 256, the size of an 8-bit block.
 SMALL_MODEL = {
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "tie_word_embeddings": True,
 }
 BASE_MODEL = SMALL_MODEL | {
     "hidden_size": 512,
     "intermediate_size": 1536,
     "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
 }
 
 
@@ -45,8 +47,8 @@ class RlhfSettings:
     output_dir: Path = Path("demo_output")
     model: dict[str, Any] = field(default_factory=lambda: dict(SMALL_MODEL))
     vocab_size: int = 2048
-    max_length: int = 72  # tokens of a question and an answer; longer ones are left out
-    held_out: int = 320  # answers
+    max_length: int = 64  # tokens of a question and an answer; longer ones are left out
+    held_out: int = 384  # answers
     sft: StageSettings = StageSettings(steps=300, batch_size=16, learning_rate=2e-3)
     reward: StageSettings = StageSettings(steps=200, batch_size=16, learning_rate=3e-4)
     grpo: StageSettings = StageSettings(steps=60, batch_size=64, learning_rate=3e-4)
