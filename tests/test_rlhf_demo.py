@@ -77,6 +77,13 @@ def test_pairs_are_the_same_every_time_and_as_many_of_each_kind(examples):
     assert [pair["kind"] for pair in pairs] == [*KINDS] * len(train)
 
 
+def test_each_round_rejects_other_answers(examples):
+    _, held_out = examples
+    pairs = preference_pairs(held_out, rounds=3)
+    assert len(pairs) == 3 * len(preference_pairs(held_out))
+    assert len({(text(pair["chosen"]), text(pair["rejected"])) for pair in pairs}) == len(pairs)
+
+
 def test_questions_keep_the_name_and_answers_their_first_words(examples):
     train, _ = examples
     by_question = {text(row["prompt"]): row for row in train}

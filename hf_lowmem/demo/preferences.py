@@ -50,27 +50,28 @@ def short_answers(pairs: list[Pair]) -> list[Example]:
     return examples
 
 
-def preference_pairs(examples: list[Example]) -> list[Example]:
-    """Two preference pairs of each example, `prompt`, `chosen`, `rejected` and the `kind` of the rejected answer.
+def preference_pairs(examples: list[Example], rounds: int = 1) -> list[Example]:
+    """Two preference pairs of each example in each round: `prompt`, `chosen`, `rejected` and the `kind` of the latter.
 
-    ANOTHER rejects the next example's answer, which is that of any other entry since the examples are in the order of
-    a hash. SHUFFLED rejects the right answer's own words in another order. Both come from `examples` alone.
+    ANOTHER rejects the answer of the example that follows next in the first round, next but one in the second, and so
+    on; it is that of any other entry, since the examples are in the order of a hash. SHUFFLED rejects the right
+    answer's own words in another order. Both come from `examples` alone.
     """
-    following = examples[1:] + examples[:1]
     pairs = []
-    for example, other in zip(examples, following, strict=True):
-        rejected = {ANOTHER: text(other["completion"]), SHUFFLED: shuffled(text(example["completion"]))}
-        for kind in KINDS:
-            answer = [message("assistant", rejected[kind])]
-            chosen = {"prompt": example["prompt"], "chosen": example["completion"]}
-            pairs.append(chosen | {"rejected": answer, "kind": kind})
+    for distance in range(1, rounds + 1):
+        for example, other in zip(examples, examples[distance:] + examples[:distance], strict=True):
+            rejected = {ANOTHER: text(other["completion"]), SHUFFLED: shuffled(text(example["completion"]), distance)}
+            for kind in KINDS:
+                answer = [message("assistant", rejected[kind])]
+                chosen = {"prompt": example["prompt"], "chosen": example["completion"]}
+                pairs.append(chosen | {"rejected": answer, "kind": kind})
     return pairs
 
 
-def shuffled(answer: str) -> str:
-    """The words in another order, the same one for the same answer."""
+def shuffled(answer: str, seed: int) -> str:
+    """The words in another order, the same one for the same answer and seed."""
     words = answer.split()
-    order = random.Random(answer)
+    order = random.Random(f"{seed} {answer}")
     while (result := " ".join(words)) == answer:
         order.shuffle(words)
     return result

@@ -59,7 +59,7 @@ from hf_lowmem.trainer.registration import register
 
 EVALUATIONS = 3
 EVAL_BATCH = 64
-MATCHING = 8.0
+MATCHING = 1.5
 REWARD_MODEL = "reward_model"  # TRL names the reward in its logs after the folder
 
 
@@ -102,7 +102,7 @@ class Data:
         self.max_length = settings.max_length
         self.train = self.those_that_fit(train)
         self.held_out = self.those_that_fit(held_out)[: settings.held_out]
-        self.train_preferences = Dataset.from_list(preference_pairs(self.train))
+        self.train_preferences = Dataset.from_list(preference_pairs(self.train, settings.preference_rounds))
         held_out = preference_pairs(self.held_out)
         self.held_out_preferences = {
             kind: Dataset.from_list([pair for pair in held_out if pair["kind"] == kind]) for kind in KINDS
@@ -133,11 +133,7 @@ class Run:
         set_seed(settings.seed)
         trainer = SFTTrainer(
             model=attending_to_equal_words(build_model(self.data.tokenizer, settings.model, settings.max_length)),
-            args=SFTConfig(
-                **self.arguments(settings.sft),
-                max_length=settings.max_length,
-                train_sampling_strategy="group_by_length",
-            ),
+            args=SFTConfig(**self.arguments(settings.sft), max_length=settings.max_length),
             train_dataset=Dataset.from_list(self.data.train).remove_columns("asked"),
             eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("asked"),
             processing_class=self.data.tokenizer,
