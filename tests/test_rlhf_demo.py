@@ -20,9 +20,9 @@ from hf_lowmem.demo.preferences import (
     ANOTHER,
     KINDS,
     SHUFFLED,
-    name_mentioned,
+    answer_overlap,
+    overlap,
     preference_pairs,
-    share_mentioned,
     short_answers,
     text,
 )
@@ -88,28 +88,27 @@ def test_questions_keep_the_name_and_answers_their_first_words(examples):
     train, _ = examples
     by_question = {text(row["prompt"]): row for row in train}
     example = by_question["what does copy deepcopy do"]
-    assert example["asked"] == ["copy", "deepcopy"]
-    assert text(example["completion"]) == "deep copy operation on arbitrary python objects"
-    assert max(len(text(row["completion"]).split()) for row in train) == 20
-    assert all(row["asked"] for row in train)
+    assert text(example["completion"]) == example["answer"] == "deep copy operation on arbitrary python objects"
+    assert max(len(row["answer"].split()) for row in train) == 20
 
 
 @pytest.mark.parametrize(
-    ("asked", "answer", "share"),
+    ("given", "right", "share"),
     [
-        (["shelve", "shelf", "close"], "close the shelf", 2 / 3),
-        (["shelve", "shelf", "close"], "closed shelves", 0),
-        (["time", "time"], "the time", 1),
+        ("close the shelf", "close the shelf", 1),
+        ("the shelf the shelf", "the shelf is closed", 2 * 2 / (2 + 4)),
+        ("Closed, the file.", "open a shelf", 0),
+        ("", "open a shelf", 0),
     ],
 )
-def test_share_mentioned(asked, answer, share):
-    assert share_mentioned(asked, answer) == pytest.approx(share)
+def test_overlap(given, right, share):
+    assert overlap(given, right) == pytest.approx(share)
 
 
 def test_reward_function_takes_conversations():
-    completions = [[{"role": "assistant", "content": "open it os"}]] * 2
-    asked = [["os", "open"], ["os", "close"]]
-    assert name_mentioned(prompts=[], completions=completions, asked=asked, trainer_state=None) == [1, 0.5]
+    completions = [[{"role": "assistant", "content": "open it"}]] * 2
+    answer = ["it open", "open a shelf"]
+    assert answer_overlap(prompts=[], completions=completions, answer=answer, trainer_state=None) == [1, 0.4]
 
 
 def test_scale_is_that_of_the_machine_unless_asked_for():
@@ -180,9 +179,9 @@ def test_every_stage_runs_with_two_optimizers(tmp_path, capsys, monkeypatch):
             figures = stages[name]["figures"]
             kinds = [figures[f"held-out accuracy, {kind}"] for kind in KINDS]
             assert figures["held-out accuracy"] == pytest.approx(sum(kinds) / 2)
-        mentioned = [value for _, value in stages["GRPO"]["curves"]["rewards/name_mentioned/mean"]]
-        assert stages["GRPO"]["figures"]["name mentioned, start"] == mentioned[0]
-        assert stages["GRPO"]["figures"]["name mentioned, end"] == mentioned[-1]
+        mentioned = [value for _, value in stages["GRPO"]["curves"]["rewards/answer_overlap/mean"]]
+        assert stages["GRPO"]["figures"]["answer overlap, start"] == mentioned[0]
+        assert stages["GRPO"]["figures"]["answer overlap, end"] == mentioned[-1]
         assert "eval_rewards/reward_model/mean" in stages["GRPO"]["curves"]
     # The same weights and the same first batch.
     assert adamw["SFT"]["curves"]["loss"][0] == slim["SFT"]["curves"]["loss"][0]

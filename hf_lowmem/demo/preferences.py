@@ -30,23 +30,23 @@ Example = dict[str, Any]
 
 
 def short_answers(pairs: list[Pair]) -> list[Example]:
-    """Each entry's question and the first ANSWER_WORDS words of its answer, and the words of the name it asks about.
+    """Each entry's question and the first ANSWER_WORDS words of its answer.
 
-    The columns are `prompt` and `completion`, both messages, and `asked`. All are in plain words, so that a word is
+    The columns are `prompt` and `completion`, both messages, and `answer`, the latter's text. All are in plain words, so that a word is
     the same token in a name, at the start of a sentence and within one: it helps a small model to relate them. Later
     parts of an entry are left out, since nothing in their question says what they hold, and so are answers of fewer
     than FEWEST_WORDS different words and those that begin like an earlier one.
     """
     examples, seen = [], set()
     for pair in pairs:
-        question, name = re.fullmatch(r"Question: (.*[`\"](.+)[`\"].*)\nAnswer:", pair["prompt"]).groups()
+        question = pair["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
         words = words_in(pair["completion"])[:ANSWER_WORDS]
         answer = " ".join(words)
         if question.endswith(")") or len(set(words)) < FEWEST_WORDS or answer in seen:
             continue
         seen.add(answer)
         prompt = [message("user", " ".join(words_in(question)))]
-        examples.append({"prompt": prompt, "completion": [message("assistant", answer)], "asked": words_in(name)})
+        examples.append({"prompt": prompt, "completion": [message("assistant", answer)], "answer": answer})
     return examples
 
 
@@ -77,15 +77,15 @@ def shuffled(answer: str, seed: int) -> str:
     return result
 
 
-def name_mentioned(completions: list[Messages], asked: list[list[str]], **columns: Any) -> list[float]:
-    """A reward function for TRL's trainers: the share of the asked name's words that each answer mentions, 0 to 1."""
-    return [share_mentioned(name, text(answer)) for name, answer in zip(asked, completions, strict=True)]
+def answer_overlap(completions: list[Messages], answer: list[str], **columns: Any) -> list[float]:
+    """A reward function for TRL's trainers: how far each completion's words are those of the right answer, 0 to 1."""
+    return [overlap(text(completion), right) for completion, right in zip(completions, answer, strict=True)]
 
 
-def share_mentioned(asked: list[str], answer: str) -> float:
-    """How many of the different words of the asked name occur in the answer, as a share."""
-    wanted = set(asked)
-    return len(wanted & set(words_in(answer))) / len(wanted)
+def overlap(given: str, right: str) -> float:
+    """The harmonic mean of precision and recall (F1) of the different words of an answer."""
+    words, wanted = set(words_in(given)), set(words_in(right))
+    return 2 * len(words & wanted) / (len(words) + len(wanted))
 
 
 def words_in(content: str) -> list[str]:

@@ -30,7 +30,7 @@ from hf_lowmem.demo.preferences import (
     CHAT_TEMPLATE,
     KINDS,
     Example,
-    name_mentioned,
+    answer_overlap,
     preference_pairs,
     short_answers,
     text,
@@ -38,12 +38,12 @@ from hf_lowmem.demo.preferences import (
 from hf_lowmem.demo.report import measure_state
 from hf_lowmem.demo.rlhf_report import (
     ACCURACY,
+    ANSWER_OVERLAP,
     DPO,
     GRPO,
     LOSS,
     MARGIN,
     MODEL_REWARD,
-    NAME_MENTIONED,
     REWARD,
     SFT,
     Pipeline,
@@ -134,8 +134,8 @@ class Run:
         trainer = SFTTrainer(
             model=attending_to_equal_words(build_model(self.data.tokenizer, settings.model, settings.max_length)),
             args=SFTConfig(**self.arguments(settings.sft), max_length=settings.max_length),
-            train_dataset=Dataset.from_list(self.data.train).remove_columns("asked"),
-            eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("asked"),
+            train_dataset=Dataset.from_list(self.data.train).remove_columns("answer"),
+            eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("answer"),
             processing_class=self.data.tokenizer,
         )
         watch, seconds = self.watch_training(SFT, trainer, {"loss": "train", "eval_loss": "held-out"})
@@ -173,15 +173,15 @@ class Run:
             ),
             reward_funcs=[
                 AutoModelForSequenceClassification.from_pretrained(self.reward_folder, num_labels=1),
-                name_mentioned,
+                answer_overlap,
             ],
             reward_processing_classes=[self.data.tokenizer, None],
             train_dataset=Dataset.from_list(self.data.train).remove_columns("completion"),
             eval_dataset=Dataset.from_list(self.data.held_out).remove_columns("completion"),
             processing_class=self.data.tokenizer,
         )
-        rewards = {MODEL_REWARD: f"rewards/{REWARD_MODEL}/mean", NAME_MENTIONED: "rewards/name_mentioned/mean"}
-        shown = {key: name for name, key in rewards.items()} | {"eval_rewards/name_mentioned/mean": "held-out"}
+        rewards = {MODEL_REWARD: f"rewards/{REWARD_MODEL}/mean", ANSWER_OVERLAP: "rewards/answer_overlap/mean"}
+        shown = {key: name for name, key in rewards.items()} | {"eval_rewards/answer_overlap/mean": "held-out"}
         watch, seconds = self.watch_training(GRPO, trainer, shown, evaluate_first=True)
         figures = {}
         for name, key in rewards.items():

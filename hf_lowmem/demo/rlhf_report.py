@@ -23,7 +23,7 @@ SFT, REWARD, GRPO, DPO = "SFT", "reward model", "GRPO", "DPO"
 LOSS = "held-out loss"
 ACCURACY = "held-out accuracy"
 MARGIN = "held-out margin"
-MODEL_REWARD, NAME_MENTIONED = "model reward", "name mentioned"
+MODEL_REWARD, ANSWER_OVERLAP = "model reward", "answer overlap"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def print_table(pipelines: list[Pipeline], console: Console) -> None:
 
 
 def format_figure(name: str, value: float) -> str:
-    is_share = name.startswith((ACCURACY, NAME_MENTIONED))
+    is_share = name.startswith((ACCURACY, ANSWER_OVERLAP))
     return f"{value:.1%}" if is_share else f"{value:.3f}"
 
 
@@ -90,8 +90,8 @@ def save_png(pipelines: list[Pipeline], path: Path) -> None:
     loss.set(title="SFT: held-out loss (dots) and training loss", ylabel="nats per token")
     draw_curves(model_reward, pipelines, GRPO, "rewards/reward_model/mean", "eval_rewards/reward_model/mean")
     model_reward.set(title="GRPO: its own reward model's score", ylabel="mean score (held-out questions: dots)")
-    draw_curves(mentioned, pipelines, GRPO, "rewards/name_mentioned/mean", "eval_rewards/name_mentioned/mean")
-    mentioned.set(title="GRPO: share of the asked name mentioned", ylabel="mean share (held-out questions: dots)")
+    draw_curves(mentioned, pipelines, GRPO, "rewards/answer_overlap/mean", "eval_rewards/answer_overlap/mean")
+    mentioned.set(title="GRPO: words shared with the right answer", ylabel="mean F1 (held-out questions: dots)")
     draw_curves(margin, pipelines, DPO, "rewards/margins", *(f"eval_{kind}_rewards/margins" for kind in KINDS))
     margin.set(title="DPO: reward margin", ylabel="chosen - rejected (held-out pairs by kind: dots)")
 
