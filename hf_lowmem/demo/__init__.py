@@ -50,6 +50,9 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with these arguments, `sys.argv[1:]` by default; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--rlhf" in argv:
+        return rlhf_main([argument for argument in argv if argument != "--rlhf"])
     settings = parse_args(argv)
     try:
         from hf_lowmem.demo.train import describe_unknown_optims, run_demo
@@ -59,6 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(problem)
     run_demo(settings)
     return 0
+
+
+def rlhf_main(argv: Sequence[str]) -> int:
+    """Run the RLHF demo with the arguments beside `--rlhf`."""
+    from hf_lowmem.demo.rlhf_settings import choose_settings
+    from hf_lowmem.demo.rlhf_settings import parse_args as parse_rlhf_args
+
+    args = parse_rlhf_args(argv)
+    try:
+        import torch
+
+        from hf_lowmem.demo.rlhf import run_rlhf_demo
+        from hf_lowmem.demo.train import describe_unknown_optims
+    except ModuleNotFoundError as error:
+        fail(f"'{error.name}' is missing, install it with `pip install 'hf_lowmem[trl,plots]'`.")
+    if problem := describe_unknown_optims(args.optims):
+        fail(problem)
+    run_rlhf_demo(choose_settings(args, torch.cuda.is_available()))
+    return 0
+
+
+def split_optims(text: str) -> tuple[str, ...]:
+    """The optim names of `--optims`."""
+    if names := tuple(name.strip() for name in text.split(",") if name.strip()):
+        return names
+    raise argparse.ArgumentTypeError("needs at least one optim name")
 
 
 def fail(problem: str) -> NoReturn:
@@ -73,16 +102,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
         prog="hf-lowmem demo", description="Fine-tune one small Llama with several optimizers and compare them."
     )
     optims = ",".join(default.optims)
-    parser.add_argument("--optims", default=optims, help=HELP_OPTIMS)
+    parser.add_argument("--optims", type=split_optims, default=optims, help=HELP_OPTIMS)
     parser.add_argument("--steps", type=int, default=default.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="default: %(default)s pairs")
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument("--output-dir", type=Path, default=default.output_dir, help="default: %(default)s")
     args = parser.parse_args(argv)
-    args.optims = tuple(name.strip() for name in args.optims.split(",") if name.strip())
-    if not args.optims:
-        parser.error("--optims needs at least one optim name")
     for option in ("steps", "batch_size", "learning_rate"):
         if getattr(args, option) <= 0:
             parser.error(f"--{option.replace('_', '-')} must be greater than 0, got {getattr(args, option)}")

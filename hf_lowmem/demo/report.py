@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_lowmem.demo import BASELINE, Settings
+from hf_lowmem.demo.rlhf_settings import RlhfSettings
 
 PACKAGES = ("hf_lowmem", "torch", "transformers", "trl", "accelerate", "datasets")
 COLORS = ("#4c566a", "#d95f02", "#1b7f9e", "#7a5195", "#5f8a3b", "#c44e6b")
@@ -91,15 +92,21 @@ def print_table(runs: list[Run], console: Console) -> None:
 
 def save_json(runs: list[Run], settings: Settings, device: str, path: Path) -> None:
     """Everything in the table and the figure, with what is needed to repeat it."""
-    report = {
-        "settings": asdict(settings) | {"output_dir": str(settings.output_dir)},
-        "device": device,
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
+    report = circumstances(settings, device) | {
         "baseline": BASELINE,
         "runs": [asdict(run) | {"held_out_loss_change_percent": loss_change_percent(run, runs)} for run in runs],
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def circumstances(settings: Settings | RlhfSettings, device: str) -> dict[str, Any]:
+    """The settings, the device and the versions."""
+    return {
+        "settings": asdict(settings) | {"output_dir": str(settings.output_dir)},
+        "device": device,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
+    }
 
 
 def installed_version(name: str) -> str | None:

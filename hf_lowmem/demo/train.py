@@ -13,14 +13,14 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from hf_lowmem.demo import Settings
 from hf_lowmem.demo.data import Pair, build_pairs, train_tokenizer
 from hf_lowmem.demo.report import Run, measure_state, print_table, save_json, save_png
+from hf_lowmem.demo.watch import Watch
 from hf_lowmem.trainer.names import unknown_optim
 from hf_lowmem.trainer.registration import register
 
@@ -37,7 +37,7 @@ def run_demo(settings: Settings) -> list[Run]:
     train_pairs, held_out_pairs = build_pairs()
     tokenizer = train_tokenizer(train_pairs, settings.vocab_size)
     held_out_pairs = held_out_pairs[: settings.held_out_pairs]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = describe_device()
     console.print(
         f"{len(train_pairs)} question/answer pairs from Python's documentation, {len(held_out_pairs)} more held out\n"
         f"{settings.steps} steps of {settings.batch_size} pairs for each optimizer ({device})"
@@ -66,9 +66,46 @@ def quieten() -> None:
     """Leave the terminal to the demo's own lines."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     # TRL sets the deprecated `gradient_checkpointing` itself, whatever the caller does.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+
+
+def describe_device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], max_length: int) -> LlamaForCausalLM:
+    """A Llama of these widths with new weights, drawn from torch's global generator."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **model,
+    )
+    return LlamaForCausalLM(config)
+
+
+def shared_arguments(optim: str, seed: int) -> dict[str, Any]:
+    """The training arguments that every run of a demo shares; `optim` is a name and the options that follow it."""
+    name, *options = optim.split()
+    use_gpu = torch.cuda.is_available()
+    return {
+        "optim": name,
+        "optim_args": ",".join(options) or None,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": use_gpu and torch.cuda.is_bf16_supported(),
+        "use_cpu": not use_gpu,
+        "seed": seed,
+    }
 
 
 def train(
@@ -80,44 +117,23 @@ def train(
     console: Console,
 ) -> Run:
     """Fine-tune a fresh model with the optimizer of this name, and the options that follow it."""
-    name, *options = optim.split()
-    use_gpu = torch.cuda.is_available()
     set_seed(settings.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=settings.max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-            **settings.model,
-        )
-    )
+    model = build_model(tokenizer, settings.model, settings.max_length)
     args = SFTConfig(
+        **shared_arguments(optim, settings.seed),
         output_dir=str(settings.output_dir / "trainer"),
-        optim=name,
-        optim_args=",".join(options) or None,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=32,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.steps // 10),
-        weight_decay=0.1,
         max_length=settings.max_length,
         train_sampling_strategy="group_by_length",
         eval_strategy="steps",
         eval_steps=max(1, settings.steps // EVALUATIONS),
         logging_steps=max(1, settings.steps // 50),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        bf16=use_gpu and torch.cuda.is_bf16_supported(),
-        use_cpu=not use_gpu,
-        seed=settings.seed,
     )
-    watch = Watch(optim, settings.steps, console)
+    watch = Watch(optim, settings.steps, {"loss": "train", "eval_loss": "held-out"}, console)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -129,56 +145,14 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)  # `watch` shows the progress
     with watch.progress:
         trainer.train()
-        if not watch.held_out_losses or watch.held_out_losses[-1][0] < settings.steps:
+        if settings.steps % args.eval_steps:
             trainer.evaluate()
 
     return Run(
         optim=optim,
         **measure_state(trainer.model, trainer.optimizer),
-        held_out_loss=watch.held_out_losses[-1][1],
+        held_out_loss=watch.last("eval_loss"),
         seconds_per_step=statistics.median(watch.step_seconds),
-        train_losses=watch.train_losses,
-        held_out_losses=watch.held_out_losses,
+        train_losses=watch.curves["loss"],
+        held_out_losses=watch.curves["eval_loss"],
     )
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Keeps one run's losses and step times and shows them: a live line, or a line per evaluation without a TTY."""
-
-    def __init__(self, optim: str, steps: int, console: Console) -> None:
-        self.optim, self.steps, self.console = optim, steps, console
-        self.train_losses: list[tuple[int, float]] = []
-        self.held_out_losses: list[tuple[int, float]] = []
-        self.step_seconds: list[float] = []
-        self.step_started = 0.0
-        self.progress = Progress(
-            TextColumn("{task.description:<16}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task(optim, total=steps, losses="")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.step_seconds.append(time.perf_counter() - self.step_started)
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self.train_losses.append((state.global_step, float(logs["loss"])))
-        if "eval_loss" in logs:
-            self.held_out_losses.append((state.global_step, float(logs["eval_loss"])))
-        curves = {"train": self.train_losses, "held-out": self.held_out_losses}
-        losses = "  ".join(f"{name} {curve[-1][1]:.3f}" for name, curve in curves.items() if curve)
-        self.progress.update(self.task, losses=losses)
-        if "eval_loss" in logs and not self.console.is_terminal:
-            self.console.print(f"{self.optim:<16} step {state.global_step}/{self.steps}  {losses}")
