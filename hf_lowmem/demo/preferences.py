@@ -32,10 +32,10 @@ Example = dict[str, Any]
 def short_answers(pairs: list[Pair]) -> list[Example]:
     """Each entry's question and the first ANSWER_WORDS words of its answer.
 
-    The columns are `prompt` and `completion`, both messages, and `answer`, the latter's text. All are in plain words, so that a word is
-    the same token in a name, at the start of a sentence and within one: it helps a small model to relate them. Later
-    parts of an entry are left out, since nothing in their question says what they hold, and so are answers of fewer
-    than FEWEST_WORDS different words and those that begin like an earlier one.
+    The columns are `prompt` and `completion`, both messages, and `answer`, the latter's text. All are in plain words,
+    so that a word is the same token in a name, at the start of a sentence and within one: it helps a small model to
+    relate them. Later parts of an entry are left out, since nothing in their question says what they hold, and so are
+    answers of fewer than FEWEST_WORDS different words and those that begin like an earlier one.
     """
     examples, seen = [], set()
     for pair in pairs:

@@ -84,14 +84,14 @@ def save_png(pipelines: list[Pipeline], path: Path) -> None:
 
     figure = Figure(figsize=(15, 8.4), dpi=120, layout="constrained")
     panels = figure.subplots(2, 3)
-    (loss, accuracy, memory), (model_reward, mentioned, margin) = panels
+    (loss, accuracy, memory), (model_reward, shared, margin) = panels
 
     draw_curves(loss, pipelines, SFT, "loss", "eval_loss")
     loss.set(title="SFT: held-out loss (dots) and training loss", ylabel="nats per token")
     draw_curves(model_reward, pipelines, GRPO, "rewards/reward_model/mean", "eval_rewards/reward_model/mean")
     model_reward.set(title="GRPO: its own reward model's score", ylabel="mean score (held-out questions: dots)")
-    draw_curves(mentioned, pipelines, GRPO, "rewards/answer_overlap/mean", "eval_rewards/answer_overlap/mean")
-    mentioned.set(title="GRPO: words shared with the right answer", ylabel="mean F1 (held-out questions: dots)")
+    draw_curves(shared, pipelines, GRPO, "rewards/answer_overlap/mean", "eval_rewards/answer_overlap/mean")
+    shared.set(title="GRPO: words shared with the right answer", ylabel="mean F1 (held-out questions: dots)")
     draw_curves(margin, pipelines, DPO, "rewards/margins", *(f"eval_{kind}_rewards/margins" for kind in KINDS))
     margin.set(title="DPO: reward margin", ylabel="chosen - rejected (held-out pairs by kind: dots)")
 
@@ -113,7 +113,7 @@ def save_png(pipelines: list[Pipeline], path: Path) -> None:
 
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (loss, model_reward, mentioned, margin):
+    for axes in (loss, model_reward, shared, margin):
         axes.grid(alpha=0.25)
         axes.set_xlabel("step")
     loss.legend(frameon=False)

@@ -10,8 +10,8 @@ from typing import Any
 
 from hf_lowmem.demo import BASELINE, HELP_OPTIMS, split_optims
 
-# About 0.8 million parameters with the small vocabulary: on two cores, a larger model learns less in the same time. The
-# wide initial weights save steps, too.
+# About 0.8 million parameters with the small vocabulary: on two cores, a larger model learns less in the same time.
+# The wide initial weights save steps, too.
 SMALL_MODEL = {
     "hidden_size": 128,
     "intermediate_size": 256,
