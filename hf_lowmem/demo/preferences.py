@@ -50,6 +50,13 @@ def short_answers(pairs: list[Pair]) -> list[Example]:
     return examples
 
 
+def without_those_of(examples: list[Example], others: list[Example]) -> list[Example]:
+    """The examples whose question and answer are not among the others': in plain words, a few of both splits agree."""
+    questions = {text(example["prompt"]) for example in others}
+    answers = {example["answer"] for example in others}
+    return [e for e in examples if text(e["prompt"]) not in questions and e["answer"] not in answers]
+
+
 def preference_pairs(examples: list[Example], rounds: int = 1) -> list[Example]:
     """Two preference pairs of each example in each round: `prompt`, `chosen`, `rejected` and the `kind` of the latter.
 

@@ -34,6 +34,7 @@ from hf_lowmem.demo.preferences import (
     preference_pairs,
     short_answers,
     text,
+    without_those_of,
 )
 from hf_lowmem.demo.report import measure_state
 from hf_lowmem.demo.rlhf_report import (
@@ -96,6 +97,7 @@ class Data:
 
     def __init__(self, settings: RlhfSettings) -> None:
         train, held_out = (short_answers(pairs) for pairs in build_pairs())
+        train = without_those_of(train, held_out)
         words = [{column: f" {text(example[column])}" for column in ("prompt", "completion")} for example in train]
         self.tokenizer: PreTrainedTokenizerFast = train_tokenizer(words, settings.vocab_size)
         self.tokenizer.chat_template = CHAT_TEMPLATE
