@@ -52,9 +52,9 @@ class RlhfSettings:
     vocab_size: int = 2048
     max_length: int = 64  # tokens of a question and an answer; longer ones are left out
     held_out: int = 384  # answers at most
-    preference_rounds: int = 3  # training pairs of each answer and kind
+    preference_rounds: int = 4  # training pairs of each answer and kind
     sft: StageSettings = StageSettings(steps=400, batch_size=16, learning_rate=3e-3)
-    reward: StageSettings = StageSettings(steps=500, batch_size=16, learning_rate=5e-4)
+    reward: StageSettings = StageSettings(steps=1500, batch_size=16, learning_rate=5e-4)
     grpo: StageSettings = StageSettings(steps=80, batch_size=64, learning_rate=5e-4)
     dpo: StageSettings = StageSettings(steps=150, batch_size=16, learning_rate=1e-3)
     generations: int = 8  # completions of each question in GRPO
