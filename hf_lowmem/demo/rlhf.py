@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from transformers import (
@@ -55,10 +54,9 @@ from hf_lowmem.demo.rlhf_report import (
 )
 from hf_lowmem.demo.rlhf_settings import RlhfSettings, StageSettings
 from hf_lowmem.demo.train import build_model, describe_device, quieten, shared_arguments
-from hf_lowmem.demo.watch import Watch
+from hf_lowmem.demo.watch import Watch, train_watched
 from hf_lowmem.trainer.registration import register
 
-EVALUATIONS = 3
 EVAL_BATCH = 64
 MATCHING = 1.5
 REWARD_MODEL = "reward_model"  # TRL names the reward in its logs after the folder
@@ -212,32 +210,20 @@ class Run:
         return self.stage(trainer, watch, seconds, figures)
 
     def arguments(self, stage: StageSettings) -> dict[str, Any]:
-        return shared_arguments(self.optim, self.settings.seed) | {
+        return shared_arguments(self.optim, self.settings.seed, stage.steps) | {
             "output_dir": str(self.folder / "trainer"),
-            "max_steps": stage.steps,
             "per_device_train_batch_size": stage.batch_size,
             "per_device_eval_batch_size": EVAL_BATCH,
             "learning_rate": stage.learning_rate,
-            "warmup_steps": max(1, stage.steps // 10),
-            "eval_strategy": "steps",
-            "eval_steps": max(1, stage.steps // EVALUATIONS),
             "logging_steps": 1,
         }
 
     def watch_training(
         self, label: str, trainer: Any, shown: dict[str, str], evaluate_first: bool = False
     ) -> tuple[Watch, float]:
-        """Train, with held-out figures of the last step in any case; returns what was logged and the seconds."""
-        watch = Watch(label, trainer.args.max_steps, shown, self.console)
-        trainer.add_callback(watch)
-        trainer.remove_callback(transformers.PrinterCallback)  # `watch` shows the progress
+        """What was logged, and the seconds."""
         started = time.perf_counter()
-        with watch.progress:
-            if evaluate_first:
-                trainer.evaluate()
-            trainer.train()
-            if trainer.args.max_steps % trainer.args.eval_steps:
-                trainer.evaluate()
+        watch = train_watched(label, trainer, shown, self.console, evaluate_first)
         return watch, time.perf_counter() - started
 
     def stage(self, trainer: Any, watch: Watch, seconds: float, figures: dict[str, float]) -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -20,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_lowmem.demo import Settings
 from hf_lowmem.demo.data import Pair, build_pairs, train_tokenizer
 from hf_lowmem.demo.report import Run, measure_state, print_table, save_json, save_png
-from hf_lowmem.demo.watch import Watch
+from hf_lowmem.demo.watch import train_watched
 from hf_lowmem.trainer.names import unknown_optim
 from hf_lowmem.trainer.registration import register
 
@@ -89,13 +90,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], max_l
     return LlamaForCausalLM(config)
 
 
-def shared_arguments(optim: str, seed: int) -> dict[str, Any]:
+def shared_arguments(optim: str, seed: int, steps: int) -> dict[str, Any]:
     """The training arguments that every run of a demo shares; `optim` is a name and the options that follow it."""
     name, *options = optim.split()
     use_gpu = torch.cuda.is_available()
     return {
         "optim": name,
         "optim_args": ",".join(options) or None,
+        "max_steps": steps,
+        "warmup_steps": max(1, steps // 10),
+        "eval_strategy": "steps",
+        "eval_steps": math.ceil(steps / EVALUATIONS),
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.1,
         "save_strategy": "no",
@@ -120,34 +125,23 @@ def train(
     set_seed(settings.seed)
     model = build_model(tokenizer, settings.model, settings.max_length)
     args = SFTConfig(
-        **shared_arguments(optim, settings.seed),
+        **shared_arguments(optim, settings.seed, settings.steps),
         output_dir=str(settings.output_dir / "trainer"),
-        max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=32,
         learning_rate=settings.learning_rate,
-        warmup_steps=max(1, settings.steps // 10),
         max_length=settings.max_length,
         train_sampling_strategy="group_by_length",
-        eval_strategy="steps",
-        eval_steps=max(1, settings.steps // EVALUATIONS),
         logging_steps=max(1, settings.steps // 50),
     )
-    watch = Watch(optim, settings.steps, {"loss": "train", "eval_loss": "held-out"}, console)
     trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(train_pairs),
         eval_dataset=datasets.Dataset.from_list(held_out_pairs),
         processing_class=tokenizer,
-        callbacks=[watch],
     )
-    trainer.remove_callback(transformers.PrinterCallback)  # `watch` shows the progress
-    with watch.progress:
-        trainer.train()
-        if settings.steps % args.eval_steps:
-            trainer.evaluate()
-
+    watch = train_watched(optim, trainer, {"loss": "train", "eval_loss": "held-out"}, console)
     return Run(
         optim=optim,
         **measure_state(trainer.model, trainer.optimizer),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 Curve = list[tuple[int, float]]
 
@@ -58,6 +58,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.progress.update(self.task, latest=latest)
         if list(self.shown)[-1] in logs and not self.console.is_terminal:
             self.console.print(f"{self.label:<16} step {state.global_step}/{self.steps}  {latest}")
+
+
+def train_watched(
+    label: str, trainer: Any, shown: dict[str, str], console: Console, evaluate_first: bool = False
+) -> Watch:
+    """Train, with held-out figures of the last step in any case; returns what was logged."""
+    watch = Watch(label, trainer.args.max_steps, shown, console)
+    trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)  # `watch` shows the progress
+    with watch.progress:
+        if evaluate_first:
+            trainer.evaluate()
+        trainer.train()
+        if trainer.args.max_steps % trainer.args.eval_steps:
+            trainer.evaluate()
+    return watch
 
 
 def with_names_of_sets(logs: dict[str, Any]) -> dict[str, Any]:
