@@ -25,6 +25,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "proj_bits": (None, 32, 16),
     "sides": ("one", "both"),
     "rounding": ("nearest", "stochastic", "kahan"),
+    "offload_state": (False, True),
+    "compile": (False, True),
 }
 
 

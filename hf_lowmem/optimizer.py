@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
@@ -19,7 +19,7 @@ from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
-from hf_lowmem.state import FULL_SPACE, Rounding, State, StatePlan
+from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, Rounding, State, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class LowMemOptimizer(Optimizer):
         self._roles = roles
         self._plans: dict[tuple, StatePlan] = {}
         self._host_copies = HostCopies()
+        self._rounding_changed: Counter[str] = Counter()
         run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **run, **options)
         check_hyperparameters(defaults)
@@ -195,6 +196,11 @@ class LowMemOptimizer(Optimizer):
             for key, slots in buckets.items():
                 with torch.autocast(key.device, enabled=False):
                     self._run(key, slots, group)
+        for change, weights in self._rounding_changed.items():
+            logger.info(
+                "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
+            )
+        self._rounding_changed.clear()
         return loss
 
     def _slot(self, param: Tensor, group: Group, number: int) -> Slot | None:
@@ -212,8 +218,17 @@ class LowMemOptimizer(Optimizer):
         state["step"] += 1
         step = state["step"].item() - self.idle_calls
         plan = self.plan(group, tuple(param.shape), param.dtype)
+        self._fit_rounding(param, state, plan)
         key = noise_key(group["rounding_seed"], number, int(step)) if plan.rounding.kind == "stochastic" else 0
         return Slot(param, param.grad, state, plan, step, key)
+
+    def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
+        # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
+        wanted = plan.rounding.specs(tuple(param.shape))
+        if (KAHAN_COMP in state) != (KAHAN_COMP in wanted):
+            state.pop(KAHAN_COMP, None)
+            state.update({name: spec.zeros(param.device) for name, spec in wanted.items()})
+            self._rounding_changed["started at zero" if wanted else "left out"] += 1
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         slots = [slot for slot in slots if slot.param.numel()]
@@ -256,13 +271,17 @@ class LowMemOptimizer(Optimizer):
                 "moves it, or call release_state() after each step."
             )
 
+    def synchronize_state(self) -> None:
+        """Wait until state that `release_state` is moving to the host can be read there."""
+        self._host_copies.synchronize()
+
     def state_transferred(self) -> Transfer:
         """What `release_state` and the steps after it have moved, both ways, since the last call of this method."""
         return self._host_copies.transferred()
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters and state, as plain numbers and tensors."""
-        self._host_copies.synchronize()
+        self.synchronize_state()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,6 +292,7 @@ class LowMemOptimizer(Optimizer):
         self._roles = None  # parameters are other objects after a copy; the groups hold all that is needed
         self._plans = {}
         self._host_copies = HostCopies()
+        self._rounding_changed = Counter()
         super().__setstate__(state)
 
     @torch.no_grad()
@@ -280,7 +300,7 @@ class LowMemOptimizer(Optimizer):
         """Load what `state_dict` returned: hyperparameters and bit-exact state.
 
         Options that neither the state's layout nor torch's own hyperparameters depend on stay this run's, `rounding`
-        too: a Kahan buffer that the checkpoint lacks starts at zero, one that this run has no use for is left out.
+        too: at the next step a Kahan buffer that is missing starts at zero, one that is of no use is left out.
 
         torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
 
@@ -299,10 +319,8 @@ class LowMemOptimizer(Optimizer):
                     specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
                     check_state(saved, specs, tuple(param.shape))
                     loaded[param] = {
-                        name: saved[name].to(spec.place(param.device), copy=True)
-                        if name in saved
-                        else spec.zeros(param.device)
-                        for name, spec in specs.items()
+                        name: tensor.to(specs[name].place(param.device) if name in specs else param.device, copy=True)
+                        for name, tensor in saved.items()
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             kept = ("params", "param_names", *RUN_OPTIONS, *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))

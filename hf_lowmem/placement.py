@@ -33,27 +33,32 @@ class HostCopies:
         self._buffers: dict[tuple[Tensor, str], Tensor] = {}
         self._released: list[tuple[Tensor, State, str]] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._transfers: list[tuple[int, Any]] = []  # bytes, and a pair of CUDA events or the seconds
+        self._transfers: list[tuple[int, Any]] = []  # bytes, and pairs of CUDA events or the seconds
+        self._finished = Transfer(0, 0.0)
 
     def release(self, states: Iterable[tuple[Tensor, State]]) -> None:
-        """Replace the state tensors of these parameters that are on an accelerator by copies on the host."""
+        """Replace the state tensors of these parameters that are on an accelerator by copies on the host.
+
+        The first release of a tensor allocates its buffer, and waits for that.
+        """
         self.used = True
+        self._collect()
         leaving = [
             (param, state, name) for param, state in states for name, tensor in state.items() if on_accelerator(tensor)
         ]
+        for param, state, name in leaving:
+            if (param, name) not in self._buffers:
+                pinned = torch.empty_like(state[name], device="cpu", pin_memory=state[name].is_cuda)
+                self._buffers[param, name] = pinned
         with self._copying(leaving) as streams:
             for param, state, name in leaving:
-                tensor = state[name]
-                buffer = self._buffers.get((param, name))
-                if buffer is None:
-                    buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                    self._buffers[param, name] = buffer
+                tensor, buffer = state[name], self._buffers[param, name]
                 with torch.cuda.stream(streams.get(tensor.device)):
                     buffer.copy_(tensor, non_blocking=tensor.is_cuda)
                 if tensor.is_cuda:
                     tensor.record_stream(streams[tensor.device])  # its memory is reused only after the copy
                 state[name] = buffer
-        self._released += leaving
+                self._released.append((param, state, name))
 
     def fetch(self) -> None:
         """Bring back all that was released."""
@@ -82,9 +87,20 @@ class HostCopies:
 
     def transferred(self) -> Transfer:
         """What was moved, both ways, since the last call; copies that are still under way count next time."""
-        done = [(nbytes, timing) for nbytes, timing in self._transfers if is_done(timing)]
-        self._transfers = [(nbytes, timing) for nbytes, timing in self._transfers if not is_done(timing)]
-        return Transfer(sum(nbytes for nbytes, _ in done), sum(map(seconds_of, (timing for _, timing in done))))
+        self._collect()
+        finished, self._finished = self._finished, Transfer(0, 0.0)
+        return finished
+
+    def _collect(self) -> None:
+        """Add up the copies that are done, so that their events can go."""
+        pending = []
+        for nbytes, timing in self._transfers:
+            if is_done(timing):
+                done = self._finished
+                self._finished = Transfer(done.nbytes + nbytes, done.seconds + seconds_of(timing))
+            else:
+                pending.append((nbytes, timing))
+        self._transfers = pending
 
     @contextmanager
     def _copying(self, moved: list[tuple[Tensor, State, str]]) -> Iterator[Mapping[torch.device, torch.cuda.Stream]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from hf_lowmem import LostUpdates
 hf_lowmem.register()
 
 
-def make_trainer(folder: Path, optim: str, dtype: torch.dtype, callbacks: Any = None, **arguments: Any) -> Trainer:
+def make_trainer(folder: Path, optim: str, dtype: torch.dtype, **arguments: Any) -> Trainer:
     set_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -38,7 +39,7 @@ def make_trainer(folder: Path, optim: str, dtype: torch.dtype, callbacks: Any = 
     )
     args = TrainingArguments(**{**defaults, **arguments})
     dataset = [{"input_ids": row, "labels": row} for row in tokens]
-    return Trainer(model, args, train_dataset=dataset, callbacks=callbacks)
+    return Trainer(model, args, train_dataset=dataset)
 
 
 def logged(trainer: Trainer) -> list[float]:
@@ -104,11 +105,48 @@ def test_a_step_without_a_learning_rate_is_passed_over(tmp_path: Path) -> None:
     assert max(shares) < 0.2
 
 
-def test_other_optimizers_on_request(tmp_path: Path) -> None:
-    callbacks = [LostUpdates(every_optimizer=True)]
-    shares = logged(make_trainer(tmp_path, "adamw_torch", torch.bfloat16, callbacks))
+def test_other_optimizers_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LostUpdates, "every_optimizer", True)
+    shares = logged(make_trainer(tmp_path, "adamw_torch", torch.bfloat16))
     assert shares
     assert all(share > 0.8 for share in shares)
+
+
+def test_a_call_that_only_prepares_the_basis_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shares = logged(make_trainer(tmp_path, "soap", torch.bfloat16, learning_rate=0.1, logging_steps=1))
+    assert len(shares) == 3  # of four steps
+    assert max(shares) < 0.2
+    assert not warnings(caplog)
+
+
+def test_a_step_that_the_scaler_skips_loses_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    inner = hf_lowmem.algorithms.SlimAdamW([weight], lr=1.0)
+    skipping = SimpleNamespace(optimizer=inner, step_was_skipped=True)
+    meter, state, logs = LostUpdates(), SimpleNamespace(global_step=0, log_history=[], is_world_process_zero=True), {}
+    weight.grad = torch.ones_like(weight)
+    meter.on_pre_optimizer_step(None, state, None, optimizer=skipping)
+    meter.on_optimizer_step(None, state, None, optimizer=skipping)
+    meter.on_log(None, state, None, logs)
+    assert logs == {}
+    meter.on_pre_optimizer_step(None, state, None, optimizer=inner)
+    inner.step()
+    meter.on_optimizer_step(None, state, None, optimizer=inner)
+    meter.on_log(None, state, None, logs)
+    assert logs == {"lost_updates": 0.0}
+
+
+@pytest.mark.parametrize(("rank_zero", "said"), [(True, 1), (False, 0)])
+def test_the_warning_names_the_learning_rate_and_advises_what_is_not_set(
+    rank_zero: bool, said: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: rank_zero)
+    logged(make_trainer(tmp_path, "slim_adamw", torch.bfloat16, learning_rate=1e-12, optim_args="rounding=kahan"))
+    assert len(warnings(caplog)) == said
+    for warning in warnings(caplog):
+        assert "at step 1 were lost" in warning
+        assert "1.0e-12" in warning
+        assert "kahan" not in warning
 
 
 def test_registering_twice_adds_the_callbacks_once() -> None:

@@ -305,6 +305,16 @@ def test_qlora_trains_resumes_and_saves(
     torch.testing.assert_close(after, logits(resumed.model))
 
 
+def test_qlora_resumes_with_kahans_buffers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They wait while the adapters are float32: the checkpoint's state is read before TRL's cast can be repeated."""
+    declared = adapted("sft", {"target_modules": "all-linear"}, quantization_config=quantized(4))
+    declared, options = replace(declared, callback=KeepBfloat16), "min_8bit_size=0,rounding=kahan"
+    whole, resumed = run(declared, folders["llama"], tmp_path, "slim_adamw_8bit", optim_args=options)
+    assert any(state["kahan_comp"].any() for state in inner(whole).state.values())
+    assert same_weights(whole, resumed)
+    assert same_state(whole, resumed)
+
+
 def test_trls_qlora_adapters_come_back_in_another_dtype_under_any_optimizer(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

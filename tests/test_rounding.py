@@ -215,8 +215,9 @@ def test_kahans_buffer_is_declared_and_counted(name: str, rounding: str, buffer:
     assert ("Kahan" in str(explanation)) == (rounding == "kahan")
 
 
-def test_rounding_may_change_when_a_run_is_resumed() -> None:
+def test_rounding_may_change_when_a_run_is_resumed(caplog: pytest.LogCaptureFixture) -> None:
     """The meter advises it: Kahan's buffer starts at zero, or is left out."""
+    caplog.set_level("INFO", logger="hf_lowmem")
     written = {rounding: run(SlimAdamW, {}, (16, 128), rounding=rounding)[1] for rounding in ("nearest", "kahan")}
     for saved, resumed in (("nearest", "kahan"), ("kahan", "nearest")):
         optimizer = run(SlimAdamW, {}, (16, 128), steps=0, rounding=resumed)[1]
@@ -224,8 +225,26 @@ def test_rounding_may_change_when_a_run_is_resumed() -> None:
         (state,), (before,) = optimizer.state.values(), written[saved].state.values()
         assert optimizer.param_groups[0]["rounding"] == resumed
         assert torch.equal(state["exp_avg"], before["exp_avg"])
+        fresh, (param,) = run(SlimAdamW, {}, (16, 128), steps=0, rounding=resumed)[1], optimizer.state
+        fresh.load_state_dict(copy.deepcopy(written["nearest"].state_dict()))  # which never had a buffer
+        (other,) = fresh.param_groups[0]["params"]
+        param.grad = other.grad = torch.ones_like(param)
+        optimizer.step()
+        fresh.step()
         assert ("kahan_comp" in state) == (resumed == "kahan")
-        assert not state.get("kahan_comp", torch.zeros(1)).any()
+        assert all(torch.equal(state[name], fresh.state[other][name]) for name in state if "kahan" in name)
+    assert "Kahan's buffers of 1 weights were started at zero" in caplog.text
+    assert "Kahan's buffers of 1 weights were left out" in caplog.text
+
+
+def test_kahan_follows_a_weight_whose_dtype_changes() -> None:
+    param = nn.Parameter(torch.ones(64))
+    optimizer = SlimAdamW([param], lr=1e-3, rounding="kahan")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+        param.data = param.data.to(dtype)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert ("kahan_comp" in optimizer.state[param]) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Each acts only where the optimizer is one of this package's.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ SAMPLES = 256  # entries per weight
 GIB = 2**30
 
 
+class Measured(NamedTuple):
+    """The share of lost updates (0-D, on the device) of a step, that step and its largest learning rate; whether
+    all weights have Kahan's buffer."""
+
+    share: Tensor
+    step: int
+    lr: float
+    kahan: bool
+
+
 class LostUpdates(TrainerCallback):  # type: ignore[misc]
     """Logs `lost_updates`, the share of weight entries that an update left as they were, and warns once above half.
 
@@ -29,60 +39,72 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     weight counts by its size. With `rounding="kahan"` an entry is lost where its buffer stays too. Nothing is logged
     where no weight is narrower than float32, or under `rounding="stochastic"`, which loses nothing on average.
 
-    Args:
-        every_optimizer: look at other packages' optimizers too.
+    Set `LostUpdates.every_optimizer = True` before the Trainer is made to look at other packages' optimizers too.
     """
 
-    def __init__(self, every_optimizer: bool = False) -> None:
-        self.every_optimizer = every_optimizer
+    every_optimizer: ClassVar[bool] = False
+
+    def __init__(self) -> None:
         self._due = True
         self._warned = False
         self._before: list[tuple[Any, Tensor, Tensor]] = []  # weight, places, what was stored there
-        self._share: Tensor | None = None
+        self._measured: Measured | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        optimizer = unwrapped(optimizer)
-        if not self._due or not (self.every_optimizer or isinstance(optimizer, LowMemOptimizer)):
+        optimizer, self._before = unwrapped(optimizer), []
+        ours = isinstance(optimizer, LowMemOptimizer)
+        if not self._due or not (self.every_optimizer or ours):
             return
+        if ours:
+            optimizer.synchronize_state()  # it may be on its way to the host
         for group in optimizer.param_groups:
             # A warm-up's first step has no learning rate and changes nothing, by intention.
             if float(group["lr"]) == 0 or group.get("rounding") == "stochastic":
                 continue
             for param in group["params"]:
-                if param.grad is not None and param.numel() and param.dtype in (torch.bfloat16, torch.float16):
+                narrow = param.dtype in (torch.bfloat16, torch.float16)
+                # Nor does the first call of an optimizer that has yet to find its basis.
+                idle = ours and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
+                if param.grad is not None and param.numel() and narrow and not idle:
                     at = sampled_places(param)
                     self._before.append((param, at, stored(optimizer, param, at)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if not self._before:
+        looked_at, self._before = self._before, []
+        if not looked_at or getattr(optimizer, "step_was_skipped", False):  # by the scaler of float16 gradients
             return
         optimizer, self._due = unwrapped(optimizer), False
         # Sums over entries, estimated; they stay on the device until they are logged.
-        lost = counted = torch.zeros((), device=self._before[0][0].device)
-        for param, at, before in self._before:
+        lost = counted = torch.zeros((), device=looked_at[0][0].device)
+        for param, at, before in looked_at:
             moved = param.grad.take(at) != 0
             same = (stored(optimizer, param, at) == before).all(0) & moved
             entries = param.numel() / len(at)
             lost = lost + entries * same.sum().to(lost.device)
             counted = counted + entries * moved.sum().to(counted.device)
-        self._before, self._share = [], lost / counted
+        groups = optimizer.param_groups
+        kahan = all(group.get("rounding") == "kahan" for group in groups)
+        self._measured = Measured(lost / counted, state.global_step + 1, max(float(g["lr"]) for g in groups), kahan)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._due = True
-        if self._share is None:
+        if self._measured is None:
             return
-        share, self._share = self._share.item(), None
+        measured, self._measured = self._measured, None
+        share = measured.share.item()
         if share != share:  # no sampled entry had a gradient
             return
         add_to_log("lost_updates", round(share, 4), state, logs)
-        if share > 0.5 and not self._warned:
+        if share > 0.5 and not self._warned and state.is_world_process_zero:
             self._warned = True
+            remedy = 'Set optim_args="rounding=kahan" (2 more bytes per weight) or "rounding=stochastic", train'
             logger.warning(
-                "%.0f %% of the weights' updates at step %d were lost to rounding: the learning rate is too small for "
-                'weights of 16 bits. Set optim_args="rounding=kahan" (2 more bytes per weight) or '
-                '"rounding=stochastic", train float32 weights, or raise learning_rate.',
+                "%.0f %% of the weights' updates at step %d were lost to rounding: its learning rate of %.1e is too "
+                "small for weights of 16 bits. %s float32 weights, or raise learning_rate.",
                 100 * share,
-                state.global_step,
+                measured.step,
+                measured.lr,
+                "Train" if measured.kahan else remedy,
             )
 
 
@@ -90,26 +112,31 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
     """Moves the optimizer's state to the host where it was built with `offload_state=true`.
 
     It leaves the device after each step that a generation follows (GRPO, RLOO and other trainers whose rollouts last
-    for several steps), or after every step (SFT, DPO, trainers that generate at every step); the next step brings it
-    back. Logs `offload_gib` and `offload_seconds`, what was moved both ways since the last log and how long the copies
-    took. State on the CPU stays where it is.
+    for several steps) or an evaluation, or after every step (SFT, DPO, trainers that generate at every step); the next
+    step brings it back. Logs `offload_gib` and `offload_seconds`, what was moved both ways since the last log and how
+    long the copies took. State on the CPU stays where it is.
     """
 
     def __init__(self) -> None:
-        self._first_step = 0
+        self._batches = 0  # micro-batches that the trainer has trained on, by which its rollouts are counted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._first_step = state.global_step
         optimizer = offloading(optimizer)
         if optimizer is None:
             return
-        if all(param.device.type == "cpu" for group in optimizer.param_groups for param in group["params"]):
+        on_cpu = all(param.device.type == "cpu" for group in optimizer.param_groups for param in group["params"])
+        if on_cpu and state.is_world_process_zero:
             logger.info("offload_state does nothing here: the optimizer's state is on the CPU already.")
         optimizer.release_state()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batches += 1
+
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._batches += 1
         optimizer = offloading(optimizer)
-        if optimizer is not None and generates_before_update(args, state.global_step - self._first_step):
+        # An evaluation may generate too.
+        if optimizer is not None and (control.should_evaluate or generates_before_update(args, self._batches)):
             optimizer.release_state()
 
     def on_log(
@@ -128,14 +155,14 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
             add_to_log("offload_seconds", round(moved.seconds, 6), state, logs)
 
 
-def generates_before_update(args: Any, steps_done: int) -> bool:
-    """Whether a trainer generates between `steps_done` steps and the next update; True where none is known to."""
+def generates_before_update(args: Any, batches: int) -> bool:
+    """Whether a trainer generates between its first `batches` micro-batches and the next update; True where none is
+    known to."""
     lifetime = getattr(args, "steps_per_generation", None)
     if lifetime is None:
         return True
     lifetime *= getattr(args, "num_iterations", 1)  # batches that one rollout serves
-    first = steps_done * args.gradient_accumulation_steps
-    return any(batch % lifetime == 0 for batch in range(first, first + args.gradient_accumulation_steps))
+    return any(batch % lifetime == 0 for batch in range(batches, batches + args.gradient_accumulation_steps))
 
 
 def offloading(optimizer: Any) -> LowMemOptimizer | None:
