@@ -5,8 +5,7 @@
     done
     python benchmarks/rlhf_seeds.py --commit "$(git rev-parse HEAD)" runs/*/rlhf_demo.json
 
-With a given seed each optimizer's pipeline starts from the same weights and sees the same examples as the others. The
-table holds the optimizers that every run has.
+With a given seed each optimizer's pipeline starts from the same weights and sees the same examples as the others.
 """
 
 from __future__ import annotations
@@ -26,8 +25,14 @@ from hf_lowmem.demo.rlhf_report import format_figure  # noqa: E402
 
 def merge(paths: list[Path], commit: str) -> dict[str, Any]:
     demos = sorted((json.loads(path.read_text()) for path in paths), key=lambda demo: demo["settings"]["seed"])
+    seeds = [demo["settings"]["seed"] for demo in demos]
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"The runs have the seeds {seeds}: give one run of each seed.")
+    for demo in demos:
+        if shared_by_seeds(demo) != shared_by_seeds(demos[0]):
+            seed = demo["settings"]["seed"]
+            raise SystemExit(f"The run of seed {seed} differs from the others in more than its seed: repeat it.")
     runs = [{pipeline["optim"]: pipeline["stages"] for pipeline in demo["pipelines"]} for demo in demos]
-    shared = [optim for optim in runs[0] if all(optim in by_name for by_name in runs)]
     rows = [
         {
             "stage": stage,
@@ -38,17 +43,17 @@ def merge(paths: list[Path], commit: str) -> dict[str, Any]:
                 name: [by_name[optim][stage]["figures"][name] for by_name in runs] for name in first["figures"]
             },
         }
-        for stage in runs[0][shared[0]]
-        for optim in shared
+        for stage in demos[0]["pipelines"][0]["stages"]
+        for optim in runs[0]
         for first in [runs[0][optim][stage]]
     ]
-    common = {key: demos[0][key] for key in ("device", "platform", "versions")}
-    settings = {
-        key: value for key, value in demos[0]["settings"].items() if key not in ("optims", "output_dir", "seed")
-    }
-    seeds = [demo["settings"]["seed"] for demo in demos]
     seconds = [demo["seconds"] for demo in demos]
-    return {"commit": commit, **common, "settings": settings, "seeds": seeds, "seconds": seconds, "rows": rows}
+    return {"commit": commit, **shared_by_seeds(demos[0]), "seeds": seeds, "seconds": seconds, "rows": rows}
+
+
+def shared_by_seeds(demo: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in demo["settings"].items() if key not in ("output_dir", "seed")}
+    return {**{key: demo[key] for key in ("device", "platform", "versions")}, "settings": settings}
 
 
 def render(report: dict[str, Any]) -> str:

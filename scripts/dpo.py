@@ -5,6 +5,7 @@
         --dataset_name trl-lib/ultrafeedback_binarized \
         --dtype bfloat16 \
         --optim slim_adamw_8bit \
+        --optim_args rounding=kahan \
         --learning_rate 5e-7 \
         --output_dir Qwen2.5-0.5B-dpo
 

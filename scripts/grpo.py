@@ -6,6 +6,7 @@
         --reward_funcs accuracy_reward \
         --dtype bfloat16 \
         --optim slim_adamw_8bit \
+        --optim_args rounding=kahan \
         --learning_rate 1e-6 \
         --output_dir Qwen2.5-0.5B-grpo
 

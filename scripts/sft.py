@@ -3,7 +3,9 @@
     python scripts/sft.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B \
         --dataset_name trl-lib/Capybara \
+        --dtype bfloat16 \
         --optim slim_adamw_8bit \
+        --optim_args rounding=kahan \
         --learning_rate 2e-5 \
         --output_dir Qwen2.5-0.5B-sft
 

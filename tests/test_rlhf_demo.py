@@ -188,9 +188,19 @@ def test_every_stage_runs_with_two_optimizers(tmp_path, capsys, monkeypatch):
     # The same weights and the same first batch.
     assert adamw["SFT"]["curves"]["loss"][0] == slim["SFT"]["curves"]["loss"][0]
 
-    merged = seeds_script().merge([tmp_path / "0" / "rlhf_demo.json"] * 2, commit="abc")
+    seeds, first, second = seeds_script(), tmp_path / "0" / "rlhf_demo.json", tmp_path / "1.json"
+    with pytest.raises(SystemExit, match=r"seeds \[0, 0\]"):
+        seeds.merge([first, first], commit="abc")
+    report["settings"] |= {"seed": 1, "vocab_size": 513}
+    second.write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match="more than its seed"):
+        seeds.merge([first, second], commit="abc")
+    report["settings"]["vocab_size"] = 512
+    second.write_text(json.dumps(report))
+    merged = seeds.merge([second, first], commit="abc")
+    assert merged["seeds"] == [0, 1]
     assert [row["optim"] for row in merged["rows"]] == ["adamw_torch", "slim_adamw_8bit"] * 4
-    assert "held-out accuracy, another" in seeds_script().render(merged)
+    assert "held-out accuracy, another" in seeds.render(merged)
 
 
 def seeds_script():
