@@ -67,29 +67,11 @@ def run(argv: list[str]) -> None:
 
 
 def train(task: str, argv: list[str]) -> None:
-    """Run TRL's script for a task, after the mistakes that can be seen without its slow imports."""
-    prog = f"hf-lowmem {task}"
-    parser = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    parser.add_argument("--optim")
-    parser.add_argument("--config")
-    args, _ = parser.parse_known_args(argv)
+    """Run TRL's script for a task."""
     if find_spec("trl") is None:
-        parser.exit(2, f"{prog}: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n")
-    if args.config is not None and not os.path.isfile(args.config):
-        parser.exit(2, f"{prog}: there is no config file {args.config!r}.\n")
-    optim = args.optim
-    if optim is None and args.config is not None:
-        import yaml  # type: ignore[import-untyped]
-
-        with open(args.config) as file:
-            config = yaml.safe_load(file)
-        optim = config.get("optim") if isinstance(config, dict) else None
-    if optim is not None and optim not in OPTIM_NAMES:
-        from transformers.training_args import OptimizerNames
-
-        known = [*OPTIM_NAMES, *(member.value for member in OptimizerNames)]
-        if optim not in known:
-            parser.exit(2, f"{prog}: {unknown_optim(optim, known)}\n")
+        ArgumentParser(prog=f"hf-lowmem {task}").exit(
+            2, f"hf-lowmem {task}: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n"
+        )
 
     from hf_lowmem.trainer.trl_script import launch
 

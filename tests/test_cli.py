@@ -70,10 +70,23 @@ def test_run_is_python_with_our_names(argv, tmp_path, monkeypatch, capsys):
         (["dpo", "--optim", "slim_adam"], "hf-lowmem dpo: Unknown optim name 'slim_adam'; the nearest names: slim_ad"),
         (["sft", "--optim=adamw_torhc"], "hf-lowmem sft: Unknown optim name 'adamw_torhc'; the nearest names: adamw_"),
         (["sft", "--config", "bad.yaml"], "hf-lowmem sft: Unknown optim name 'adammini'; the nearest names: adam_min"),
+        (["sft", "--config=bad.yaml"], "hf-lowmem sft: Unknown optim name 'adammini'; the nearest names: adam_min"),
+        (["dpo", "--config=missing.yaml"], "hf-lowmem dpo: there is no config file 'missing.yaml'."),
+        (["dpo", "--config"], "hf-lowmem dpo: --config needs the name of a YAML file."),
+        (
+            ["dpo", "--config", "broken.yaml"],
+            "hf-lowmem dpo: the config file is not valid YAML: mapping values are no",
+        ),
+        (["dpo", "--config", "typo.yaml"], "hf-lowmem dpo: Unknown config key 'lerning_rate'; the nearest names: lea"),
+        (["dpo", "--lerning_rate", "1"], "hf-lowmem dpo: Unknown option '--lerning_rate'; the nearest names: --learn"),
+        (["dpo", "--learning_rate", "x"], "hf-lowmem dpo: argument --learning_rate/--learning-rate: invalid float va"),
+        (["dpo"], "hf-lowmem dpo: No data is given: add --dataset_name with a data file, a local folder or a hub id."),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(argv, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.yaml").write_text("optim: adammini\nlearning_rate: 1e-3\n")
+    (tmp_path / "broken.yaml").write_text("optim: adam_mini\n max_steps: 1: 2\n")
+    (tmp_path / "typo.yaml").write_text("num_processes: 2\nlerning_rate: 1e-3\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         main(argv)

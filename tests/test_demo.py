@@ -103,3 +103,10 @@ def test_options_must_be_positive(option, capsys):
     with pytest.raises(SystemExit):
         parse_args([option, "0"])
     assert option in capsys.readouterr().err
+
+
+def test_help_of_both_demos(capsys):
+    for argv, shown in ((["--help"], "--rlhf"), (["--rlhf", "--help"], "--scale")):
+        with pytest.raises(SystemExit, match="0"):
+            main(argv)
+        assert shown in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -110,11 +109,11 @@ def test_the_command_and_the_script_train_a_local_model_on_a_jsonl_file(
     argv = options_for(task, model_folder, tmp_path)
     main([task, *argv])
     check_run(tmp_path)
-    if (SCRIPTS / f"{task}.py").is_file():  # the same, from where the command stopped
-        resumed = ["--resume_from_checkpoint", "True", "--max_steps", "3", "--save_steps", "1"]
-        monkeypatch.setattr(sys, "argv", [f"{task}.py", *argv, *resumed])
-        runpy.run_path(str(SCRIPTS / f"{task}.py"), run_name="__main__")
-        check_run(tmp_path, steps=3)
+    # the same, from where the command stopped
+    resumed = ["--resume_from_checkpoint", "True", "--max_steps", "3", "--save_steps", "1"]
+    monkeypatch.setattr(sys, "argv", [f"{task}.py", *argv, *resumed])
+    runpy.run_path(str(SCRIPTS / f"{task}.py"), run_name="__main__")
+    check_run(tmp_path, steps=3)
 
 
 @pytest.mark.slow
@@ -183,41 +182,143 @@ def test_grpo_takes_a_reward_model(model_folder, tmp_path, monkeypatch, launched
     assert any("rewards/judge/mean" in entry for entry in log)
 
 
-@pytest.mark.parametrize(
-    ("task", "options", "sentence"),
-    [
-        (
-            "sft",
-            ["--dataset_name", "data.tar"],
-            "--dataset_name data.tar is a file that ends in none of .jsonl, .json, .csv, .parquet.",
-        ),
-        (
-            "dpo",
-            ["--dataset_name", "data.jsonl", "--eval_strategy", "epoch"],
-            "--eval_strategy with the data file data.jsonl needs --test_split_size, such as 0.1.",
-        ),
-        (
-            "grpo",
-            ["--dataset_name", "data.jsonl"],
-            "No reward is given: add --reward_funcs, such as accuracy_reward",
-        ),
-        ("rloo", ["--config", "config.yaml"], "No reward is given: add --reward_funcs, such as accuracy_reward"),
-    ],
-)
-def test_mistakes_are_answered_in_one_sentence_before_a_model_is_loaded(
-    task, options, sentence, tmp_path, monkeypatch, capsys
-):
-    from hf_lowmem.trainer import trl_script
+MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
+    ("sft", "--dataset_name data.tar", "--dataset_name data.tar is a file that ends in none of .jsonl, .json, .csv, "),
+    (
+        "dpo",
+        "--dataset_name data.jsonl --eval_strategy epoch",
+        "--eval_strategy with the data file data.jsonl needs --",
+    ),
+    ("grpo", "--dataset_name data.jsonl", "No reward is given: add --reward_funcs, such as accuracy_reward"),
+    ("rloo", "--config config.yaml", "No reward is given: add --reward_funcs, such as accuracy_reward"),
+    ("dpo", "--config typo.yaml", "Unknown config key 'lerning_rate'; the nearest names: learning_rate, "),
+    ("dpo", "--config=typo.yaml", "Unknown config key 'lerning_rate'; the nearest names: learning_rate, "),
+    ("dpo", "--config=mixture.yaml", "Unknown config key of datasets: 'pth'; the nearest names: path, "),
+    ("dpo", "--config broken.yaml", "the config file is not valid YAML: mapping values are not allowed here in "),
+    ("dpo", "--config list.yaml", "Config file list.yaml must contain a YAML mapping."),
+    ("dpo", "--config missing.yaml", "there is no config file 'missing.yaml'."),
+    ("dpo", "--lerning_rate 1", "Unknown option '--lerning_rate'; the nearest names: --learning_rate, "),
+    ("dpo", "--lerning_rate=1", "Unknown option '--lerning_rate'; the nearest names: --learning_rate, "),
+    ("dpo", "--learning_rate x", "argument --learning_rate/--learning-rate: invalid float value: 'x'"),
+    ("dpo", "--optim slim_adam", "Unknown optim name 'slim_adam'; the nearest names: slim_adamw, slim_adamw_8bit, "),
+    ("dpo", "--optim adam_mini --optim_args rouding=kahan", "optim_args has no key 'rouding' for 'adam_mini' (did yo"),
+    ("dpo", "--optim_args rounding=kahn", "optim_args rounding='kahn' is not legal: expected one of nearest, stoch"),
+    ("dpo", "", "No data is given: add --dataset_name with a data file, a local folder or a hub id."),
+    ("dpo", "--dataset_name missing.jsonl", "--dataset_name missing.jsonl: there is no such file."),
+    ("dpo", "--dataset_name a.jsonl", "No model is given: add --model_name_or_path with a local folder or a hub id."),
+    ("distillation", "--dataset_name a.jsonl {model}", "No teacher model is given: add --teacher_model_name_or_path"),
+    ("dpo", "--dataset_name data.jsonl {model}", "The data file data.jsonl has no rows."),
+    ("dpo", "--dataset_name data.parquet {model}", "The data file data.parquet cannot be read: Parquet file size is"),
+    ("sft", "--dataset_name a.jsonl {model}", "The data file a.jsonl has the columns a; sft needs text, or messages,"),
+    ("sft", "--dataset_name a.jsonl {model} --dataset_text_field b", "The data file a.jsonl has the columns a; sft n"),
+    (
+        "reward",
+        "--dataset_name a.jsonl {model}",
+        "The data file a.jsonl has the columns a; reward needs chosen and re",
+    ),
+    ("dpo", "--dataset_name a.jsonl {model}", "The data file a.jsonl has the columns a; dpo needs chosen and rejecte"),
+    ("kto", "--dataset_name a.jsonl {model}", "The data file a.jsonl has the columns a; kto needs prompt and complet"),
+    ("grpo", "--dataset_name a.jsonl {model} {reward}", "The data file a.jsonl has the columns a; grpo needs prompt."),
+    ("rloo", "--dataset_name a.jsonl {model} {reward}", "The data file a.jsonl has the columns a; rloo needs prompt."),
+    (
+        "distillation",
+        "--dataset_name a.jsonl {model} --teacher_model_name_or_path m",
+        "The data file a.jsonl has the columns a; distillation needs prompt.",
+    ),
+    (
+        "grpo",
+        "--dataset_name some/hub_id {model} --reward_funcs acuracy_reward",
+        "Unknown reward 'acuracy_reward'; the",
+    ),
+    (
+        "rloo",
+        "--dataset_name p.jsonl {model} --reward_funcs no.such",
+        "--reward_funcs no.such: there is no module 'no'",
+    ),
+    ("rloo", "--config reward.yaml {model}", "reward_funcs must be a list in a config file: [accuracy_reward]."),
+    (
+        "grpo",
+        "--dataset_name p.jsonl {model} {reward}",
+        "--reward_funcs accuracy_reward needs the data file to have solution; its columns: prompt.",
+    ),
+]
+ONLY_THE_SCRIPT_SAYS = [  # the started process, where the command is used
+    ("grpo", "--dataset_name p.jsonl {model} --reward_funcs judge.share", "Unknown reward 'judge.share'; the nearest"),
+    (
+        "rloo",
+        "--dataset_name p.jsonl {model} --reward_funcs judge.score",
+        "--reward_funcs judge.score needs the data ",
+    ),
+    ("dpo", "--num_processes 2", "The script takes no '--num_processes 2': options of `accelerate launch` go before"),
+    ("dpo", "--dataset_name hub/id {model} --load_best_model_at_end True", "--load_best_model_at_end requires the sa"),
+]
+ONLY_THE_COMMAND_SAYS = [
+    (
+        "dpo",
+        "--dataset_name hub/id {model} --num_processes two",
+        "argument --num_processes/--num-processes: invalid i",
+    ),
+    ("dpo", "--dataset_name hub/id {model} word", "Unexpected 'word': every option is written as --name value."),
+    ("dpo", "--dataset_name hub/id {model} --accelerate_config no", "Accelerate config no is neither a file nor a va"),
+]
 
+
+@pytest.fixture
+def mistaken_folder(tmp_path, monkeypatch):
+    files = {
+        "data.tar": "",
+        "data.jsonl": "",
+        "data.parquet": "no",
+        "a.jsonl": '{"a": 1}',
+        "p.jsonl": '{"prompt": "a"}',
+        "judge.py": "def score(completions, answer, factor=1, **kwargs): pass",
+        "config.yaml": "dataset_name: data.jsonl\noptim: adam_mini\n",
+        "typo.yaml": "num_processes: 2\nlerning_rate: 1e-3\n",
+        "mixture.yaml": "datasets:\n- pth: data.jsonl\n",
+        "broken.yaml": "optim: adam_mini\n max_steps: 1: 2\n",
+        "reward.yaml": "dataset_name: p.jsonl\nreward_funcs: accuracy_reward\n",
+        "list.yaml": "- optim\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    for file in ("data.tar", "data.jsonl"):
-        (tmp_path / file).touch()
-    (tmp_path / "config.yaml").write_text("dataset_name: data.jsonl\noptim: adam_mini\n")
-    with pytest.raises(SystemExit) as exit_info:
-        main([task, *options])
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"hf-lowmem {task}: {sentence}")
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+
+
+def words(options):
+    return options.format(model="--model_name_or_path m", reward="--reward_funcs accuracy_reward").split()
+
+
+def check_answer(sentence, capfd):
+    error = capfd.readouterr().err
+    assert error.startswith(sentence)
     assert error.count("\n") == 1
-    with pytest.raises(ValueError, match=re.escape(sentence)):  # scripts/TASK.py
-        trl_script.main(task, [*options, "--output_dir", str(tmp_path), "--bf16", "false"])
+
+
+@pytest.mark.usefixtures("mistaken_folder")
+@pytest.mark.parametrize(("task", "options", "sentence"), MISTAKES + ONLY_THE_COMMAND_SAYS)
+def test_mistakes_are_answered_in_one_sentence_before_a_process_is_started(task, options, sentence, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main([task, *words(options)])
+    check_answer(f"hf-lowmem {task}: {sentence}", capfd)
+
+
+@pytest.mark.usefixtures("mistaken_folder")
+@pytest.mark.parametrize(("task", "options", "sentence"), MISTAKES + ONLY_THE_SCRIPT_SAYS)
+def test_scripts_answer_mistakes_in_one_sentence_before_a_model_is_loaded(task, options, sentence, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [f"{task}.py", *words(options)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPTS / f"{task}.py"), run_name="__main__")
+    check_answer(f"{task}.py: {sentence}", capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_command_exits_as_the_started_process_does(processes, mistaken_folder, monkeypatch, capfd):
+    """Only the process that trains builds TRL's config, which refuses these options."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = "--dataset_name hub/id {model} --load_best_model_at_end True --num_processes " + processes
+    with pytest.raises(SystemExit, match="2"):
+        main(["dpo", *words(options)])
+    assert capfd.readouterr().err.count("hf-lowmem dpo: --load_best_model_at_end requires") == int(processes)

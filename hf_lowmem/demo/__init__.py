@@ -49,37 +49,32 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo with these arguments, `sys.argv[1:]` by default; returns the exit status."""
+    """Run the demo, or with `--rlhf` the other one, with these arguments, `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status.
+    """
+    from hf_lowmem.demo import rlhf_settings
+
     argv = sys.argv[1:] if argv is None else argv
-    if "--rlhf" in argv:
-        return rlhf_main([argument for argument in argv if argument != "--rlhf"])
-    settings = parse_args(argv)
-    try:
-        from hf_lowmem.demo.train import describe_unknown_optims, run_demo
-    except ModuleNotFoundError as error:
-        fail(f"'{error.name}' is missing, install it with `pip install 'hf_lowmem[trl,plots]'`.")
-    if problem := describe_unknown_optims(settings.optims):
-        fail(problem)
-    run_demo(settings)
-    return 0
-
-
-def rlhf_main(argv: Sequence[str]) -> int:
-    """Run the RLHF demo with the arguments beside `--rlhf`."""
-    from hf_lowmem.demo.rlhf_settings import choose_settings
-    from hf_lowmem.demo.rlhf_settings import parse_args as parse_rlhf_args
-
-    args = parse_rlhf_args(argv)
+    rest = [argument for argument in argv if argument != "--rlhf"]
+    rlhf = len(rest) < len(argv)
+    args: Any = rlhf_settings.parse_args(rest) if rlhf else parse_args(rest)
     try:
         import torch
 
-        from hf_lowmem.demo.rlhf import run_rlhf_demo
-        from hf_lowmem.demo.train import describe_unknown_optims
+        from hf_lowmem.demo.train import describe_unknown_optims, run_demo
+
+        if rlhf:  # which takes seconds
+            from hf_lowmem.demo.rlhf import run_rlhf_demo
     except ModuleNotFoundError as error:
         fail(f"'{error.name}' is missing, install it with `pip install 'hf_lowmem[trl,plots]'`.")
     if problem := describe_unknown_optims(args.optims):
         fail(problem)
-    run_rlhf_demo(choose_settings(args, torch.cuda.is_available()))
+    if rlhf:
+        run_rlhf_demo(rlhf_settings.choose_settings(args, torch.cuda.is_available()))
+    else:
+        run_demo(args)
     return 0
 
 
@@ -99,7 +94,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     """Read the command line into Settings; a wrong value ends the program with one sentence."""
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="hf-lowmem demo", description="Fine-tune one small Llama with several optimizers and compare them."
+        prog="hf-lowmem demo",
+        description="Fine-tune one small Llama with several optimizers and compare them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rlhf",
+        action="store_true",
+        default=argparse.SUPPRESS,  # `main` has taken it
+        help="run SFT, a reward model, GRPO and DPO instead; `--rlhf --help` shows the options of that demo",
     )
     optims = ",".join(default.optims)
     parser.add_argument("--optims", type=split_optims, default=optims, help=HELP_OPTIMS)

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from subprocess import CalledProcessError
+from typing import Any, NoReturn
 
 import torch
-from accelerate.commands.launch import launch_command
+import yaml  # type: ignore[import-untyped]
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
-from trl.cli.accelerate_launcher import launch_training_script
 from trl.cli.commands.training import _subtract_subsequence
 from trl.scripts.utils import DatasetConfig
 
 from hf_lowmem.trainer.build import show_summary
 from hf_lowmem.trainer.registration import register
+from hf_lowmem.trainer.trl_checks import check, file_format, is_file
 
 DEFAULT_OPTIM = "slim_adamw_8bit"
-_FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def launch(task: str, argv: list[str]) -> None:
@@ -34,25 +37,27 @@ def launch(task: str, argv: list[str]) -> None:
     Args:
         task: the name of one of TRL's training scripts, such as "dpo".
         argv: that script's options, and those of `accelerate launch`.
+
+    Raises:
+        SystemExit: with status 2 after one sentence for a mistake, or with that of a process that has failed.
     """
     if "LOCAL_RANK" in os.environ:  # `accelerate launch` or `torchrun` has started this process
         main(task, argv)
         return
     parser = make_parser(task, f"hf-lowmem {task}")
-    parser.dataclass_types = []  # plain values will do: the dataclasses would set up the device in this process too
-    given, config_rest, argv_rest = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    with _one_sentence(parser):
+        argv = _config_apart(argv)
+        from_config, from_argv = _check(task, parser, argv, launches=True)
+        args = _launch_arguments(from_config + from_argv, [task, *_subtract_subsequence(argv, from_argv)])
     try:
-        _check(given, given, given)
-    except ValueError as error:
-        parser.exit(2, f"hf-lowmem {task}: {error}\n")
-    launch_training_script(
-        script_name=f"{task}.py",
-        launch_args=resolve_accelerate_config_argument(config_rest + argv_rest),
-        training_script_args=_subtract_subsequence(argv, argv_rest),
-        launch_command_fn=partial(_launch_this_module, task),
-    )
+        launch_command(args)
+    except CalledProcessError as error:  # the process has said why, and accelerate's traceback is not about it
+        status = error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    else:
+        return
+    sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell has it
 
 
 def main(task: str, argv: list[str] | None = None) -> None:
@@ -63,19 +68,18 @@ def main(task: str, argv: list[str] | None = None) -> None:
         argv: that script's options, `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: when evaluation is asked for and the data file is not split, or a reward is needed and none given.
+        SystemExit: with status 2 after one sentence for a mistake.
     """
-    parser = make_parser(task)
-    script_args, training_args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if unknown:  # what a YAML file holds for the launcher is not ours to judge, the command line is
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    _check(script_args, training_args, dataset_args)
+    parser = make_parser(task, None if argv is None else f"hf-lowmem {task}")
+    with _one_sentence(parser):
+        argv = _config_apart(sys.argv[1:] if argv is None else argv)
+        _check(task, parser, argv)
+        script_args, training_args, model_args, dataset_args, _ = parser.parse_args_and_config(
+            argv, return_remaining_strings=True
+        )
     show_summary()
-    if _is_file(script_args.dataset_name):  # as TRL's dataset mixture, which can read one
-        path = Path(script_args.dataset_name)
-        dataset_args.datasets = [DatasetConfig(path=_file_format(path), data_files=str(path))]
+    if is_file(path := script_args.dataset_name):  # as TRL's dataset mixture, which can read one
+        dataset_args.datasets = [DatasetConfig(path=file_format(path), data_files=path)]
         dataset_args.streaming = script_args.dataset_streaming
         script_args.dataset_name = None
     if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):
@@ -92,45 +96,63 @@ def _script(task: str) -> Any:
 
 
 def make_parser(task: str, prog: str | None = None) -> Any:
-    """TRL's parser of the task's script, with our names among the choices of `--optim`, and our default."""
+    """TRL's parser of the task's script with our names and default for `--optim`; mistakes raise ValueError."""
     register()
     parser = _script(task).make_parser(prog=prog)
     parser.set_defaults(optim=DEFAULT_OPTIM)
     parser.description = __doc__
+    parser.error = _refuse
+    (optim,) = (action for action in parser._actions if action.dest == "optim")
+    optim.metavar, optim.choices = f"{{{','.join(optim.choices)}}}", None  # the check names the nearest, not all
     return parser
 
 
-def _launch_this_module(task: str, args: Any) -> None:
-    args.module = True
-    args.training_script = __name__
-    args.training_script_args = [task, *args.training_script_args]
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+@contextmanager
+def _one_sentence(parser: Any) -> Iterator[None]:
+    """Say a ValueError in one line, and exit with status 2."""
+    try:
+        yield
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+
+
+def _config_apart(argv: list[str]) -> list[str]:
+    """`--config=FILE` as two words, the only way in which TRL takes it."""
+    if argv[-1:] == ["--config"]:
+        raise ValueError("--config needs the name of a YAML file.")
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def _check(task: str, parser: Any, argv: list[str], launches: bool = False) -> tuple[list[str], list[str]]:
+    """Raise ValueError for a mistake; returns what TRL leaves to accelerate, of the config file and of `argv`."""
+    plain = copy(parser)
+    plain.dataclass_types = []  # plain values will do: the dataclasses would set up the device in this process too
+    try:
+        given, from_config, from_argv = plain.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except OSError as error:
+        raise ValueError(f"there is no config file {error.filename!r}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"the config file is not valid YAML: {error}.") from error
+    check(task, parser, given, from_config, from_argv, launches)
+    return from_config, from_argv
+
+
+def _launch_arguments(options: list[str], script: list[str]) -> Any:
+    """Arguments of `accelerate launch` for this module; `script` is what follows its name."""
+    launcher = launch_command_parser()
+    launcher.error = _refuse
+    args = launcher.parse_args([*resolve_accelerate_config_argument(options), "--module", __name__, *script])
+    if args.training_script != __name__:
+        raise ValueError(f"Unexpected {args.training_script!r}: every option is written as --name value.")
     if (args.num_processes or 1) > 1 and not (args.cpu or torch.accelerator.is_available()):
         args.multi_gpu = True  # the name of accelerate's torchrun; else it starts one process, without a word
-    launch_command(args)
-
-
-def _check(script_args: Any, training_args: Any, dataset_args: Any) -> None:
-    """Raise ValueError for what TRL would find only after the model is loaded, or say less well."""
-    if _is_file(script_args.dataset_name):
-        path = Path(script_args.dataset_name)
-        if _file_format(path) is None:
-            raise ValueError(f"--dataset_name {path} is a file that ends in none of {', '.join(_FILE_FORMATS)}.")
-        if training_args.eval_strategy != "no" and dataset_args.test_split_size is None:
-            raise ValueError(f"--eval_strategy with the data file {path} needs --test_split_size, such as 0.1.")
-    takes_reward = hasattr(script_args, "reward_funcs")
-    if takes_reward and not (script_args.reward_funcs or script_args.reward_model_name_or_path):
-        raise ValueError(
-            "No reward is given: add --reward_funcs, such as accuracy_reward or my_module.my_function, or "
-            "--reward_model_name_or_path with a sequence classifier of one label."
-        )
-
-
-def _is_file(dataset_name: str | None) -> bool:
-    return dataset_name is not None and Path(dataset_name).is_file()
-
-
-def _file_format(path: Path) -> str | None:
-    return next((_FILE_FORMATS[suffix] for suffix in path.suffixes if suffix in _FILE_FORMATS), None)
+    return args
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""What is wrong with the options of TRL's scripts, in one sentence and before a model is loaded.
+
+TRL and accelerate would say it after minutes, at greater length, or not at all. Hub ids are left to them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.commands.launch import launch_command_parser
+from datasets import load_dataset
+from transformers.training_args import OptimizerNames
+from trl.scripts.utils import DatasetConfig
+
+from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+from hf_lowmem.trainer.optim_args import recipe_for
+
+_FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_PAIRS = ("chosen", "rejected")
+_COLUMNS: dict[
+    str, list[tuple[str, ...]]
+] = {  # of each task, any one of these; those rows that are tokens already come last
+    "sft": [("text",), ("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",)],
+    "reward": [_PAIRS, ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")],
+    "dpo": [_PAIRS],
+    "kto": [("prompt", "completion", "label"), _PAIRS],
+    "grpo": [("prompt",)],
+    "rloo": [("prompt",)],
+    "distillation": [("prompt",)],
+}
+_GIVEN_TO_REWARDS = {  # by TRL, beside the columns
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+}
+_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def check(
+    task: str, parser: Any, given: Any, from_config: list[str], from_argv: list[str], launches: bool = False
+) -> None:
+    """Raise ValueError for the first mistake.
+
+    Args:
+        task: the name of one of TRL's training scripts.
+        parser: its parser.
+        given: what that parser made of the options, as plain values.
+        from_config: keys and values of the config file, as `--key value`, that the parser does not know.
+        from_argv: words of the command line that it does not know.
+        launches: whether this process takes options of `accelerate launch`, and leaves the training to others.
+    """
+    _check_names(parser, from_config, from_argv)
+    if from_argv and not launches:
+        raise ValueError(f"The script takes no '{' '.join(from_argv)}': options of `accelerate launch` go before it.")
+    known = [str(member.value) for member in OptimizerNames]
+    if given.optim not in known:
+        raise ValueError(unknown_optim(given.optim, known))
+    if given.optim in OPTIM_NAMES:
+        recipe_for(given.optim, given.optim_args, given.optim_target_modules)
+    _check_dataset(given)
+    for option, what in (("model_name_or_path", "model"), ("teacher_model_name_or_path", "teacher model")):
+        if getattr(given, option, "") is None:
+            raise ValueError(f"No {what} is given: add --{option} with a local folder or a hub id.")
+    columns = None
+    if is_file(given.dataset_name):
+        columns = _columns(given.dataset_name)
+        _check_columns(task, given, columns)
+    rewards = getattr(given, "reward_funcs", None) or ()
+    if isinstance(rewards, str):  # TRL would take each letter for a reward
+        raise ValueError(f"reward_funcs must be a list in a config file: [{rewards}].")
+    for name in rewards:
+        _check_reward(name, columns, imports=not launches)
+
+
+def is_file(dataset_name: str | None) -> bool:
+    """Whether `--dataset_name` is a file, and not a folder or a hub id."""
+    return dataset_name is not None and Path(dataset_name).is_file()
+
+
+def file_format(path: str) -> str | None:
+    """The name that `datasets` has for the format of this file, None for one that ends in none of those known."""
+    return next((_FILE_FORMATS[suffix] for suffix in Path(path).suffixes if suffix in _FILE_FORMATS), None)
+
+
+def _check_names(parser: Any, from_config: list[str], from_argv: list[str]) -> None:
+    """Every option and every key of the config file is TRL's or accelerate's."""
+    launcher = launch_command_parser()
+    legal = {"--accelerate_config", *parser._option_string_actions, *launcher._option_string_actions}
+    options = sorted(option for option in legal if option.startswith("--") and "-" not in option[2:])
+    for option in from_config[::2]:
+        if option not in legal:
+            raise _unknown("config key", option[2:], [known[2:] for known in options])
+    for word in from_argv:
+        option = word.split("=")[0]
+        if option.startswith("--") and option not in legal:
+            raise _unknown("option", option, options)
+
+
+def _check_dataset(given: Any) -> None:
+    name = given.dataset_name
+    if not (name or given.datasets):
+        raise ValueError("No data is given: add --dataset_name with a data file, a local folder or a hub id.")
+    for entry in given.datasets or ():
+        for key in entry if isinstance(entry, dict) else ():
+            if key not in (legal := [field.name for field in fields(DatasetConfig)]):
+                raise _unknown("config key of datasets:", key, legal)
+    if is_file(name):
+        if file_format(name) is None:
+            raise ValueError(f"--dataset_name {name} is a file that ends in none of {', '.join(_FILE_FORMATS)}.")
+        if given.eval_strategy != "no" and given.test_split_size is None:
+            raise ValueError(f"--eval_strategy with the data file {name} needs --test_split_size, such as 0.1.")
+    elif name and Path(name).suffix in _FILE_FORMATS and not Path(name).exists():
+        raise ValueError(f"--dataset_name {name}: there is no such file.")
+    if hasattr(given, "reward_funcs") and not (given.reward_funcs or given.reward_model_name_or_path):
+        raise ValueError(
+            "No reward is given: add --reward_funcs, such as accuracy_reward or my_module.my_function, or "
+            "--reward_model_name_or_path with a sequence classifier of one label."
+        )
+
+
+def _columns(path: str) -> list[str]:
+    logging.disable()  # `datasets` logs its errors, too
+    try:
+        return list(next(iter(load_dataset(file_format(path), data_files=path, split="train", streaming=True))))
+    except StopIteration:
+        raise ValueError(f"The data file {path} has no rows.") from None
+    except ValueError as error:
+        raise ValueError(f"The data file {path} cannot be read: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _check_columns(task: str, given: Any, columns: list[str]) -> None:
+    text_field = getattr(given, "dataset_text_field", "text")
+    choices = [tuple(text_field if column == "text" else column for column in choice) for choice in _COLUMNS[task]]
+    if not any(set(choice) <= set(columns) for choice in choices):
+        needed = ", or ".join(" and ".join(choice) for choice in choices)
+        raise ValueError(
+            f"The data file {given.dataset_name} has the columns {', '.join(columns)}; {task} needs {needed}."
+        )
+
+
+def _check_reward(name: str, columns: list[str] | None, imports: bool) -> None:
+    """A reward of TRL's, or a function `module.function`, that finds the columns it asks for in a data file.
+
+    The user's module is imported only where the training will do so anyway: it may load a model.
+    """
+    prefix, _, function = name.rpartition(".")
+    module = prefix or "trl.rewards"
+    sys.path.insert(0, os.getcwd())  # where TRL looks, too
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # of the package that it is in
+        found = None
+    if found is None:
+        raise ValueError(f"--reward_funcs {name}: there is no module {module!r}, here or installed.")
+    if prefix and not imports:
+        return
+    rewards = import_module(module)
+    reward = getattr(rewards, function, None)
+    if not callable(reward):
+        functions = [other for other in dir(rewards) if callable(getattr(rewards, other))]
+        raise _unknown("reward", name, [f"{prefix}.{other}" for other in functions] if prefix else functions)
+    if columns is None or not inspect.isfunction(reward):
+        return
+    parameters = inspect.signature(reward).parameters.values()
+    needed = {item.name for item in parameters if item.default is item.empty and item.kind not in _CATCH_ALL}
+    if "completions" in needed and (missing := needed - _GIVEN_TO_REWARDS - {*columns}):
+        raise ValueError(
+            f"--reward_funcs {name} needs the data file to have {', '.join(sorted(missing))}; its columns: "
+            f"{', '.join(columns)}."
+        )
+
+
+def _unknown(what: str, name: str, legal: Iterable[str]) -> ValueError:
+    nearest = get_close_matches(name, list(legal), n=3, cutoff=0)
+    return ValueError(f"Unknown {what} {name!r}; the nearest names: {', '.join(nearest)}.")
