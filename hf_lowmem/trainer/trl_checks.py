@@ -27,9 +27,8 @@ from hf_lowmem.trainer.optim_args import recipe_for
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PAIRS = ("chosen", "rejected")
-_COLUMNS: dict[
-    str, list[tuple[str, ...]]
-] = {  # of each task, any one of these; those rows that are tokens already come last
+# Of each task, any one of these; those of rows that are tokens already come last.
+_COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "sft": [("text",), ("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",)],
     "reward": [_PAIRS, ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")],
     "dpo": [_PAIRS],
