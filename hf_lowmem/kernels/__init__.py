@@ -6,7 +6,7 @@ defines; without one the rule itself runs, and the tests compare the two for eve
 
 from functools import partial
 
-from hf_lowmem.kernels import eager
+from hf_lowmem.kernels import eager, native
 from hf_lowmem.kernels.seam import Hyper, Kernel, KernelKey, Slot, key_of
 
 _ANY = "any device"
@@ -24,8 +24,16 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
         _in_subspace = eager.transformers_adamw_in_subspace
         KERNELS[KernelKey("transformers_adamw", "Full", _codec, _space, _ANY)] = _in_subspace
         KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, _ANY)] = eager.adafactor
-for _rule, _form in _FORMS.items():
-    KERNELS[KernelKey(_rule, "Full", "Float32", "FullSpace", "cpu")] = partial(eager.adamw_full_float32, form=_form)
+
+for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
+    _signum = native.kernel(native.SIGNUM, eager.signum, eager.signum_form)
+    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cpu")] = _signum
+    _mean = native.kernel(native.ADAMW_MEAN, eager.adamw_mean)
+    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cpu")] = _mean
+    for _rule, _form in _FORMS.items():
+        _otherwise = partial(eager.adamw_full_float32 if _codec == "Float32" else eager.adamw_full, form=_form)
+        _full = native.kernel(native.ADAMW_FULL, _otherwise, _form)
+        KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", "cpu")] = _full
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:

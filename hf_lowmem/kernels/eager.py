@@ -161,16 +161,21 @@ def transformers_adamw_form(slot: Slot, hyper: Hyper) -> Scalars:
     return Scalars(decay, decay * step_size, hyper.eps)
 
 
+def signum_form(slot: Slot, hyper: Hyper) -> Scalars:
+    """`signum_rule`: the sign takes the place of the quotient."""
+    return Scalars(1 - hyper.lr * hyper.weight_decay, hyper.lr, 0.0)
+
+
 def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
     """Signum: no second moment."""
     scratch = Scratch(slots[0].param.device)
-    decay = 1 - hyper.lr * hyper.weight_decay
     for slot in slots:
+        scalars = signum_form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
         for index in tiles(weight.shape, tile_limit(slot), len(weight.shape)):
             tile = weight[index]
-            param, exp_avg = tile.load(tile.load_grad(scratch), decay, hyper.beta1, scratch)
-            param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=hyper.lr)
+            param, exp_avg = tile.load(tile.load_grad(scratch), scalars.decay, hyper.beta1, scratch)
+            param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=scalars.step_size)
             tile.store(param, exp_avg, scratch)
 
 

@@ -1,0 +1,480 @@
+/* Optimizer steps on the CPU: AdamW with a full second moment or with one number per group of entries, and Signum.
+ *
+ * One call steps many weights. Each is cut into units of work whose bounds depend on its shape alone, so the result
+ * is the same on any number of threads. A unit goes over its entries in runs of at most RUN, whose temporaries stay in
+ * the first cache; float32 tensors are worked on where they are.
+ *
+ * The caller passes addresses, sizes and dtypes: native.py declares the same structures.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+static int thread_number(void) { return omp_get_thread_num(); }
+#else
+static int thread_number(void) { return 0; }
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(NO_CLONES)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define SCALAR __attribute__((noinline, optimize("no-tree-vectorize")))
+#else
+#define SCALAR __attribute__((noinline))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define SIMD _Pragma("omp simd")
+
+enum { RUN = 256, UNIT = 1 << 16, FUSED = 1 << 21 };
+enum Dtype { FLOAT32, BFLOAT16, CODES };
+enum Rounding { NEAREST, STOCHASTIC, KAHAN };
+enum Rule { ADAMW_FULL, ADAMW_MEAN, SIGNUM };
+
+/* A code map: the value of each code, and the cells of dynamic_map.py's encode_table. */
+typedef struct {
+    const float *values;
+    const int32_t *cells;
+} Map;
+
+/* A full moment: `absmax` holds the scale of each block of codes. */
+typedef struct {
+    void *data;
+    float *absmax;
+    int64_t dtype, block_size;
+    const Map *map;
+} Moment;
+
+/* A part of a weight: groups x rows x columns entries, of which groups and rows are each two nested loops and columns
+ * are contiguous. `means` holds one number per group, or one per group and column. */
+typedef struct {
+    void *param;
+    const void *grad;
+    int16_t *kahan_comp;
+    float *means;
+    Moment exp_avg, exp_avg_sq;
+    int64_t groups, inner_groups, outer_group_stride, inner_group_stride;
+    int64_t rows, inner_rows, outer_row_stride, inner_row_stride;
+    int64_t columns, per_column, start, dtype, rule, rounding, noise_key;
+    double decay, step_size, eps, beta1, beta2;
+} Part;
+
+/* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
+ * what divides the entries; a unit of whole groups has both in its thread's scratch. */
+typedef struct {
+    int64_t group_chunk, row_chunk, column_chunk;
+    int64_t group_units, row_units, column_units;
+    double *sums;
+    float *scales;
+} Cut;
+
+typedef struct {
+    double *sums;
+    float *few, *scales;
+} Scratch;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t parts_of(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float finite_or_zero(float x) { return (bits_of(x) & 0x7F800000u) == 0x7F800000u ? 0.0f : x; }
+
+/* ------------------------------------------------------------------------------------------------ numbers as stored */
+
+INLINE float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+INLINE uint16_t to_bfloat16(float x) { /* nearest, ties to even */
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+INLINE uint32_t hashed(uint32_t place, uint32_t key) {
+    uint32_t x = place * 0x9E3779B1u + key;
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x >> 16;
+}
+
+/* A unit in the last place of a bfloat16, as rounding.py's last_place. */
+INLINE float last_place(float x) {
+    float unit = float_of(bits_of(x) & 0x7F800000u) * 0x1p-7f;
+    return unit < 0x1p-126f ? 0x1p-126f : unit;
+}
+
+INLINE float *load(void *data, int64_t dtype, int64_t at, int n, float *buffer) {
+    if (dtype == FLOAT32) return (float *)data + at;
+    const uint16_t *from = (const uint16_t *)data + at;
+    SIMD for (int i = 0; i < n; i++) buffer[i] = from_bfloat16(from[i]);
+    return buffer;
+}
+
+INLINE float *load_param(const Part *part, int64_t at, int n, float *buffer) {
+    float *value = load(part->param, part->dtype, at, n, buffer);
+    if (part->rounding == KAHAN) {
+        const int16_t *comp = part->kahan_comp + at;
+        SIMD for (int i = 0; i < n; i++) value[i] += last_place(value[i]) * ((float)comp[i] * 0x1p-16f);
+    }
+    return value;
+}
+
+INLINE void store_param(const Part *part, int64_t at, int n, const float *value) {
+    if (part->dtype == FLOAT32) return; /* in place */
+    uint16_t *to = (uint16_t *)part->param + at;
+    if (part->rounding == STOCHASTIC) {
+        uint32_t key = (uint32_t)part->noise_key, first = (uint32_t)(part->start + at);
+        SIMD for (int i = 0; i < n; i++) {
+            uint32_t bits = bits_of(value[i]), finite = (bits & 0x7F800000u) != 0x7F800000u;
+            uint32_t noisy = (bits + hashed(first + (uint32_t)i, key)) >> 16;
+            to[i] = (uint16_t)(finite ? noisy : to_bfloat16(value[i]));
+        }
+        return;
+    }
+    SIMD for (int i = 0; i < n; i++) to[i] = to_bfloat16(value[i]);
+    if (part->rounding == KAHAN) {
+        int16_t *comp = part->kahan_comp + at;
+        SIMD for (int i = 0; i < n; i++) {
+            float stored = from_bfloat16(to[i]);
+            float fraction = nearbyintf((value[i] - stored) / last_place(stored) * 0x1p16f);
+            fraction = fraction > 32767.0f ? 32767.0f : fraction;
+            fraction = fraction < -32768.0f ? -32768.0f : fraction;
+            comp[i] = (int16_t)finite_or_zero(fraction);
+        }
+    }
+}
+
+/* Table look-ups of 32-bit words, one after the other: gather instructions take twice as long. */
+SCALAR static void look_up_values(const void *values, const uint8_t *codes, int n, void *out) {
+    const uint32_t *from = values;
+    uint32_t *to = out;
+    for (int i = 0; i < n; i++) to[i] = from[codes[i]];
+}
+
+SCALAR static void look_up_cells(const int32_t *cells, const uint32_t *bits, int n, int32_t *out) {
+    for (int i = 0; i < n; i++) out[i] = cells[bits[i] >> 16];
+}
+
+/* A run of a moment holds whole blocks. */
+INLINE float *load_moment(const Moment *moment, int64_t at, int n, float *buffer) {
+    if (moment->dtype != CODES) return load(moment->data, moment->dtype, at, n, buffer);
+    const uint8_t *codes = (const uint8_t *)moment->data + at;
+    look_up_values(moment->map->values, codes, n, buffer);
+    int size = (int)moment->block_size;
+    for (int block = 0; block < n; block += size) {
+        float scale = moment->absmax[(at + block) / size];
+        SIMD for (int i = block; i < block + size; i++) buffer[i] *= scale;
+    }
+    return buffer;
+}
+
+INLINE void encode(const float *value, int n, float absmax, const int32_t *cells, uint8_t *codes) {
+    float inverse = 1.0f / (absmax < 0x1p-126f ? 0x1p-126f : absmax);
+    uint32_t bits[RUN];
+    int32_t found[RUN];
+    SIMD for (int i = 0; i < n; i++) bits[i] = bits_of(finite_or_zero(value[i]) * inverse);
+    look_up_cells(cells, bits, n, found);
+    SIMD for (int i = 0; i < n; i++) {
+        int32_t code = (int32_t)((uint32_t)found[i] + bits[i]) ^ ((int32_t)bits[i] >> 31);
+        codes[i] = (uint8_t)(code >> 16);
+    }
+}
+
+INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *value) {
+    if (moment->dtype == FLOAT32) return; /* in place */
+    if (moment->dtype == BFLOAT16) {
+        uint16_t *to = (uint16_t *)moment->data + at;
+        SIMD for (int i = 0; i < n; i++) to[i] = to_bfloat16(value[i]);
+        return;
+    }
+    uint8_t *codes = (uint8_t *)moment->data + at;
+    int size = (int)moment->block_size;
+    for (int block = 0; block < n; block += size) {
+        int32_t largest = 0; /* the bits of magnitudes are in their order */
+        _Pragma("omp simd reduction(max : largest)") for (int i = block; i < block + size; i++) {
+            int32_t bits = (int32_t)(bits_of(finite_or_zero(value[i])) & 0x7FFFFFFFu);
+            largest = bits > largest ? bits : largest;
+        }
+        float absmax = float_of((uint32_t)largest);
+        moment->absmax[(at + block) / size] = absmax;
+        encode(value + block, size, absmax, moment->map->cells, codes + block);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- one run */
+
+/* The entries of a run: what divides them is in `scales`, or is `scale` for all. */
+INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
+    float params[RUN], grads[RUN], averages[RUN], squares[RUN];
+    const float *grad = load((void *)part->grad, part->dtype, at, n, grads);
+    float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, n, averages);
+    const float decay = (float)part->decay, step_size = (float)part->step_size, eps = (float)part->eps;
+    const float weight1 = (float)(1 - part->beta1);
+
+    SIMD for (int i = 0; i < n; i++) exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
+    if (part->rule == ADAMW_FULL) {
+        float *exp_avg_sq = load_moment(&part->exp_avg_sq, at, n, squares);
+        const float beta2 = (float)part->beta2, weight2 = (float)(1 - part->beta2);
+        if (part->exp_avg_sq.dtype == CODES) { /* they hold the root */
+            SIMD for (int i = 0; i < n; i++) {
+                float root = sqrtf(beta2 * (exp_avg_sq[i] * exp_avg_sq[i]) + weight2 * (grad[i] * grad[i]));
+                exp_avg_sq[i] = root;
+                param[i] = param[i] * decay - step_size * (exp_avg[i] / (root + eps));
+            }
+        } else {
+            SIMD for (int i = 0; i < n; i++) {
+                exp_avg_sq[i] = beta2 * exp_avg_sq[i] + weight2 * (grad[i] * grad[i]);
+                param[i] = param[i] * decay - step_size * (exp_avg[i] / (sqrtf(exp_avg_sq[i]) + eps));
+            }
+        }
+        store_moment(&part->exp_avg_sq, at, n, exp_avg_sq);
+    } else if (part->rule == SIGNUM) {
+        SIMD for (int i = 0; i < n; i++) {
+            float sign = (float)((exp_avg[i] > 0) - (exp_avg[i] < 0));
+            param[i] = param[i] * decay - step_size * (exp_avg[i] == exp_avg[i] ? sign : exp_avg[i]);
+        }
+    } else if (scales) {
+        SIMD for (int i = 0; i < n; i++) param[i] = param[i] * decay - exp_avg[i] * scales[i];
+    } else {
+        SIMD for (int i = 0; i < n; i++) param[i] = param[i] * decay - exp_avg[i] * scale;
+    }
+    store_param(part, at, n, param);
+    store_moment(&part->exp_avg, at, n, exp_avg);
+}
+
+/* ------------------------------------------------------------------------------------------------------- one unit */
+
+typedef struct {
+    int64_t first_group, last_group, first_row, last_row, first_column, last_column, row_unit;
+} Range;
+
+INLINE int64_t offset_of(const Part *part, int64_t group, int64_t row) {
+    return group / part->inner_groups * part->outer_group_stride + group % part->inner_groups * part->inner_group_stride
+         + row / part->inner_rows * part->outer_row_stride + row % part->inner_rows * part->inner_row_stride;
+}
+
+INLINE int run_size(const Part *part) {
+    int64_t block = part->exp_avg.dtype == CODES ? part->exp_avg.block_size : 1;
+    return (int)(RUN - RUN % block);
+}
+
+/* The sum of squares of a range of a group. A square that is not finite counts as zero: it concerns its own entry. */
+INLINE double sum_squares(const Part *part, int64_t group, const Range *range) {
+    float buffer[RUN];
+    double total = 0;
+    for (int64_t row = range->first_row; row < range->last_row; row++) {
+        int64_t from = offset_of(part, group, row);
+        for (int64_t column = range->first_column; column < range->last_column; column += RUN) {
+            int n = (int)least(RUN, range->last_column - column);
+            const float *grad = load((void *)part->grad, part->dtype, from + column, n, buffer);
+            float sum = 0;
+            _Pragma("omp simd reduction(+ : sum)") for (int i = 0; i < n; i++) sum += finite_or_zero(grad[i] * grad[i]);
+            total += sum;
+        }
+    }
+    return total;
+}
+
+/* The same for every column of a range of rows, added to `sums`. */
+INLINE void sum_column_squares(const Part *part, int64_t group, const Range *range, float *few, double *sums) {
+    enum { FEW = 32 }; /* rows that are summed in float32 */
+    float buffer[RUN];
+    for (int64_t first = range->first_row; first < range->last_row; first += FEW) {
+        memset(few, 0, (size_t)part->columns * sizeof *few);
+        for (int64_t row = first; row < least(first + FEW, range->last_row); row++) {
+            int64_t from = offset_of(part, group, row);
+            for (int64_t column = 0; column < part->columns; column += RUN) {
+                int n = (int)least(RUN, part->columns - column);
+                const float *grad = load((void *)part->grad, part->dtype, from + column, n, buffer);
+                float *to = few + column;
+                SIMD for (int i = 0; i < n; i++) to[i] += finite_or_zero(grad[i] * grad[i]);
+            }
+        }
+        SIMD for (int64_t column = 0; column < part->columns; column++) sums[column] += few[column];
+    }
+}
+
+/* Average `count` means' sums of squares of `entries` each into them, and find what divides their entries. */
+INLINE void average(const Part *part, float *means, const double *sums, int64_t count, double entries, float *scales) {
+    const double weight = (1 - part->beta2) / entries;
+    SIMD for (int64_t i = 0; i < count; i++) {
+        means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
+        scales[i] = (float)part->step_size / (sqrtf(means[i]) + (float)part->eps);
+    }
+}
+
+/* The step of a range of one group; `scales` are its columns' or its only one, and nothing for a rule without means. */
+INLINE void step_range(const Part *part, int64_t group, const Range *range, const float *scales) {
+    int size = run_size(part);
+    float scale = scales ? scales[0] : 0;
+    for (int64_t row = range->first_row; row < range->last_row; row++) {
+        int64_t from = offset_of(part, group, row);
+        for (int64_t column = range->first_column; column < range->last_column; column += size) {
+            int n = (int)least(size, range->last_column - column);
+            step_run(part, from + column, n, part->per_column ? scales + column : NULL, scale);
+        }
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------- cut into units */
+
+INLINE int64_t means_of_group(const Part *part) { return part->per_column ? part->columns : 1; }
+
+static int shares_means(const Part *part, const Cut *cut) {
+    return part->rule == ADAMW_MEAN && cut->row_units * cut->column_units > 1;
+}
+
+static Cut cut_of(const Part *part) {
+    int64_t size = run_size(part), entries = part->rows * part->columns;
+    Cut cut = {1, part->rows, part->columns, 0, 0, 0, NULL, NULL};
+    if (part->rule == ADAMW_MEAN && entries <= FUSED) {
+        cut.group_chunk = entries < UNIT ? UNIT / entries : 1;
+    } else if (part->columns >= UNIT && !part->per_column) {
+        cut.row_chunk = 1;
+        cut.column_chunk = UNIT / size * size;
+    } else {
+        cut.row_chunk = parts_of(UNIT, part->columns);
+    }
+    cut.group_units = parts_of(part->groups, cut.group_chunk);
+    cut.row_units = parts_of(part->rows, cut.row_chunk);
+    cut.column_units = parts_of(part->columns, cut.column_chunk);
+    return cut;
+}
+
+static Range range_of(const Part *part, const Cut *cut, int64_t unit) {
+    int64_t column = unit % cut->column_units, row = unit / cut->column_units % cut->row_units;
+    int64_t group = unit / cut->column_units / cut->row_units;
+    Range range = {
+        group * cut->group_chunk,   least((group + 1) * cut->group_chunk, part->groups),
+        row * cut->row_chunk,       least((row + 1) * cut->row_chunk, part->rows),
+        column * cut->column_chunk, least((column + 1) * cut->column_chunk, part->columns),
+        row,
+    };
+    return range;
+}
+
+/* First pass over a unit whose group has others: its sums wait for theirs. */
+CLONES static void sum_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch) {
+    Range range = range_of(part, cut, unit);
+    if (part->per_column)
+        sum_column_squares(part, range.first_group, &range, scratch.few, cut->sums + unit * part->columns);
+    else
+        cut->sums[unit] = sum_squares(part, range.first_group, &range);
+}
+
+/* Add up what the units of each group have found. */
+CLONES static void combine(const Part *part, const Cut *cut) {
+    int64_t count = means_of_group(part), units = cut->row_units * cut->column_units;
+    double entries = (double)(part->rows * part->columns / count);
+    for (int64_t group = 0; group < part->groups; group++) {
+        double *sums = cut->sums + group * units * count;
+        for (int64_t unit = 1; unit < units; unit++)
+            SIMD for (int64_t i = 0; i < count; i++) sums[i] += sums[unit * count + i];
+        average(part, part->means + group * count, sums, count, entries, cut->scales + group * count);
+    }
+}
+
+CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch) {
+    Range range = range_of(part, cut, unit);
+    int64_t count = means_of_group(part);
+    double entries = (double)(part->rows * part->columns / count);
+    for (int64_t group = range.first_group; group < range.last_group; group++) {
+        const float *scales = NULL;
+        if (cut->scales) {
+            scales = cut->scales + group * count;
+        } else if (part->rule == ADAMW_MEAN) {
+            if (part->per_column) {
+                memset(scratch.sums, 0, (size_t)count * sizeof *scratch.sums);
+                sum_column_squares(part, group, &range, scratch.few, scratch.sums);
+            } else {
+                scratch.sums[0] = sum_squares(part, group, &range);
+            }
+            average(part, part->means + group * count, scratch.sums, count, entries, scratch.scales);
+            scales = scratch.scales;
+        }
+        step_range(part, group, &range, scales);
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- all units */
+
+/* The part that unit number `unit` of all belongs to: the last whose first unit is not above it. */
+static int64_t part_of(const int64_t *first_unit, int64_t parts, int64_t unit) {
+    int64_t low = 0, high = parts - 1;
+    while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (first_unit[middle] <= unit) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+/* Step all parts. Returns 0, or 1 without having changed anything when there is no memory for the sums. */
+int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
+    int64_t widest = 1, sums = 0, scales = 0;
+    Cut *cuts = malloc((size_t)count * sizeof *cuts);
+    int64_t *first_unit = malloc((size_t)(count + 1) * sizeof *first_unit);
+    double *all_sums = NULL;
+    float *all_scales = NULL;
+    if (!cuts || !first_unit) goto failed;
+    first_unit[0] = 0;
+    for (int64_t p = 0; p < count; p++) {
+        cuts[p] = cut_of(parts + p);
+        int64_t units = cuts[p].group_units * cuts[p].row_units * cuts[p].column_units;
+        first_unit[p + 1] = first_unit[p] + units;
+        if (parts[p].per_column && parts[p].columns > widest) widest = parts[p].columns;
+        if (shares_means(parts + p, cuts + p)) {
+            sums += units * means_of_group(parts + p);
+            scales += parts[p].groups * means_of_group(parts + p);
+        }
+    }
+    all_sums = calloc((size_t)(sums + widest * threads), sizeof *all_sums);
+    all_scales = malloc((size_t)(scales + 2 * widest * threads) * sizeof *all_scales);
+    if (!all_sums || !all_scales) goto failed;
+    double *next_sums = all_sums + widest * threads;
+    float *next_scales = all_scales + 2 * widest * threads;
+    for (int64_t p = 0; p < count; p++) {
+        if (!shares_means(parts + p, cuts + p)) continue;
+        cuts[p].sums = next_sums, cuts[p].scales = next_scales;
+        next_sums += (first_unit[p + 1] - first_unit[p]) * means_of_group(parts + p);
+        next_scales += parts[p].groups * means_of_group(parts + p);
+    }
+    _Pragma("omp parallel num_threads(threads)") {
+        int thread = thread_number();
+        Scratch scratch = {all_sums + widest * thread, all_scales + 2 * widest * thread, NULL};
+        scratch.scales = scratch.few + widest;
+        if (sums) {
+            _Pragma("omp for schedule(dynamic)") for (int64_t unit = 0; unit < first_unit[count]; unit++) {
+                int64_t p = part_of(first_unit, count, unit);
+                if (cuts[p].sums) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
+            }
+            _Pragma("omp for schedule(dynamic)") for (int64_t p = 0; p < count; p++)
+                if (cuts[p].sums) combine(parts + p, cuts + p);
+        }
+        _Pragma("omp for schedule(dynamic)") for (int64_t unit = 0; unit < first_unit[count]; unit++) {
+            int64_t p = part_of(first_unit, count, unit);
+            step_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
+        }
+    }
+    free(all_scales), free(all_sums), free(first_unit), free(cuts);
+    return 0;
+failed:
+    free(all_scales), free(all_sums), free(first_unit), free(cuts);
+    return 1;
+}

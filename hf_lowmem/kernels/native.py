@@ -1,0 +1,220 @@
+"""Steps on the CPU by the compiled kernels of `native.c`: one pass over memory where there can be, on all threads.
+
+The library is built when the package is installed, where there is a C compiler. Slots that it does not cover (float16
+or non-contiguous weights, groups of an unusual shape) are left to the kernels of `eager.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import Float32, Int8Blockwise
+from hf_lowmem.codecs.dynamic_map import decode_table, encode_table
+from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
+from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.moments import GroupMean
+from hf_lowmem.state import KAHAN_COMP
+
+logger = logging.getLogger(__name__)
+
+ADAMW_FULL, ADAMW_MEAN, SIGNUM = range(3)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("cells", ctypes.c_void_p)]
+
+
+class _Moment(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("map", ctypes.POINTER(_Map)),
+    ]
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "kahan_comp", "means")),
+        *((name, _Moment) for name in ("exp_avg", "exp_avg_sq")),
+        *((name, ctypes.c_int64) for name in ("groups", "inner_groups", "outer_group_stride", "inner_group_stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "outer_row_stride", "inner_row_stride")),
+        *((name, ctypes.c_int64) for name in ("columns", "per_column", "start")),
+        *((name, ctypes.c_int64) for name in ("dtype", "rule", "rounding", "noise_key")),
+        *((name, ctypes.c_double) for name in ("decay", "step_size", "eps", "beta1", "beta2")),
+    ]
+
+
+def kernel(rule: int, otherwise: Kernel, form: Form = adamw_form) -> Kernel:
+    """Steps by the library what that covers, and the rest by `otherwise`."""
+
+    def step(slots: Sequence[Slot], hyper: Hyper) -> None:
+        steps = library()
+        parts: list[_Part] = []
+        left = []
+        for slot in slots:
+            covered = None if steps is None else parts_of(slot, hyper, rule, form)
+            if covered is None:
+                left.append(slot)
+            else:
+                parts += covered
+        if parts and steps is not None and steps((_Part * len(parts))(*parts), len(parts), torch.get_num_threads()):
+            raise MemoryError("There is no memory left for the sums of the optimizer's step.")
+        if left:
+            otherwise(left, hyper)
+
+    return step
+
+
+@cache
+def library() -> ctypes._NamedFuncPointer | None:
+    """The library's function, or None, said once, where the package was installed without a C compiler."""
+    spec = find_spec("hf_lowmem.kernels._native")
+    if spec is None or spec.origin is None:
+        logger.warning(
+            "Optimizer steps on the CPU take several times longer than they could: the compiled kernels are missing. "
+            "Install a C compiler, such as gcc, and then hf_lowmem again."
+        )
+        return None
+    function = ctypes.CDLL(spec.origin).hf_lowmem_step
+    function.argtypes = [ctypes.POINTER(_Part), ctypes.c_int64, ctypes.c_int]
+    return function
+
+
+def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | None:
+    """The parts of a slot, or None where the library does not cover it."""
+    param, grad, codec = slot.param, slot.grad, slot.plan.codec
+    if param.dtype not in (torch.float32, torch.bfloat16) or grad.dtype != param.dtype:
+        return None
+    if not (param.is_contiguous() and grad.is_contiguous()):
+        return None
+    if rule == ADAMW_FULL and param.dtype == torch.float32 and isinstance(codec, Float32):
+        return None  # torch's fused AdamW is as fast
+    scalars, moment = form(slot, hyper), slot.plan.moments.get("exp_avg_sq")
+    if not isinstance(moment, GroupMean):
+        return [_part(slot, _elementwise(param.numel()), None, rule, scalars, hyper)]
+    found = _geometries(moment, tuple(param.shape), codec.block_size if isinstance(codec, Int8Blockwise) else 1)
+    if found is None:
+        return None
+    means = [slot.state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
+    return [_part(slot, *part, rule, scalars, hyper) for part in zip(found, means, strict=True)]
+
+
+class Geometry(NamedTuple):
+    """Where the entries of a part are, see `Part` in native.c; strides, and the `start` in the weight, in entries."""
+
+    groups: int
+    inner_groups: int
+    outer_group_stride: int
+    inner_group_stride: int
+    rows: int
+    inner_rows: int
+    outer_row_stride: int
+    inner_row_stride: int
+    columns: int
+    per_column: int
+    start: int
+
+
+@cache
+def _elementwise(entries: int) -> Geometry:
+    return Geometry(1, 1, 0, 0, 1, 1, 0, 0, entries, 0, 0)
+
+
+@cache
+def _geometries(moment: GroupMean, shape: tuple[int, ...], block_size: int) -> list[Geometry] | None:
+    """Each segment of a contiguous weight, if all its runs can hold whole blocks."""
+    weight, found = torch.empty(shape, device="meta"), []
+    for segment in moment.segments:
+        view = segment.view(weight)
+        one = geometry(view.shape, view.stride(), int(view.storage_offset()), segment.mean_dims)
+        if one is None or any(value % block_size for value in (one.columns, one.start)):
+            return None
+        found.append(one)
+    return found
+
+
+def geometry(shape: Sequence[int], strides: Sequence[int], start: int, mean_dims: Sequence[int]) -> Geometry | None:
+    """The loops over a view whose entries are averaged over `mean_dims`; None where two nested ones do not do.
+
+    The averages are in the row-major order of the other dimensions.
+    """
+    dims = [(size, stride, dim in mean_dims) for dim, (size, stride) in enumerate(zip(shape, strides, strict=True))]
+    dims = [dim for dim in dims if dim[0] != 1]
+    columns, averaged = 1, True
+    if dims:
+        columns, stride, averaged = dims.pop()
+        if stride != 1:
+            return None
+        while dims and dims[-1][1:] == (columns, averaged):
+            columns *= dims.pop()[0]
+    groups = _nested([dim[:2] for dim in dims if not dim[2]])
+    rows = _nested([dim[:2] for dim in dims if dim[2]])
+    return Geometry(*groups, *rows, columns, not averaged, start) if groups and rows else None
+
+
+def _nested(dims: list[tuple[int, int]]) -> tuple[int, int, int, int] | None:
+    """(all, inner size, outer stride, inner stride) of at most two loops; those that follow each other are one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    (outer, outer_stride), (inner, inner_stride) = [*[(1, 0)] * (2 - len(merged)), *merged]
+    return outer * inner, inner, outer_stride, inner_stride
+
+
+def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars: Scalars, hyper: Hyper) -> _Part:
+    param, start = slot.param, found.start
+    rounding = "nearest" if param.dtype == torch.float32 else slot.plan.rounding.kind
+    return _Part(
+        _address(param, start),
+        _address(slot.grad, start),
+        _address(slot.state[KAHAN_COMP], start) if rounding == "kahan" else None,
+        None if means is None else means.data_ptr(),
+        _moment(slot, "exp_avg", start),
+        _moment(slot, "exp_avg_sq", start, signed=False) if rule == ADAMW_FULL else _Moment(),
+        *found,
+        _DTYPES[param.dtype],
+        rule,
+        _ROUNDINGS[rounding],
+        slot.noise_key,
+        scalars.decay,
+        scalars.step_size,
+        scalars.eps,
+        hyper.beta1,
+        hyper.beta2,
+    )
+
+
+def _moment(slot: Slot, name: str, start: int, signed: bool = True) -> _Moment:
+    data, codec = slot.state[name], slot.plan.codec
+    if not isinstance(codec, Int8Blockwise):
+        return _Moment(_address(data, start), None, _DTYPES[data.dtype], 1, None)
+    absmax, size = slot.state[f"{name}_absmax"], codec.block_size
+    return _Moment(_address(data, start), _address(absmax, start // size), _DTYPES[data.dtype], size, _map(signed))
+
+
+def _address(tensor: Tensor, start: int) -> int:
+    return tensor.data_ptr() + start * tensor.itemsize
+
+
+@cache
+def _map(signed: bool) -> ctypes._Pointer[_Map]:
+    """The code map's tables, which are kept for good."""
+    cpu = torch.device("cpu")
+    return ctypes.pointer(_Map(decode_table(signed, cpu).data_ptr(), encode_table(signed, cpu).data_ptr()))

@@ -1,0 +1,29 @@
+"""The compiled CPU kernels, an optional part of the install; all else is in setup.cfg."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Without -fno-math-errno and -fno-trapping-math, roots and selections are not vectorized; neither changes a result.
+FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class BuildKernels(build_ext):
+    """Compile with OpenMP, or for one thread where the compiler has none."""
+
+    def build_extension(self, ext: Any) -> None:
+        try:
+            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp"], ["-fopenmp"]
+            super().build_extension(ext)
+        except Exception:
+            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp-simd"], []
+            super().build_extension(ext)
+
+
+setup(
+    ext_modules=[Extension("hf_lowmem.kernels._native", ["hf_lowmem/kernels/native.c"], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)
