@@ -91,7 +91,9 @@ def inspect(argv: list[str]) -> None:
     parser = ArgumentParser(prog="hf-lowmem inspect", description=inspect.__doc__)
     parser.add_argument("model", help="a local folder, a hub id, or a config.json")
     parser.add_argument("--optim", required=True, metavar="NAME", help="an optim name, see `hf-lowmem optims`")
-    parser.add_argument("--optim-args", metavar="TEXT", help="options: key=value,key=value or a JSON object")
+    parser.add_argument(
+        "--optim-args", "--optim_args", metavar="TEXT", help="options: key=value,key=value or a JSON object"
+    )
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--rows", action="store_true", help="one line per parameter instead of one per role")

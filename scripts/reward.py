@@ -11,8 +11,8 @@
 
 The data has the columns `chosen` and `rejected`: texts, or conversations; `prompt` may hold what both begin with. The
 model becomes a sequence classifier with one label, which `--reward_model_name_or_path` of grpo.py and rloo.py takes.
-With LoRA give `--use_peft --lora_task_type SEQ_CLS --lora_modules_to_save score`. Models, data files and several
-processes are as in sft.py. All options: `python scripts/reward.py --help`.
+With LoRA (`--use_peft`) the new head is trained, too. Models, data files and several processes are as in sft.py. All
+options: `python scripts/reward.py --help`.
 """
 
 from hf_lowmem.trainer.trl_script import main

@@ -241,6 +241,25 @@ MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
         "--dataset_name p.jsonl {model} {reward}",
         "--reward_funcs accuracy_reward needs the data file to have solution; its columns: prompt.",
     ),
+    ("kto", "--dataset_name kto.jsonl {model}", "The column label of kto.jsonl must hold true or false, not 'good'."),
+    ("dpo", "--dataset_name hub/id --model_name_or_path ./no", "--model_name_or_path ./no: there is no such folder,"),
+    ("dpo", "--dataset_name hub/id --model_name_or_path empty", "--model_name_or_path empty: the folder holds neith"),
+    ("rloo", "--dataset_name hub/id {model} --reward_model_name_or_path no", "--reward_model_name_or_path no: there"),
+    ("dpo", "--dataset_name hub/id {model} --load_in_4bit", "--load_in_4bit and --load_in_8bit freeze the model: ad"),
+    ("dpo", "--dataset_name hub/id {model} --fsdp full_shard", "optim='slim_adamw_8bit' does not support FSDP yet"),
+    ("dpo", "--dataset_name hub/id {model} --learning_rat 1", "Unknown option '--learning_rat'; the nearest names: -"),
+    ("dpo", "--dataset_name hub/id {model} --resume_from_checkpoint no", "--resume_from_checkpoint no: there is no s"),
+    (
+        "dpo",
+        "--dataset_name hub/id {model} --resume_from_checkpoint True --output_dir no",
+        "--resume_from_checkpoint True: there is no checkpoint in --output_dir no.",
+    ),
+    pytest.param(
+        "dpo",
+        "--dataset_name hub/id --model_name_or_path m",
+        "There is no GPU here: add --use_cpu true to train on the CPU.",
+        marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+    ),
 ]
 ONLY_THE_SCRIPT_SAYS = [  # the started process, where the command is used
     ("grpo", "--dataset_name p.jsonl {model} --reward_funcs judge.share", "Unknown reward 'judge.share'; the nearest"),
@@ -278,7 +297,11 @@ def mistaken_folder(tmp_path, monkeypatch):
         "broken.yaml": "optim: adam_mini\n max_steps: 1: 2\n",
         "reward.yaml": "dataset_name: p.jsonl\nreward_funcs: accuracy_reward\n",
         "list.yaml": "- optim\n",
+        "kto.jsonl": '{"prompt": "a", "completion": "b", "label": "good"}',
+        "m/config.json": "{}",
     }
+    for folder in ("m", "empty"):
+        (tmp_path / folder).mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -286,7 +309,9 @@ def mistaken_folder(tmp_path, monkeypatch):
 
 
 def words(options):
-    return options.format(model="--model_name_or_path m", reward="--reward_funcs accuracy_reward").split()
+    return options.format(
+        model="--model_name_or_path m --use_cpu True", reward="--reward_funcs accuracy_reward"
+    ).split()
 
 
 def check_answer(sentence, capfd):

@@ -43,6 +43,7 @@ class Explanation:
     """The rows of all parameters; prints as a table."""
 
     algorithm: str
+    state_bits: int
     rows: tuple[Row, ...]
     caution: str = ""
 
@@ -64,6 +65,7 @@ class Explanation:
         """Plain values, ready for JSON."""
         return {
             "algorithm": self.algorithm,
+            "state_bits": self.state_bits,
             "parameters": self.numel,
             "bytes": self.nbytes,
             "bytes_per_param": self.bytes_per_param,
@@ -100,7 +102,8 @@ class Explanation:
 
     def _total(self) -> str:
         return (
-            f"{self.algorithm}: {self.nbytes:,} bytes of state for {self.numel:,} trainable parameters, "
+            f"{self.algorithm}, state_bits={self.state_bits}: {self.nbytes:,} bytes of state for "
+            f"{self.numel:,} trainable parameters, "
             f"{self.bytes_per_param:.3f} bytes each (AdamW in float32: 8)"
             + (f"\n{self.caution}" if self.caution else "")
         )
@@ -109,10 +112,10 @@ class Explanation:
 def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
     """The table of a plan that `plan_roles(model, recipe)` made."""
     rows = tuple(_row(assignment, recipe) for assignment in plan)
-    bytes_per_param = Explanation(recipe.algorithm, rows).bytes_per_param
-    return Explanation(
-        recipe.algorithm, rows, recipe.caution.format(bytes=bytes_per_param, adamw=ADAMW_BYTES[recipe.state_bits])
-    )
+    bits = recipe.state_bits
+    bytes_per_param = Explanation(recipe.algorithm, bits, rows).bytes_per_param
+    caution = recipe.caution.format(bytes=bytes_per_param, adamw=ADAMW_BYTES[bits])
+    return Explanation(recipe.algorithm, bits, rows, caution)
 
 
 def _row(assignment: Assignment, recipe: Recipe) -> Row:

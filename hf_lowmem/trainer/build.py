@@ -113,10 +113,11 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
 
 def refuse_sharding(args: Any) -> None:
     """Raise ValueError if these TrainingArguments, or the launcher, shard the weights: rows would be gone."""
+    optim = getattr(args.optim, "value", args.optim)
     for name, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         if chosen or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
             raise ValueError(
-                f"optim={args.optim.value!r} does not support {name} yet, which hands it pieces of weights: "
+                f"optim={optim!r} does not support {name} yet, which hands it pieces of weights: "
                 "train with DDP or in one process."
             )
 

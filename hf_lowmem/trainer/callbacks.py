@@ -99,8 +99,8 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
             self._warned = True
             remedy = 'Set optim_args="rounding=kahan" (2 more bytes per weight) or "rounding=stochastic", train'
             logger.warning(
-                "%.0f %% of the weights' updates at step %d were lost to rounding: its learning rate of %.1e is too "
-                "small for weights of 16 bits. %s float32 weights, or raise learning_rate.",
+                "%.0f %% of the updates of 16-bit weights at step %d were lost to rounding: its learning rate of %.1e "
+                "is too small for them. %s float32 weights, or raise learning_rate.",
                 100 * share,
                 measured.step,
                 measured.lr,

@@ -17,11 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
+from transformers.utils import cached_file
 from trl.scripts.utils import DatasetConfig
 
+from hf_lowmem.trainer.build import refuse_sharding
 from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
 from hf_lowmem.trainer.optim_args import recipe_for
 
@@ -70,19 +74,29 @@ def check(
         raise ValueError(unknown_optim(given.optim, known))
     if given.optim in OPTIM_NAMES:
         recipe_for(given.optim, given.optim_args, given.optim_target_modules)
+        refuse_sharding(given)
     _check_dataset(given)
     for option, what in (("model_name_or_path", "model"), ("teacher_model_name_or_path", "teacher model")):
         if getattr(given, option, "") is None:
             raise ValueError(f"No {what} is given: add --{option} with a local folder or a hub id.")
+    for option in ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path"):
+        _check_model(option, getattr(given, option, None))
+    _check_resume(given)
     columns = None
     if is_file(given.dataset_name):
-        columns = _columns(given.dataset_name)
+        row = _first_row(given.dataset_name)
+        columns = list(row)
         _check_columns(task, given, columns)
+        if task == "kto" and not isinstance(row.get("label", True), bool):
+            raise ValueError(
+                f"The column label of {given.dataset_name} must hold true or false, not {row['label']!r}."
+            )
     rewards = getattr(given, "reward_funcs", None) or ()
     if isinstance(rewards, str):  # TRL would take each letter for a reward
         raise ValueError(f"reward_funcs must be a list in a config file: [{rewards}].")
     for name in rewards:
         _check_reward(name, columns, imports=not launches)
+    _check_device(given)
 
 
 def is_file(dataset_name: str | None) -> bool:
@@ -131,10 +145,48 @@ def _check_dataset(given: Any) -> None:
         )
 
 
-def _columns(path: str) -> list[str]:
+def _check_device(given: Any) -> None:
+    wants_gpu = not (given.use_cpu or given.fp16) and str(given.bf16).lower() != "false"
+    if wants_gpu and not torch.accelerator.is_available():
+        raise ValueError("There is no GPU here: add --use_cpu true to train on the CPU.")
+    if (given.load_in_4bit or given.load_in_8bit) and not given.use_peft:
+        raise ValueError("--load_in_4bit and --load_in_8bit freeze the model: add --use_peft to train adapters.")
+
+
+def _check_model(option: str, name: str | None) -> None:
+    """A folder with a model or adapters, or a hub id that is in the cache or on the hub."""
+    if name is None:
+        return
+    files = ("config.json", "adapter_config.json")
+    if Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in files):
+            raise ValueError(f"--{option} {name}: the folder holds neither {' nor '.join(files)}.")
+        return
+    for file in files:
+        try:
+            if cached_file(name, file):
+                return
+        except OSError:
+            continue
+    raise ValueError(f"--{option} {name}: there is no such folder, and no such model in the cache or on the hub.")
+
+
+def _check_resume(given: Any) -> None:
+    asked = given.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return
+    folder = given.output_dir
+    if str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked}: there is no such folder.")
+    elif folder is None or not (Path(folder).is_dir() and get_last_checkpoint(folder)):
+        raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {folder}.")
+
+
+def _first_row(path: str) -> dict[str, Any]:
     logging.disable()  # `datasets` logs its errors, too
     try:
-        return list(next(iter(load_dataset(file_format(path), data_files=path, split="train", streaming=True))))
+        return dict(next(iter(load_dataset(file_format(path), data_files=path, split="train", streaming=True))))
     except StopIteration:
         raise ValueError(f"The data file {path} has no rows.") from None
     except ValueError as error:

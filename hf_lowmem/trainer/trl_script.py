@@ -101,6 +101,10 @@ def make_parser(task: str, prog: str | None = None) -> Any:
     parser = _script(task).make_parser(prog=prog)
     parser.set_defaults(optim=DEFAULT_OPTIM)
     parser.description = __doc__
+    parser.epilog = f"On several processes: hf-lowmem {task} --num_processes 2 ...; without a GPU: --use_cpu true."
+    parser.allow_abbrev = False
+    if task == "reward":  # PEFT's default would look for a head that generates
+        parser.set_defaults(lora_task_type="SEQ_CLS")
     parser.error = _refuse
     (optim,) = (action for action in parser._actions if action.dest == "optim")
     optim.metavar, optim.choices = f"{{{','.join(optim.choices)}}}", None  # the check names the nearest, not all
