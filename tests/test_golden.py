@@ -65,8 +65,11 @@ def follow(case: str, name: str, optim_args: str | None) -> float:
     return worst
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case: str) -> None:
+def test_golden(case: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("hf_lowmem.kernels.native.library", lambda: None)
     assert follow(case, *CASES[case]) <= 2e-6
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
-from hf_lowmem.kernels import eager
+from hf_lowmem.kernels import eager, native
 
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
 INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
@@ -56,18 +56,21 @@ def gradients(shape: tuple[int, ...], steps: int = 4, dtype: torch.dtype = torch
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("tile", [64, 512, 1 << 20])
+@pytest.mark.parametrize("kernels", ["compiled", 64, 512, 1 << 20])
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
 def test_kernels_compute_what_the_rules_define(
-    cls: type, options: dict, shape: tuple[int, ...], bits: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    cls: type, options: dict, shape: tuple[int, ...], bits: int, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The compiled kernels, and those in plain torch with tiles of several sizes."""
     options = {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}
     start, grads = torch.randn(shape), gradients(shape)
     with monkeypatch.context() as patch:
         patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
         expected, reference = run(cls, options, start, grads)
-    monkeypatch.setattr(eager, "tile_size", lambda device: tile)
+    if kernels != "compiled":
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(eager, "tile_size", lambda device: kernels)
     actual, optimizer = run(cls, options, start, grads)
     # A code on the boundary of two may fall to either side: one code is 1.4 % of its block's largest entry.
     tolerance = 1e-6 if bits == 32 else 2e-3

@@ -1,0 +1,233 @@
+"""The compiled CPU kernels against the rules, and what happens without them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_families import FAMILIES, tiny_model
+from torch import Tensor, nn
+
+import hf_lowmem
+from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.codecs.dynamic_map import decode_table
+from hf_lowmem.kernels import Hyper, eager, native
+from hf_lowmem.kernels.native import geometry
+from hf_lowmem.rounding import StoredWeight
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["lowmem_adamw", "slim_adamw", "adam_mini", "adalayer", "signum"]
+ROUNDINGS = ["nearest", "stochastic", "kahan"]
+built = pytest.mark.skipif(
+    native.library() is None and shutil.which("cc") is None, reason="there is no C compiler here"
+)
+pytestmark = built
+
+
+def run(cls: type, options: dict[str, Any], start: Tensor, steps: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight and the state, both as float32, after a few steps; full moments decoded."""
+    generator = torch.Generator().manual_seed(1)
+    param = nn.Parameter(start.clone())
+    optimizer = cls([param], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
+    for _ in range(steps):
+        param.grad = torch.randn(start.shape, generator=generator).to(start.dtype)
+        optimizer.step()
+    (state,), group = optimizer.state.values(), optimizer.param_groups[0]
+    plan = optimizer.plan(group, tuple(start.shape), start.dtype)
+    decoded = {name: value.float() for name, value in state.items() if value.dtype != torch.uint8}
+    for name, codes in state.items():
+        if codes.dtype == torch.uint8:
+            values = decode_table(name == "exp_avg", codes.device)[codes.int()]
+            blocks = values.unflatten(-1, (state[f"{name}_absmax"].shape[-1], -1))
+            decoded[name] = (blocks * state[f"{name}_absmax"].unsqueeze(-1)).flatten(-2)
+    weight = StoredWeight.of(param.detach(), plan.rounding, state, 0)
+    return (weight.load() if plan.rounding.kind == "kahan" else param.detach().float()), decoded
+
+
+def by_rule(monkeypatch: pytest.MonkeyPatch, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+        return run(*args)
+
+
+def test_the_library_is_built() -> None:
+    assert native.library() is not None
+
+
+# More than 2^21 entries in a group are shared between units; fewer than 2^16 share one; rows longer than a run.
+LARGE: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
+    (SlimAdamW, {"axes": (0,)}, (4500, 512)),
+    (SlimAdamW, {"axes": (1,)}, (3, 2_200_064)),
+    (SlimAdamW, {"axes": (0, 1)}, (4500, 512)),
+    (SlimAdamW, {"axes": (1,)}, (2, 2100, 1024)),
+    (SlimAdamW, {"axes": (1,)}, (700, 768)),
+    (AdamMini, {"axes": (1,), "rows_per_block": 64}, (1024, 768)),
+    (LowMemAdamW, {}, (300, 1024)),
+    (Signum, {}, (300, 1024)),
+]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), LARGE, ids=lambda value: str(value).replace(" ", ""))
+def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, monkeypatch) -> None:
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    options = {**options, "state_bits": bits, "rounding": rounding}
+    start = torch.randn(shape).to(dtype)
+    monkeypatch.setattr(eager, "tiles", lambda *args: pytest.fail("the compiled kernel leaves this to another"))
+    mine, state = run(cls, options, start)
+    monkeypatch.undo()
+    theirs, expected = by_rule(monkeypatch, cls, options, start)
+    # A code, or a weight's neighbour, may fall to either side of a boundary in a few places.
+    for name, value in {"param": mine, **state}.items():
+        reference = theirs if name == "param" else expected[name]
+        if name == "kahan_comp":
+            continue  # in units of the weight's last place: compared with the weight
+        off = (value - reference).abs()
+        largest = float(reference.abs().max())
+        exact = off <= 1e-6 * largest + 1e-6 * reference.abs()
+        if bits == 32 and rounding != "stochastic" and not (cls is Signum and name == "param"):  # a sign may flip
+            assert exact.all(), (name, off.max())
+        assert exact.float().mean() > 0.95, name
+        assert off.max() <= 2.0**-6 * largest, name
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_groups(data: st.DataObject) -> None:
+    """Random shapes, averaged axes and blocks of rows, against plain torch."""
+    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 64]), min_size=1, max_size=3)))
+    axes = data.draw(st.sets(st.sampled_from(range(len(shape)))))
+    kept = [axis for axis in range(len(shape)) if axis not in axes]
+    block = data.draw(st.sampled_from([b for b in (1, 2, 4, 8) if not kept or shape[kept[-1]] % b == 0]))
+    options = {"axes": tuple(sorted(axes)), **({"rows_per_block": block} if kept else {})}
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        mine, state = run(AdamMini, options, start)
+        theirs, expected = by_rule(patch, AdamMini, options, start)
+    torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}_8bit" for name in NAMES)])
+def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(1024, 2304, bias=False), nn.Linear(300, 700))
+            optimizer = hf_lowmem.build_optimizer(model, name, lr=1e-3, weight_decay=0.1)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape)
+            optimizer.step()
+            moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            results.append([*(param.detach() for param in model.parameters()), *moments])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_stochastic_rounding_draws_the_noise_of_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"axes": (1,), "rounding": "stochastic"}
+    start = torch.randn(64, 256).bfloat16()
+    mine, _ = run(SlimAdamW, options, start)
+    theirs, _ = by_rule(monkeypatch, SlimAdamW, options, start)
+    assert (mine == theirs).float().mean() > 0.999  # other noise would differ in a third
+
+
+def test_a_weight_inside_of_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"axes": (1,), "rounding": "stochastic", "state_bits": 8, "min_8bit_size": 0}
+    whole = torch.randn(40, 256).bfloat16()
+    inside, _ = run(SlimAdamW, options, whole.clone()[8:])
+    alone, _ = run(SlimAdamW, options, whole[8:].clone())
+    assert torch.equal(inside, alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["slim_adamw", "adam_mini"])
+def test_every_family_is_covered(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the gates of gpt-oss, which alternate with other columns."""
+    model = tiny_model(family)
+    left: list[tuple[int, ...]] = []
+    leave = eager.adamw_mean
+
+    def note(slots: Any, hyper: Hyper) -> None:
+        left.extend(tuple(slot.param.shape) for slot in slots)
+        leave(slots, hyper)
+
+    optimizer = hf_lowmem.build_optimizer(model, name, lr=1e-3)
+    key = next(key for key in _mean_keys() if key.codec == "Float32")
+    monkeypatch.setitem(hf_lowmem.kernels.KERNELS, key, native.kernel(native.ADAMW_MEAN, note))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert bool(left) == (family == "gpt_oss" and name == "slim_adamw")
+
+
+def _mean_keys() -> list[Any]:
+    return [key for key in hf_lowmem.kernels.KERNELS if key.second_moment == "GroupMean" and key.device == "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dims", "expected"),
+    [
+        ((6, 4), (4, 1), (1,), (6, 6, 0, 4, 1, 1, 0, 0, 4, False)),
+        ((6, 4), (4, 1), (0,), (1, 1, 0, 0, 6, 6, 0, 4, 4, True)),
+        ((6, 4), (4, 1), (0, 1), (1, 1, 0, 0, 1, 1, 0, 0, 24, False)),
+        ((2, 3, 5, 4), (120, 20, 4, 1), (2, 3), (6, 3, 120, 20, 1, 1, 0, 0, 20, False)),
+        ((6, 4), (1, 6), (1,), None),  # the last dimension is not contiguous
+        ((2, 3, 2, 3, 2, 3), (540, 90, 30, 9, 3, 1), (1, 3, 5), None),  # three loops of groups
+    ],
+)
+def test_geometry(shape: Any, strides: Any, dims: Any, expected: Any) -> None:
+    found = geometry(shape, strides, 7, dims)
+    assert found == (None if expected is None else (*expected, 7))
+
+
+@pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
+def test_without_a_compiler_the_step_is_the_same_and_that_is_said_once(name, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(native, "find_spec", lambda module: None)
+    native.library.cache_clear()
+    try:
+        layer = nn.Linear(64, 64)
+        optimizer = hf_lowmem.build_optimizer(layer, name, lr=1e-3)
+        before = layer.weight.detach().clone()
+        for _ in range(2):
+            layer(torch.ones(64)).sum().backward()
+            optimizer.step()
+        assert not torch.equal(before, layer.weight)
+    finally:
+        native.library.cache_clear()
+    assert caplog.text.count("Install a C compiler") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    driver, flags = tmp_path / "driver", ["-O1", "-g", "-std=gnu11", "-fopenmp", "-DNO_CLONES"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = ROOT / "tests" / "native_driver.c"
+    subprocess.run(["gcc", *flags, str(source), "-o", str(driver), "-lm"], check=True)
+    done = subprocess.run([str(driver)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 300
+
+
+@pytest.mark.slow
+def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CC": "/no/compiler"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf_lowmem" / "kernels" / "native.py").is_file()
+    assert not list(tmp_path.rglob("*.so"))
