@@ -1,0 +1,199 @@
+"""One row of `step_time.py`: an optimizer against fused AdamW, in this process. Times, bytes of state, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import BASELINE, build
+from presets import build_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HORIZON = 200  # steps that a change of basis is spread over
+FEWEST_PAIRS = 2
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+Times = tuple[float, float]
+
+
+def measure(
+    name: str, preset: str, dtype: str, baseline_dtype: str, threads: int, device: str, pairs: int, limit: float
+) -> dict[str, Any]:
+    """One row. No further pair is started once a quarter of `limit` (seconds) has passed."""
+    launched = time.perf_counter()
+    torch.set_num_threads(threads)
+    baseline = build(BASELINE, build_model(preset, DTYPES[baseline_dtype], device))
+    model = build_model(preset, DTYPES[dtype], device)
+    contender = build(name, model)
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    for warm in (baseline.step, baseline.step, copy):
+        warm()
+    first = timed(contender.step, device)
+    extra = extra_bytes(contender.step, device)
+
+    times: dict[Callable[[], Any], list[Times]] = {baseline.step: [], contender.step: [], copy: []}
+    machine_before, own_before = machine_cpu_seconds(), time.process_time()
+    for pair in range(pairs):
+        if pair >= FEWEST_PAIRS and time.perf_counter() - launched > limit / 4:
+            break
+        order = (baseline.step, contender.step)
+        for function in (*(order if pair % 2 == 0 else reversed(order)), copy):
+            times[function].append(timed(function, device))
+    own = time.process_time() - own_before
+    other = machine_cpu_seconds() - machine_before - own
+
+    timed_pairs = list(zip(times[contender.step], times[baseline.step], strict=True))
+    row: dict[str, Any] = {"optim": name, "dtype": dtype, "baseline_dtype": baseline_dtype, "threads": threads}
+    row["pairs"] = len(timed_pairs)
+    for index, clock in enumerate(("cpu", "wall")):
+        ratios = [c[index] / b[index] for c, b in timed_pairs]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        row |= {f"{clock}_ratio": middle, f"{clock}_ratio_quartiles": [low, high]}
+        row |= {f"{clock}_ms": statistics.median(c[index] for c, _ in timed_pairs)}
+        row |= {f"baseline_{clock}_ms": statistics.median(b[index] for _, b in timed_pairs)}
+
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    state, bases = state_bytes(contender)
+    moved = bytes_moved(weights, state, bases)
+    shares = [
+        moved / c[1] / (2 * COPY_BYTES[device] / seconds[1])
+        for c, seconds in zip(times[contender.step], times[copy], strict=True)
+    ]
+    row |= {
+        "first_step_s": first[1] / 1e3,
+        "state_bytes": state,
+        "state_bytes_per_parameter": state / parameters,
+        "moved_bytes_per_parameter": moved / parameters,
+        "copy_gb_per_s": 2 * COPY_BYTES[device] / 1e6 / statistics.median(wall for _, wall in times[copy]),
+        "copy_share": statistics.median(shares),
+        "extra_bytes": extra,
+        "other_cpu_per_own": max(0.0, other) / own,
+    }
+    if changes := changes_of_basis(contender):
+        row |= amortise(contender, changes, row, first, device)
+    return row
+
+
+def timed(function: Callable[[], Any], device: str) -> Times:
+    """(CPU, wall) milliseconds; on CUDA the device's milliseconds twice."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), start.elapsed_time(end)
+    cpu, wall = time.process_time(), time.perf_counter()
+    function()
+    return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
+
+
+# -- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def storages(value: Any) -> Iterator[tuple[int, int]]:
+    """Yield (address, bytes) of every storage in a nest of state; tensor subclasses by what they are made of."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from storages(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from storages(item)
+    elif hasattr(value, "__tensor_flatten__"):
+        yield from storages([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+    elif isinstance(value, torch.Tensor):
+        yield value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()
+    elif hasattr(value, "__dict__"):  # GaLore's projector
+        yield from storages(vars(value))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(bytes of all state, bytes of bases), each storage once. All that have bases call them `proj...`."""
+    states = list(optimizer.state.values())
+    bases = [item for state in states for name, item in state.items() if str(name).startswith("proj")]
+    return sum(dict(storages(states)).values()), sum(dict(storages(bases)).values())
+
+
+def bytes_moved(weights: int, state: int, bases: int) -> int:
+    """What a step cannot but move: weights and state in and out, gradients in, bases in (between two changes)."""
+    return 3 * weights + 2 * state - bases
+
+
+def extra_bytes(step: Callable[[], Any], device: str) -> int | None:
+    """The most that a step holds beyond what is held before it; None where the system does not tell."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that malloc keeps would hide the step's
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        step()
+        return None
+    before = resident_bytes("VmRSS")
+    step()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS (now) or VmHWM (peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def machine_cpu_seconds() -> float:
+    """CPU seconds that the whole machine has worked since it started (0 where /proc is missing)."""
+    try:
+        user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+# -- changes of basis -----------------------------------------------------------------------------------------------
+
+
+def changes_of_basis(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+    """Kind of change -> the numbers of completed steps at which it is due among the first `HORIZON`."""
+    group = optimizer.param_groups[0]
+    if interval := group.get("update_interval"):
+        recomputed = interval * group["reproject_factor"]
+        due = range(interval, HORIZON, interval)
+        changes = {"correct": [k for k in due if k % recomputed], "recompute": [k for k in due if k % recomputed == 0]}
+        return {kind: steps for kind, steps in changes.items() if steps}
+    frequency = group.get("precondition_frequency")
+    return {"refresh": list(range(frequency, HORIZON, frequency))} if frequency else {}
+
+
+def amortise(
+    optimizer: Any, changes: dict[str, list[int]], row: dict[str, Any], first: Times, device: str
+) -> dict[str, Any]:
+    """The time of a step with each kind of change, and of the first `HORIZON` steps over fused AdamW's."""
+    clocks = ("cpu", "wall")
+    times: dict[str, dict[str, float]] = {}
+    total = {clock: row[f"{clock}_ms"] * (HORIZON - 1) + ms for clock, ms in zip(clocks, first, strict=True)}
+    for kind, steps in changes.items():
+        for state in optimizer.state.values():
+            state["step"].fill_(steps[0])
+        times[kind] = dict(zip(("cpu_ms", "wall_ms"), timed(optimizer.step, device), strict=True))
+        for clock in clocks:
+            total[clock] += len(steps) * (times[kind][f"{clock}_ms"] - row[f"{clock}_ms"])
+    return {
+        "change_of_basis": times,
+        "changes": {kind: len(steps) for kind, steps in changes.items()},
+        "amortised": {clock: total[clock] / (HORIZON * row[f"baseline_{clock}_ms"]) for clock in clocks},
+    }

@@ -1,0 +1,137 @@
+"""The optimizers of other packages, at the settings that their authors give, and ours by name."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package beside this file, installed or not
+
+import hf_lowmem  # noqa: E402
+
+BASELINE = "adamw_fused"
+ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`distribution` is the name on PyPI."""
+
+    title: str
+    distribution: str
+    build: Callable[[Any], torch.optim.Optimizer]
+
+    @property
+    def installed(self) -> bool:
+        return version_of(self.distribution) is not None
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def bnb_adamw8bit(model: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(model.parameters(), **ADAM)
+
+
+def bnb_paged_adamw8bit(model: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit(model.parameters(), **ADAM)
+
+
+def torchao_adamw8bit(model: Any) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(model.parameters(), **ADAM)
+
+
+def torchao_adamw4bit(model: Any) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW4bit
+
+    return AdamW4bit(model.parameters(), **ADAM)
+
+
+def gefen_x(model: Any) -> torch.optim.Optimizer:
+    from gefen import Gefen
+
+    return Gefen(model.named_parameters(), **ADAM)
+
+
+def flashoptim(model: Any) -> torch.optim.Optimizer:
+    from flashoptim import FlashAdamW
+
+    return FlashAdamW(model.parameters(), **ADAM)
+
+
+def adam_mini(model: Any) -> torch.optim.Optimizer:
+    from adam_mini import Adam_mini
+
+    config = model.config
+    heads = {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
+    return Adam_mini(model.named_parameters(), **ADAM, dim=config.hidden_size, **heads)
+
+
+def galore(model: Any) -> torch.optim.Optimizer:
+    from galore_torch import GaLoreAdamW
+
+    settings = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    return GaLoreAdamW(low_rank_groups(model, settings), **ADAM, no_deprecation_warning=True)
+
+
+def apollo(model: Any) -> torch.optim.Optimizer:
+    from apollo_torch import APOLLOAdamW
+
+    settings = {"proj": "random", "scale_type": "channel", "scale": 1, "update_proj_gap": 200, "proj_type": "std"}
+    return APOLLOAdamW(low_rank_groups(model, settings), **ADAM)
+
+
+def low_rank_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weights of the body's linear layers at a quarter of their smaller side, as under COAP; the rest plain."""
+    by_rank: dict[int, list[Any]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            by_rank[min(module.weight.shape) // 4].append(module.weight)
+    projected = {id(weight) for weights in by_rank.values() for weight in weights}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in projected]
+    return [{"params": rest}, *({"params": weights, "rank": rank, **settings} for rank, weights in by_rank.items())]
+
+
+PEERS: dict[str, Peer] = {
+    BASELINE: Peer(
+        "torch AdamW, fused", "torch", lambda model: torch.optim.AdamW(model.parameters(), **ADAM, fused=True)
+    ),
+    "adamw_foreach": Peer(
+        "torch AdamW, foreach", "torch", lambda model: torch.optim.AdamW(model.parameters(), **ADAM, foreach=True)
+    ),
+    "bnb_adamw8bit": Peer("bitsandbytes AdamW8bit", "bitsandbytes", bnb_adamw8bit),
+    "bnb_paged_adamw8bit": Peer("bitsandbytes PagedAdamW8bit", "bitsandbytes", bnb_paged_adamw8bit),
+    "torchao_adamw8bit": Peer("torchao AdamW8bit", "torchao", torchao_adamw8bit),
+    "torchao_adamw4bit": Peer("torchao AdamW4bit", "torchao", torchao_adamw4bit),
+    "gefen_x": Peer("gefen-x Gefen", "gefen-x", gefen_x),
+    "flashoptim": Peer("flashoptim FlashAdamW", "flashoptim", flashoptim),
+    "authors_adam_mini": Peer("adam-mini Adam_mini", "adam-mini", adam_mini),
+    "galore": Peer("galore-torch GaLoreAdamW", "galore-torch", galore),
+    "apollo": Peer("apollo-torch APOLLOAdamW", "apollo-torch", apollo),
+}
+
+
+def build(name: str, model: Any) -> torch.optim.Optimizer:
+    """The optimizer of one row: a peer's, or an optim name of ours with its optim_args after a space."""
+    if peer := PEERS.get(name):
+        return peer.build(model)
+    optim, _, optim_args = name.partition(" ")
+    return hf_lowmem.build_optimizer(model, optim, **ADAM, optim_args=optim_args or None)

@@ -1,0 +1,138 @@
+"""Writes the measured tables of README.md from the committed results; a test fails when they differ.
+
+    python benchmarks/readme_tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The bytes of each optim name are those of
+`hf-lowmem optims`, which a test holds against the declared state; the other tables come from benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from peers import BASELINE, ROOT
+from step_time_report import figure, sections, table, with_quartiles
+
+from hf_lowmem.demo import BASELINE as ADAMW
+from hf_lowmem.trainer.names import OPTIM_NAMES
+
+README = ROOT / "README.md"
+STATE = "state_bytes_per_parameter_outside_embeddings"
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def optimizers(current: str) -> str:
+    """The table as it stands, with the bytes of the names in its first column."""
+    head, rule, *rows = current.strip().splitlines()
+    lines, seen = [head, rule], []
+    for row in rows:
+        _, first, _, rest = row.split("|", maxsplit=3)
+        names = re.findall(r"`(\w+)`", first)
+        lines.append(f"|{first}| {' / '.join(f'{OPTIM_NAMES[name].bytes_per_param:.3f}' for name in names)} |{rest}")
+        seen += names
+    if sorted(seen) != sorted(OPTIM_NAMES):
+        raise ValueError(f"The README's table of optimizers must have each optim name once, but has {seen}.")
+    return "\n".join(lines)
+
+
+def demo(_: str) -> str:
+    runs = results("demo_cpu")["runs"]
+    return losses("held-out loss", [(run["optim"], run[STATE], run["held_out_loss"]) for run in runs])
+
+
+def demo_seeds(_: str) -> str:
+    rows = [row for row in results("demo_seeds_cpu")["rows"] if row["optim"] in (ADAMW, *OPTIM_NAMES)]
+    means = [(row["optim"], row[STATE], statistics.mean(row["held_out_losses"])) for row in rows]
+    return losses("mean held-out loss", means)
+
+
+def losses(what: str, rows: list[tuple[str, float, float]]) -> str:
+    """`rows` of (optim, state, loss)."""
+    against = next(loss for optim, _, loss in rows if optim == ADAMW)
+    lines = [f"| `optim` | state | {what} | against `{ADAMW}` |", "|---|---:|---:|---:|"]
+    for optim, state, loss in rows:
+        change = "" if optim == ADAMW else f"{100 * (loss / against - 1):+.1f} %"
+        lines.append(f"| `{optim}` | {state:.3f} | {loss:.3f} | {change} |")
+    return "\n".join(lines)
+
+
+def rlhf_seeds(_: str) -> str:
+    rows = results("rlhf_seeds_cpu")["rows"]
+    optims = list(dict.fromkeys(row["optim"] for row in rows))
+
+    def means(stage: str, name: str, optim: str) -> float:
+        row = next(row for row in rows if (row["stage"], row["optim"]) == (stage, optim))
+        return statistics.mean(row["figures"][name])
+
+    def state(optim: str) -> str:
+        sizes = [f"{row['state_bytes'] / 2**20:.2f}" for row in rows if row["optim"] == optim]
+        return ", ".join(dict.fromkeys(sizes))
+
+    def before_and_after(name: str, form: str, scale: float, unit: str) -> Callable[[str], str]:
+        names = [f"{name}, held-out, {moment}" for moment in ("before", "after")]
+        return lambda optim: ", ".join(format(scale * means("GRPO", each, optim), form) for each in names) + unit
+
+    lines = {
+        "optimizer state of each stage, MiB": state,
+        "SFT, held-out loss": lambda optim: f"{means('SFT', 'held-out loss', optim):.3f}",
+        "reward model, held-out accuracy": lambda optim: (
+            f"{100 * means('reward model', 'held-out accuracy', optim):.1f} %"
+        ),
+        "GRPO, words shared with the right answer, held-out, before and after": before_and_after(
+            "answer overlap", ".1f", 100, " %"
+        ),
+        "GRPO, the model's own reward, held-out, before and after": before_and_after("model reward", ".2f", 1, ""),
+        "DPO, held-out accuracy": lambda optim: f"{100 * means('DPO', 'held-out accuracy', optim):.1f} %",
+    }
+    head = [f"| | {' | '.join(f'`{optim}`' for optim in optims)} |", "|---|" + "---:|" * len(optims)]
+    return "\n".join([*head, *(f"| {what} | {' | '.join(map(cell, optims))} |" for what, cell in lines.items())])
+
+
+def step_time(_: str) -> str:
+    grouped = sections(results("step_time_100m_cpu"))
+    one, two = grouped["fp32", 1], grouped.get(("fp32", 2), [])
+    on_two = {row["optim"]: row for row in two if "error" not in row}
+    noise = [with_quartiles("cpu")(row) for row in (*one, *two) if row["optim"] == BASELINE]
+
+    def amortised(row: dict[str, Any]) -> str:
+        return f"{row['amortised']['cpu']:.2f} x" if "amortised" in row else ""
+
+    columns = {
+        "time": lambda row: f"{row['cpu_ratio']:.2f} x",
+        "with changes of basis": amortised,
+        "two threads": lambda row: f"{on_two[row['optim']]['cpu_ratio']:.2f} x" if row["optim"] in on_two else "",
+        "state, bytes per parameter": figure("state_bytes_per_parameter", ".3f"),
+        "extra memory, MiB": figure("extra_bytes", ".0f", 2**-20),
+    }
+    lines = table([row for row in one if row["optim"] != BASELINE], columns)
+    return "\n".join([f"Fused AdamW against itself: {', on two threads '.join(noise)}.", "", *lines])
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    function.__name__: function for function in (optimizers, demo, demo_seeds, rlhf_seeds, step_time)
+}
+
+
+def regenerate(text: str) -> str:
+    """The README with every table written anew."""
+    found: list[str] = []
+
+    def rewrite(match: re.Match[str]) -> str:
+        found.append(match[1])
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]](match[2])}\n\n<!-- end -->"
+
+    text = re.sub(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", rewrite, text, flags=re.DOTALL)
+    if sorted(found) != sorted(TABLES):
+        raise ValueError(f"README.md must have each of the tables {sorted(TABLES)} once, but has {sorted(found)}.")
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(regenerate(README.read_text(encoding="utf-8")), encoding="utf-8")

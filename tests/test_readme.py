@@ -1,0 +1,42 @@
+"""The README's measured tables are those of the committed results."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def readme_tables():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import readme_tables
+
+    return readme_tables
+
+
+def test_the_tables_are_what_the_results_give(readme_tables):
+    text = readme_tables.README.read_text(encoding="utf-8")
+    assert readme_tables.regenerate(text) == text, "run: python benchmarks/readme_tables.py"
+
+
+@pytest.mark.parametrize(("old", "new"), [("| 8.000 / 2.147 |", "| 8.000 / 2.146 |"), ("| 6.518 |", "| 6.517 |")])
+def test_a_changed_number_is_put_right(readme_tables, old, new):
+    text = readme_tables.README.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    assert readme_tables.regenerate(text.replace(old, new)) == text
+
+
+def test_a_lost_table_or_name_is_an_error(readme_tables):
+    text = readme_tables.README.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="each of the tables"):
+        readme_tables.regenerate(text.replace("<!-- table: demo -->", ""))
+    with pytest.raises(ValueError, match="each optim name once"):
+        readme_tables.regenerate(text.replace("| `soap` / `soap_8bit` |", "| `soap` |"))
+
+
+def test_every_committed_figure_has_its_command():
+    told = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in [*(ROOT / "benchmarks" / "results").glob("*.json"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert path.name in told, path.name

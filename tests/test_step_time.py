@@ -1,0 +1,192 @@
+"""benchmarks/step_time.py: what it counts, plans and shows."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import LlamaConfig
+
+import hf_lowmem
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import measure
+import peers
+import presets
+import step_time
+import step_time_report
+
+MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13"}}
+MACHINE |= {"commit": "abc", "command": "python benchmarks/step_time.py"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    monkeypatch.setitem(presets.PRESETS, "tiny", config)
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
+    return "tiny"
+
+
+def row(tiny, name, dtype="fp32", **changes):
+    settings = {"preset": tiny, "dtype": dtype, "baseline_dtype": dtype, "threads": torch.get_num_threads()}
+    return measure.measure(name, **settings | {"device": "cpu", "pairs": 3, "limit": 90} | changes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("100m", (100_092_672, 110)),
+        ("1b", (1_235_814_400, 146)),
+        ("8b", (8_030_261_248, 291)),
+        ("mixtral", (1_453_371_392, 12)),
+    ],
+)
+def test_the_presets_have_the_sizes_of_their_models(preset, expected):
+    assert presets.size(preset) == expected
+
+
+def test_two_models_of_a_preset_are_equal_and_keep_their_tied_weights(tiny):
+    one, two = (presets.build_model(tiny, torch.float32, "cpu") for _ in range(2))
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a.grad, b.grad)
+        assert a.grad.std() > 0.5
+
+
+def test_every_storage_counts_once_and_in_full():
+    whole = torch.zeros(100)
+    projector = SimpleNamespace(ortho_matrix=whole[:10], rank=4)  # a view keeps all of its storage
+    pair = TwoTensor(torch.zeros(8), torch.zeros(8))
+    nest = {"step": 3, "a": [whole, whole[5:]], "projector": projector, "pair": pair, "none": None}
+    assert sum(dict(measure.storages(nest)).values()) == 400 + 64
+
+
+@pytest.mark.parametrize("name", ["slim_adamw_8bit", "coap_adamw"])
+def test_measured_state_is_the_declared_state(tiny, name):
+    model = presets.build_model(tiny, torch.float32, "cpu")
+    optimizer = peers.build(name, model)
+    optimizer.step()
+    state, bases = measure.state_bytes(optimizer)
+    assert state == hf_lowmem.explain(model, name).nbytes
+    table = hf_lowmem.explain(model, name).rows
+    shapes = [shape for r in table for key, (shape, _) in r.state.items() if key == "proj"]
+    counts = sum("proj_count" in r.state for r in table)
+    assert bases == 4 * (sum(torch.Size(shape).numel() for shape in shapes) + counts)
+    assert (bases > 0) == (name == "coap_adamw")
+
+
+@pytest.mark.parametrize(
+    ("weights", "state", "bases", "moved"),
+    [(4, 8, 0, 28), (2, 4, 0, 14), (2, 2.03125, 0, 10.0625), (4, 2.75, 0.75, 16.75)],
+)
+def test_bytes_that_a_step_must_move(weights, state, bases, moved):
+    assert measure.bytes_moved(weights, state, bases) == moved
+
+
+def test_extra_memory_is_the_peak_of_the_step():
+    mib = 2**20
+    held = []
+    if measure.extra_bytes(lambda: None, "cpu") is None:
+        pytest.skip("the system does not tell")
+    assert 60 * mib < measure.extra_bytes(lambda: torch.ones(64 * mib, dtype=torch.uint8), "cpu") < 80 * mib
+    assert measure.extra_bytes(lambda: held.append(1), "cpu") < 4 * mib
+
+
+def test_a_row_has_what_the_tables_show(tiny):
+    found = row(tiny, "slim_adamw_8bit min_8bit_size=0", dtype="bf16", baseline_dtype="fp32")
+    assert found["pairs"] == 3
+    assert found["cpu_ratio"] > 0
+    assert found["state_bytes_per_parameter"] < 1.3
+    expected = 3 * 2 + 2 * found["state_bytes_per_parameter"]
+    assert found["moved_bytes_per_parameter"] == pytest.approx(expected)
+    assert found["copy_share"] > 0
+    assert "amortised" not in found
+
+
+def test_few_pairs_where_the_time_is_short(tiny):
+    assert row(tiny, "signum", limit=0)["pairs"] == measure.FEWEST_PAIRS
+
+
+def test_changes_of_basis_are_timed(tiny):
+    found = row(tiny, "coap_adamw update_interval=4")
+    assert found["changes"] == {"correct": 40, "recompute": 9}
+    assert found["amortised"]["cpu"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if not name.startswith("torchao")])  # compiles long
+def test_installed_peers_step(tiny, name):
+    if not peers.PEERS[name].installed:
+        pytest.skip("not installed")
+    if name == "flashoptim" and not torch.cuda.is_available():
+        pytest.skip("has no CPU path")
+    found = row(tiny, name, pairs=2)
+    assert found["cpu_ratio"] > 0
+    assert 0.5 < found["state_bytes_per_parameter"] < 8.01
+
+
+def test_low_rank_peers_get_every_weight_once(tiny):
+    model = presets.build_model(tiny, torch.float32, "cpu")
+    rest, *projected = peers.low_rank_groups(model, {"scale": 1})
+    given = [p for group in (rest, *projected) for p in group["params"]]
+    assert len(given) == len({id(p) for p in given}) == len(list(model.parameters()))
+    assert {group["rank"] for group in projected} == {8, 16}
+    assert any(p is model.lm_head.weight for p in rest["params"])
+
+
+def test_the_rows_of_a_run():
+    args = argparse.Namespace(device="cpu", dtype="fp32,bf16", threads="1,2", optims="")
+    rows = step_time.planned_rows(args)
+    assert {name for dtype, threads, name in rows if (dtype, threads) == ("fp32", 1)} >= set(hf_lowmem.optim_names())
+    assert [name for dtype, threads, name in rows if (dtype, threads) == ("bf16", 2)] == list(step_time.MAIN)
+    args.optims = "soap,flashoptim"
+    assert step_time.planned_rows(args)[:2] == [("fp32", 1, "soap"), ("fp32", 1, "flashoptim")]
+    assert len(step_time.planned_rows(args)) == 8
+
+
+def test_what_fails_or_is_too_slow_is_a_row(tiny):
+    settings = {"name": "soap", "preset": "none", "dtype": "fp32", "baseline_dtype": "fp32", "threads": 1}
+    settings |= {"device": "cpu", "pairs": 2}
+    failed = step_time.measured_or_error(settings | {"limit": 90})
+    assert failed == {"error": "failed: KeyError: 'none'"}
+    stopped = step_time.measure_in_new_process(0.2, **settings)
+    assert stopped == {"optim": "soap", "dtype": "fp32", "threads": 1, "error": "stopped after 0 s"}
+
+
+def test_the_report_and_its_chart(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row(tiny, name, threads=1) for name in (peers.BASELINE, "coap_adamw")]
+    rows.append({"optim": "flashoptim", "dtype": "fp32", "threads": 1, "error": "failed: a | b"})
+    size = {"name": "tiny", "parameters": 1234, "tensors": 5}
+    report = {"machine": MACHINE, "preset": size, "not_installed": ["gefen-x"], "rows": rows}
+    text = step_time_report.render(report)
+    assert "1,234 parameters in 5 tensors" in text
+    assert "not installed: gefen-x" in text
+    assert "## fp32, 1 thread\n" in text
+    assert "| flashoptim FlashAdamW | failed: a / b |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heads = {line.count("|") for line in lines}
+    assert heads == {12, 8} if os.path.exists("/proc/self/clear_refs") else {11, 8}
+    step_time_report.save_png(report, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+
+
+def test_columns_that_no_row_fills_are_left_out():
+    rows = [{"optim": "signum", "cpu_ms": 1.5}, {"optim": "soap", "cpu_ms": None}]
+    figure = step_time_report.figure
+    lines = step_time_report.table(rows, {"ms": figure("cpu_ms", ".1f"), "MiB": figure("extra_bytes", ".0f")})
+    assert lines == ["| optimizer | ms |", "|---|---:|", "| `signum` | 1.5 |", "| `soap` |  |"]
