@@ -8,7 +8,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Without -fno-math-errno and -fno-trapping-math, roots and selections are not vectorized; neither changes a result.
-FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+# Python's own -fwrapv costs the 8-bit kernels half of their speed.
+FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv"]
 
 
 class BuildKernels(build_ext):
