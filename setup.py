@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
@@ -24,7 +26,12 @@ class BuildKernels(build_ext):
             super().build_extension(ext)
 
 
+SOURCE = "hf_lowmem/kernels/native.c"
+CHECKSUM = zlib.crc32((Path(__file__).parent / SOURCE).read_bytes())  # a library of another source is not loaded
+
 setup(
-    ext_modules=[Extension("hf_lowmem.kernels._native", ["hf_lowmem/kernels/native.c"], optional=True)],
+    ext_modules=[
+        Extension("hf_lowmem.kernels._native", [SOURCE], define_macros=[("CHECKSUM", f"{CHECKSUM}u")], optional=True)
+    ],
     cmdclass={"build_ext": BuildKernels},
 )

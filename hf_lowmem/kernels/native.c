@@ -435,6 +435,10 @@ static int64_t part_of(const int64_t *first_unit, int64_t parts, int64_t unit) {
     return low;
 }
 
+#ifdef CHECKSUM
+uint32_t hf_lowmem_checksum(void) { return CHECKSUM; }
+#endif
+
 /* Step all parts. Returns 0, or 1 without having changed anything when there is no memory for the sums. */
 int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
     int64_t widest = 1, sums = 0, scales = 0;
