@@ -413,6 +413,7 @@ def test_signum_in_8_bit_stops_small_entries_earlier() -> None:
     assert 15 < last_move(8) < 40
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_compiled_steps_do_not_recompile_with_the_lr() -> None:
     import torch._dynamo
