@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Without -fno-math-errno and -fno-trapping-math, roots and selections are not vectorized; neither changes a result.
-FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+# Python's own -fwrapv costs the 8-bit kernels half of their speed.
+FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv"]
 
 
 class BuildKernels(build_ext):
@@ -23,7 +26,12 @@ class BuildKernels(build_ext):
             super().build_extension(ext)
 
 
+SOURCE = "hf_lowmem/kernels/native.c"
+CHECKSUM = zlib.crc32((Path(__file__).parent / SOURCE).read_bytes())  # a library of another source is not loaded
+
 setup(
-    ext_modules=[Extension("hf_lowmem.kernels._native", ["hf_lowmem/kernels/native.c"], optional=True)],
+    ext_modules=[
+        Extension("hf_lowmem.kernels._native", [SOURCE], define_macros=[("CHECKSUM", f"{CHECKSUM}u")], optional=True)
+    ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -50,6 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from step_time import describe_machine  # noqa: E402
 
 import hf_lowmem  # noqa: E402
+from hf_lowmem.kernels import native  # noqa: E402
 from hf_lowmem.kernels.eager import tile_size  # noqa: E402
 from hf_lowmem.scratch import Scratch  # noqa: E402
 from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402
@@ -197,10 +198,12 @@ def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.n
         param.grad = torch.ones_like(param)
     optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
     Scratch.get = record  # type: ignore[method-assign]
+    library, native.library = native.library, lambda: None  # the kernels in plain torch are what a GPU runs
     try:
         optimizer.step()
     finally:
         Scratch.get = get  # type: ignore[method-assign]
+        native.library = library
     tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
     return sum(asked.values()) * tile // 256**2
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,13 @@ def one_launch_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytes
     folder = tmp_path_factory.getbasetemp()
     with FileLock((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "launch.lock"):
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        for item in items:
+            if item.get_closest_marker("compiler"):
+                item.add_marker(pytest.mark.skip(reason="torch.compile finds no C++ compiler here"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -209,7 +209,17 @@ def test_without_a_compiler_the_step_is_the_same_and_that_is_said_once(name, mon
         assert not torch.equal(before, layer.weight)
     finally:
         native.library.cache_clear()
-    assert caplog.text.count("Install a C compiler") == 1
+    assert caplog.text.count("install a C compiler") == 1
+
+
+def test_a_library_of_another_source_is_not_loaded(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("zlib.crc32", lambda data: 1)
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "of another version: install hf_lowmem again" in caplog.text
+    finally:
+        native.library.cache_clear()
 
 
 @pytest.mark.slow

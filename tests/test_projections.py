@@ -588,6 +588,7 @@ def test_kernels_compute_what_the_rules_define(
     assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("cls", "bits"), [(CoapAdamW, 8), (CoapAdafactor, 32)])
 def test_compiled_steps_compute_what_the_rules_define(cls: type, bits: int) -> None:

@@ -193,6 +193,7 @@ def test_kahan_keeps_what_float32_would(dtype: torch.dtype, lr: float, monkeypat
     assert ((narrow - full).abs() <= 64 * torch.finfo(torch.float32).eps * full.abs().clamp(min=0.01)).all()
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("cls", [LowMemAdamW, CoapAdamW])
 @pytest.mark.parametrize("rounding", KEEPING)
 def test_compiled_steps_round_the_same(cls: type, rounding: str) -> None:

@@ -230,6 +230,7 @@ def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -
         hf_lowmem.build_optimizer(nn.Linear(4, 4), "soap", lr=1e-3, optim_args=options)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_compiled_steps_compute_what_the_rule_defines() -> None:
     start, grads = torch.randn(64, 64), gradients((64, 64), 4)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from hf_lowmem.codecs import Float32, Int8Blockwise
+from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
-from hf_lowmem.kernels.seam import Hyper, Slot
+from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.scratch import Scratch, known_finite
@@ -240,16 +240,16 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> 
             tile.store(param, exp_avg, scratch)
 
 
-def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper) -> None:
-    """`transformers_adamw_rule` in the space of a projection, by the kernel for unprojected weights."""
+def undecayed_form(slot: Slot, hyper: Hyper) -> Scalars:
+    """`transformers_adamw_form` for an update alone: the weight is decayed as it takes it."""
+    return replace(transformers_adamw_form(slot, hyper), decay=1.0)
 
-    def undecayed(slot: Slot, hyper: Hyper) -> Scalars:
-        return replace(transformers_adamw_form(slot, hyper), decay=1.0)
 
+def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper, step: Kernel) -> None:
+    """`transformers_adamw_rule` in the space of a projection; `step` is AdamW by `undecayed_form`."""
     for slot in slots:
         inner = in_subspace(slot)
-        on_cpu = inner.param.device.type == "cpu" and isinstance(slot.plan.codec, Float32)
-        (adamw_full_float32 if on_cpu else adamw_full)([inner], hyper, undecayed)
+        step([inner], hyper)
         add_back(slot, inner.param, 1 - hyper.lr * hyper.weight_decay)
 
 

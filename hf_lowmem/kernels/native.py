@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -79,17 +81,27 @@ def kernel(rule: int, otherwise: Kernel, form: Form = adamw_form) -> Kernel:
 
 @cache
 def library() -> ctypes._NamedFuncPointer | None:
-    """The library's function, or None, said once, where the package was installed without a C compiler."""
+    """The library's function; None, said once, where it was not built, or from another version of its source."""
     spec = find_spec("hf_lowmem.kernels._native")
-    if spec is None or spec.origin is None:
+    built = ctypes.CDLL(spec.origin) if spec and spec.origin else None
+    if built is None or not _is_of_this_source(built):
         logger.warning(
-            "Optimizer steps on the CPU take several times longer than they could: the compiled kernels are missing. "
-            "Install a C compiler, such as gcc, and then hf_lowmem again."
+            "Optimizer steps on the CPU take several times longer than they could: the compiled kernels are %s.",
+            "missing: install a C compiler, such as gcc, and then hf_lowmem again"
+            if built is None
+            else "of another version: install hf_lowmem again",
         )
         return None
-    function = ctypes.CDLL(spec.origin).hf_lowmem_step
+    function = built.hf_lowmem_step
     function.argtypes = [ctypes.POINTER(_Part), ctypes.c_int64, ctypes.c_int]
     return function
+
+
+def _is_of_this_source(built: ctypes.CDLL) -> bool:
+    """Structures of another version would be read wrongly; a wheel, which has no source, holds one version only."""
+    built.hf_lowmem_checksum.restype = ctypes.c_uint32
+    source = Path(__file__).with_name("native.c")
+    return not source.is_file() or built.hf_lowmem_checksum() == zlib.crc32(source.read_bytes())
 
 
 def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | None:
