@@ -1,0 +1,189 @@
+"""Whole training steps: tokens per second and peak memory of supervised fine-tuning, by optimizer.
+
+    python benchmarks/train.py --preset 1b                               # on a GPU
+    python benchmarks/train.py --preset 8b --optims adamw_torch_fused,adamw_8bit,slim_adamw_8bit
+    python benchmarks/train.py --preset 100m --device cpu --steps 4 --batch-size 1 --length 256
+
+A Llama-shaped model with random bfloat16 weights is trained by TRL's SFTTrainer with gradient checkpointing on rows of
+random tokens, each as long as `--length`, as packing makes them. Each optimizer runs in a process of its own: optim
+names of the Trainer with their optim_args after a space, or a peer of `peers.py`. The time of a step is the median
+after the first WARM steps; peak memory is that of the whole run, as torch's allocator counts it (on a CPU the
+process's largest resident set).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peers import PEERS
+from presets import PRESETS
+from step_time import describe_machine
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import hf_lowmem
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMS = "adamw_torch_fused,adamw_8bit,lowmem_adamw_8bit,slim_adamw,slim_adamw_8bit,adam_mini_8bit,coap_adamw_8bit"
+WARM = 3
+GIB = 2**30
+
+
+class StepTimes(transformers.TrainerCallback):
+    """Seconds of each step, from the first forward pass to the end of the update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(now() - self.started)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(name: str, preset: str, device: str, steps: int, batch_size: int, length: int) -> dict[str, Any]:
+    """One row, in this process."""
+    hf_lowmem.register()
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(PRESETS[preset], dtype=torch.bfloat16)
+    optim, _, optim_args = name.partition(" ")
+    peer = PEERS.get(name)
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            output_dir=folder,
+            optim="adamw_torch" if peer else optim,
+            optim_args=optim_args or None,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            max_length=length,
+            learning_rate=1e-5,
+            gradient_checkpointing=True,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            save_strategy="no",
+            report_to="none",
+            logging_steps=steps,
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=random_rows(model.config.vocab_size, steps * batch_size, length),
+            processing_class=tokenizer(),
+            callbacks=[times],
+            optimizers=(peer.build(model) if peer else None, None),  # the Trainer makes what is None
+        )
+        loss = trainer.train().training_loss
+    seconds = statistics.median(times.seconds[min(WARM, steps - 1) :])
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "optim": name,
+        "seconds_per_step": seconds,
+        "tokens_per_second": batch_size * length / seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else resident,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training_loss": loss,
+    }
+
+
+def random_rows(vocab_size: int, rows: int, length: int) -> Dataset:
+    tokens = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The rows are tokens already; SFTTrainer asks for one all the same."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def measure_in_new_process(**row: Any) -> dict[str, Any]:
+    """`measure` in a process of its own; what went wrong there comes back as `error`."""
+    command = [sys.executable, __file__, "--row", json.dumps(row)]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    error = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    return {"optim": row["name"], "error": error[0]}
+
+
+def render(report: dict[str, Any]) -> str:
+    machine, settings = report["machine"], report["settings"]
+    packages = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"# Supervised fine-tuning of a {settings['preset']} model: tokens per second and peak memory",
+        "",
+        f"Batches of {settings['batch_size']} x {settings['length']} tokens, {settings['steps']} steps; method: "
+        "`benchmarks/train.py`.",
+        "",
+        f"- machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['system']}",
+        f"- versions: Python {machine['python']}, {packages}",
+        f"- commit: {machine['commit']}",
+        f"- command: `{machine['command']}`",
+        "",
+        "| optimizer | seconds per step | tokens/s | peak memory, GiB |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['optim']} | failed: {row['error']} | | |")
+            continue
+        lines.append(
+            f"| {row['optim']} | {row['seconds_per_step']:.3f} | {row['tokens_per_second']:,.0f} "
+            f"| {row['peak_bytes'] / GIB:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="1b", help="default: %(default)s")
+    parser.add_argument("--optims", default=OPTIMS, help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/train_PRESET_DEVICE.json; .md beside it"
+    )
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # JSON arguments of `measure`, in a child process
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(**json.loads(args.row))))
+        return
+    settings = {name: getattr(args, name) for name in ("preset", "device", "steps", "batch_size", "length")}
+    output = args.output or ROOT / "benchmarks" / "results" / f"train_{args.preset}_{args.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"machine": describe_machine(args.device), "settings": settings, "rows": []}
+    for name in args.optims.split(","):
+        report["rows"].append(measure_in_new_process(name=name, **settings))
+        output.write_text(json.dumps(report, indent=2) + "\n")
+        output.with_suffix(".md").write_text(render(report))
+    print(render(report))
+
+
+if __name__ == "__main__":
+    main()
