@@ -6,7 +6,7 @@ defines; without one the rule itself runs, and the tests compare the two for eve
 
 from functools import partial
 
-from hf_lowmem.kernels import eager, native
+from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.kernels.seam import Hyper, Kernel, KernelKey, Slot, key_of
 
 _ANY = "any device"
@@ -28,12 +28,17 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
 for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     _signum = native.kernel(native.SIGNUM, eager.signum, eager.signum_form)
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cpu")] = _signum
+    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.signum, eager.signum_form)
     _mean = native.kernel(native.ADAMW_MEAN, eager.adamw_mean)
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cpu")] = _mean
+    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.adamw_mean)
     for _rule, _form in _FORMS.items():
-        _otherwise = partial(eager.adamw_full_float32 if _codec == "Float32" else eager.adamw_full, form=_form)
-        _full = native.kernel(native.ADAMW_FULL, _otherwise, _form)
-        KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", "cpu")] = _full
+        _full = partial(eager.adamw_full, form=_form)
+        _on_cpu = partial(eager.adamw_full_float32, form=_form) if _codec == "Float32" else _full
+        KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", "cpu")] = native.kernel(
+            native.ADAMW_FULL, _on_cpu, _form
+        )
+        KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", "cuda")] = gpu.kernel(_full, _form)
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:
