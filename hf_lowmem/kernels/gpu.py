@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # Entries of: a line and a tile of floats, the largest group in one tile and in one program, a program's part of a sum.
 LINE, TILE, ONE_TILE, ONE_PROGRAM, SUM = 256, 1 << 12, 1 << 14, 1 << 16, 1 << 15
 _ALIGN = 16
+_OLDEST_ARCH = 75
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,12 +121,14 @@ def triton_kernels() -> Any:
         import triton
 
         if not triton.knobs.runtime.interpret:
-            triton.runtime.driver.active.get_current_target()
+            target = triton.runtime.driver.active.get_current_target()
+            if target.backend == "cuda" and target.arch < _OLDEST_ARCH:
+                raise RuntimeError(f"sm_{target.arch} is older than sm_{_OLDEST_ARCH}")
         from hf_lowmem.kernels import gpu_kernels
     except Exception as error:
         logger.warning(
             "Optimizer steps on the GPU take several times longer than they could: the Triton kernels cannot be used "
-            "(%s). Install triton, and a C compiler, such as gcc.",
+            "(%s). They need triton, a C compiler, such as gcc, and a device that Triton compiles for.",
             error,
         )
         return None
@@ -240,10 +243,15 @@ def _span(line: int, lines: int) -> int:
     return max(SUM // (line * lines), 1)
 
 
+def warps(variant: Variant) -> int:
+    """Of a program: 32 entries per thread."""
+    return min(max(variant.line * variant.lines // 1024, 1), 16)
+
+
 def launch(variant: Variant, parts: tuple[Part, ...], scalars: Tensor) -> None:
     kernels, device = triton_kernels(), scalars.device
     table, tiles, sums, cells = numbered(parts, variant.means, device)
-    options = dict(num_warps=min(max(variant.line * variant.lines // 1024, 1), 16), enable_fp_fusion=True)
+    options = dict(num_warps=warps(variant), enable_fp_fusion=True)
     if sums is not None and cells is not None:
         found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=device)
         shared = variant._replace(moment=None, rounding="")  # neither is of concern here
@@ -265,11 +273,12 @@ def numbered(
         part._replace(first_tile=tile, first_sum=sum_, first_cell=cell)
         for part, (tile, sum_, cell) in zip(parts, firsts, strict=False)
     )
-    owners = [_owners(counts, device) if means == "before" else None for counts in (sums, cells)]
-    return uploaded(rows, torch.int64, device), _owners(tiles, device), owners[0], owners[1]
+    owners = [_owners(tuple(counts), device) if means == "before" else None for counts in (sums, cells)]
+    return uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), owners[0], owners[1]
 
 
-def _owners(counts: Sequence[int], device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses
+def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """int32: the number of each part, as often as it counts."""
     repeats = uploaded(counts, torch.int32, device)
     numbers = torch.arange(len(counts), dtype=torch.int32, device=device)
