@@ -198,7 +198,7 @@ def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.n
         param.grad = torch.ones_like(param)
     optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
     Scratch.get = record  # type: ignore[method-assign]
-    library, native.library = native.library, lambda: None  # the kernels in plain torch are what a GPU runs
+    library, native.library = native.library, lambda: None  # those in plain torch: what a GPU without Triton runs
     try:
         optimizer.step()
     finally:

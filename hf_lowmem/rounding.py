@@ -27,7 +27,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _MASK = 0xFFFFFFFF
 _FRACTION = 2.0**-16  # of a unit in the last place, that an int16 counts
 # A hash of 32-bit integers: Weyl's sequence, then the multiply and shift rounds of "lowbias32".
-_WEYL, _MIX_1, _MIX_2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
+WEYL, MIX_1, MIX_2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def places(view: Tensor, start: Any) -> Tensor:
 
 def hashed(numbers: Tensor, key: Any, bits: int) -> Tensor:
     """Integers of `bits` bits, uniform over (number, key); `numbers` int32, overwritten."""
-    x = numbers.mul_(_signed(_WEYL)).add_(key)
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MIX_1)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_MIX_2))
+    x = numbers.mul_(_signed(WEYL)).add_(key)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MIX_1)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MIX_2))
     return (x >> (32 - bits)).bitwise_and_((1 << bits) - 1)
 
 
@@ -126,9 +126,9 @@ def noise_key(seed: int, number: int, step: int) -> int:
     """The key of one parameter, the `number`-th of its optimizer, at one step: the same in every process."""
     key = 0
     for part in (seed, number, step):
-        key = (key ^ part) * _WEYL & _MASK
-        key = (key ^ key >> 16) * _MIX_1 & _MASK
-        key = (key ^ key >> 15) * _MIX_2 & _MASK
+        key = (key ^ part) * WEYL & _MASK
+        key = (key ^ key >> 16) * MIX_1 & _MASK
+        key = (key ^ key >> 15) * MIX_2 & _MASK
         key ^= key >> 16
     return _signed(key)
 

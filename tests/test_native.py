@@ -13,15 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_runs import by_rule, run
 from model_families import FAMILIES, tiny_model
-from torch import Tensor, nn
+from torch import nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
-from hf_lowmem.codecs.dynamic_map import decode_table
 from hf_lowmem.kernels import Hyper, eager, native
-from hf_lowmem.kernels.native import geometry
-from hf_lowmem.rounding import StoredWeight
+from hf_lowmem.kernels.geometry import geometry
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["lowmem_adamw", "slim_adamw", "adam_mini", "adalayer", "signum"]
@@ -30,32 +29,6 @@ built = pytest.mark.skipif(
     native.library() is None and shutil.which("cc") is None, reason="there is no C compiler here"
 )
 pytestmark = built
-
-
-def run(cls: type, options: dict[str, Any], start: Tensor, steps: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weight and the state, both as float32, after a few steps; full moments decoded."""
-    generator = torch.Generator().manual_seed(1)
-    param = nn.Parameter(start.clone())
-    optimizer = cls([param], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
-    for _ in range(steps):
-        param.grad = torch.randn(start.shape, generator=generator).to(start.dtype)
-        optimizer.step()
-    (state,), group = optimizer.state.values(), optimizer.param_groups[0]
-    plan = optimizer.plan(group, tuple(start.shape), start.dtype)
-    decoded = {name: value.float() for name, value in state.items() if value.dtype != torch.uint8}
-    for name, codes in state.items():
-        if codes.dtype == torch.uint8:
-            values = decode_table(name == "exp_avg", codes.device)[codes.int()]
-            blocks = values.unflatten(-1, (state[f"{name}_absmax"].shape[-1], -1))
-            decoded[name] = (blocks * state[f"{name}_absmax"].unsqueeze(-1)).flatten(-2)
-    weight = StoredWeight.of(param.detach(), plan.rounding, state, 0)
-    return (weight.load() if plan.rounding.kind == "kahan" else param.detach().float()), decoded
-
-
-def by_rule(monkeypatch: pytest.MonkeyPatch, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
-        return run(*args)
 
 
 def test_the_library_is_built() -> None:

@@ -96,9 +96,17 @@ def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     return tuple(lines)
 
 
+def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
+    """(slope, intercept) of the line that the n-th codes from zero of each decade lie on."""
+    decades = range(7) if signed else range(1, 8)
+    scales = [10.0 ** (e - decades[-1]) for e in decades]
+    return tuple((0.9 * s / 2**e, (0.45 / 2**e - 0.8) * s) for e, s in zip(decades, scales, strict=True))
+
+
 # Plain numbers, found before anything is compiled: a graph cannot hold the search for them.
 _LINES = {signed: _encode_lines(signed) for signed in (True, False)}
-_TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}
+DECADES = {signed: _decode_lines(signed) for signed in (True, False)}
+TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}  # the smallest float of the code of 1
 
 
 def encode_lines(x: Tensor, signed: bool) -> Tensor:
@@ -109,17 +117,15 @@ def encode_lines(x: Tensor, signed: bool) -> Tensor:
         count = torch.minimum(count, magnitude * slope + intercept)
     count = count.floor().clamp(max=127 if signed else 254)  # the top code is added below
     code = torch.where(x < 0, 127 - count, 127 + count) if signed else count
-    return (code + (x >= _TOP[signed])).to(torch.uint8)
+    return (code + (x >= TOP[signed])).to(torch.uint8)
 
 
 def decode_lines(codes: Tensor, signed: bool) -> Tensor:
     """float32 values of uint8 codes; equals the table up to one rounding."""
-    decades = range(7) if signed else range(1, 8)
     count = codes.float() - 127 if signed else codes.float() + 1
     magnitude = count.abs()
     value = torch.zeros_like(count)
-    for e in decades:
-        scale = 10.0 ** (e - decades[-1])
-        value = torch.maximum(value, magnitude * (0.9 * scale / 2**e) + (0.45 / 2**e - 0.8) * scale)
+    for slope, intercept in DECADES[signed]:
+        value = torch.maximum(value, magnitude * slope + intercept)
     value = value.clamp(max=1.0)
     return torch.where(count < 0, -value, value) if signed else value

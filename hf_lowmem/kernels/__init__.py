@@ -6,16 +6,17 @@ defines; without one the rule itself runs, and the tests compare the two for eve
 
 from functools import partial
 
-from hf_lowmem.kernels import eager, native
+from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.kernels.eager import Form
 from hf_lowmem.kernels.seam import Hyper, Kernel, KernelKey, Slot, key_of
 
 
-def _adamw_full(codec: str, form: Form, on_cpu: bool) -> Kernel:
-    if not on_cpu:
-        return partial(eager.adamw_full, form=form)
-    otherwise = partial(eager.adamw_full_float32 if codec == "Float32" else eager.adamw_full, form=form)
-    return native.kernel(native.ADAMW_FULL, otherwise, form)
+def _adamw_full(codec: str, form: Form, device: str) -> Kernel:
+    if device == "cpu":
+        plain = eager.adamw_full_float32 if codec == "Float32" else eager.adamw_full
+        return native.kernel(native.ADAMW_FULL, partial(plain, form=form), form)
+    plain = partial(eager.adamw_full, form=form)
+    return gpu.kernel(plain, form) if device == "cuda" else plain
 
 
 _ANY = "any device"
@@ -25,18 +26,20 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", _ANY)] = eager.signum
     _signum = native.kernel(native.SIGNUM, eager.signum, eager.signum_form)
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cpu")] = _signum
+    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.signum, eager.signum_form)
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", _ANY)] = eager.adamw_mean
     _mean = native.kernel(native.ADAMW_MEAN, eager.adamw_mean)
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cpu")] = _mean
+    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.adamw_mean)
     for _space in ("FullSpace", "Eigenbasis"):
         KERNELS[KernelKey("soap", "Full", _codec, _space, _ANY)] = eager.soap
     for _space in ("FullSpace", "LowRank", "Tucker"):
         KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, _ANY)] = eager.adafactor
-    for _device in (_ANY, "cpu"):
+    for _device in (_ANY, "cpu", "cuda"):
         for _rule, _form in _FORMS.items():
-            _full = _adamw_full(_codec, _form, _device == "cpu")
+            _full = _adamw_full(_codec, _form, _device)
             KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", _device)] = _full
-        _inner = _adamw_full(_codec, eager.undecayed_form, _device == "cpu")
+        _inner = _adamw_full(_codec, eager.undecayed_form, _device)
         _projected = partial(eager.transformers_adamw_in_subspace, step=_inner)
         for _space in ("LowRank", "Tucker"):
             KERNELS[KernelKey("transformers_adamw", "Full", _codec, _space, _device)] = _projected

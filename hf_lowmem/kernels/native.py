@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from hf_lowmem.codecs import Float32, Int8Blockwise
 from hf_lowmem.codecs.dynamic_map import decode_table, encode_table
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
+from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import KAHAN_COMP
@@ -115,79 +115,12 @@ def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | N
         return None  # torch's fused AdamW is as fast
     scalars, moment = form(slot, hyper), slot.plan.moments.get("exp_avg_sq")
     if not isinstance(moment, GroupMean):
-        return [_part(slot, _elementwise(param.numel()), None, rule, scalars, hyper)]
-    found = _geometries(moment, tuple(param.shape), codec.block_size if isinstance(codec, Int8Blockwise) else 1)
+        return [_part(slot, elementwise(param.numel()), None, rule, scalars, hyper)]
+    found = geometries(moment, tuple(param.shape), codec.block_size if isinstance(codec, Int8Blockwise) else 1)
     if found is None:
         return None
     means = [slot.state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
     return [_part(slot, *part, rule, scalars, hyper) for part in zip(found, means, strict=True)]
-
-
-class Geometry(NamedTuple):
-    """Where the entries of a part are, see `Part` in native.c; strides, and the `start` in the weight, in entries."""
-
-    groups: int
-    inner_groups: int
-    outer_group_stride: int
-    inner_group_stride: int
-    rows: int
-    inner_rows: int
-    outer_row_stride: int
-    inner_row_stride: int
-    columns: int
-    per_column: int
-    start: int
-
-
-@cache
-def _elementwise(entries: int) -> Geometry:
-    return Geometry(1, 1, 0, 0, 1, 1, 0, 0, entries, 0, 0)
-
-
-@cache
-def _geometries(moment: GroupMean, shape: tuple[int, ...], block_size: int) -> list[Geometry] | None:
-    """Each segment of a contiguous weight, if all its runs can hold whole blocks."""
-    weight, found = torch.empty(shape, device="meta"), []
-    for segment in moment.segments:
-        view = segment.view(weight)
-        one = geometry(view.shape, view.stride(), int(view.storage_offset()), segment.mean_dims)
-        if one is None or any(value % block_size for value in (one.columns, one.start)):
-            return None
-        found.append(one)
-    return found
-
-
-def geometry(shape: Sequence[int], strides: Sequence[int], start: int, mean_dims: Sequence[int]) -> Geometry | None:
-    """The loops over a view whose entries are averaged over `mean_dims`; None where two nested ones do not do.
-
-    The averages are in the row-major order of the other dimensions.
-    """
-    dims = [(size, stride, dim in mean_dims) for dim, (size, stride) in enumerate(zip(shape, strides, strict=True))]
-    dims = [dim for dim in dims if dim[0] != 1]
-    columns, averaged = 1, True
-    if dims:
-        columns, stride, averaged = dims.pop()
-        if stride != 1:
-            return None
-        while dims and dims[-1][1:] == (columns, averaged):
-            columns *= dims.pop()[0]
-    groups = _nested([dim[:2] for dim in dims if not dim[2]])
-    rows = _nested([dim[:2] for dim in dims if dim[2]])
-    return Geometry(*groups, *rows, columns, not averaged, start) if groups and rows else None
-
-
-def _nested(dims: list[tuple[int, int]]) -> tuple[int, int, int, int] | None:
-    """(all, inner size, outer stride, inner stride) of at most two loops; those that follow each other are one."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        return None
-    (outer, outer_stride), (inner, inner_stride) = [*[(1, 0)] * (2 - len(merged)), *merged]
-    return outer * inner, inner, outer_stride, inner_stride
 
 
 def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars: Scalars, hyper: Hyper) -> _Part:

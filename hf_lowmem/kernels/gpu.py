@@ -1,0 +1,291 @@
+"""Steps on a GPU by the Triton kernels of `gpu_kernels.py`: few launches, and one pass over memory where there can be.
+
+Parts of weights that a variant of the kernels covers are stepped by one launch, or three where means come before the
+step, through a table of addresses that is uploaded only when it changes. Nothing waits for the device. Slots that are
+not covered (weights that are not contiguous, groups of an unusual shape) are left to the kernels of `eager.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import BLOCK_SIZES, Int8Blockwise
+from hf_lowmem.kernels.eager import Form, adamw_form
+from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
+from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.moments import GroupMean
+from hf_lowmem.state import KAHAN_COMP
+
+logger = logging.getLogger(__name__)
+
+# Entries of: a line and a tile of floats, the largest group in one tile and in one program, a program's part of a sum.
+LINE, TILE, ONE_TILE, ONE_PROGRAM, SUM = 256, 1 << 12, 1 << 14, 1 << 16, 1 << 15
+_ALIGN = 16
+_OLDEST_ARCH = 75
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Part(NamedTuple):
+    """Where a part of a weight and its state are: a row of the table that the kernels read; see `Geometry`.
+
+    It has `cells`, which share no mean, each of `chunks` tiles, or of `sums` partial sums; each kind is numbered
+    through all parts of a launch, of which the part's begin with `first_`.
+    """
+
+    param: int
+    grad: int
+    kahan_comp: int
+    exp_avg: int
+    exp_avg_absmax: int
+    exp_avg_sq: int
+    exp_avg_sq_absmax: int
+    first_tile: int
+    chunks: int
+    first_sum: int
+    sums: int
+    first_cell: int
+    cells: int
+    groups: int
+    inner_groups: int
+    outer_group_stride: int
+    inner_group_stride: int
+    rows: int
+    inner_rows: int
+    outer_row_stride: int
+    inner_row_stride: int
+    columns: int
+    per_column: int
+    start: int
+
+
+class Scalar(NamedTuple):
+    """The numbers of one step of a part, float64; `new_1` and `new_2` are the shares of the new gradient."""
+
+    decay: float
+    step_size: float
+    eps: float
+    new_1: float
+    beta2: float
+    new_2: float
+    noise_key: int
+
+
+class Variant(NamedTuple):
+    """What a launch is compiled for.
+
+    Args:
+        weight, moment: dtypes of weight and gradient, and of the first moment; uint8 for the codes of both moments.
+        rounding: "nearest", "stochastic" or "kahan", see `rounding.py`.
+        second: "none" (Signum), "full", "group" (a mean per group) or "column" (a mean per column of each group).
+        means: when the means are found, if there are any: in a "tile" that is a whole group and is read once; in a
+            "loop" of one program over its group, which it reads twice; or "before", by kernels of their own.
+        nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
+        line, lines: the size of a tile.
+        align: what divides all addresses, in bytes, and all sizes and strides, in entries.
+    """
+
+    weight: Any
+    moment: Any
+    rounding: str
+    second: str
+    means: str
+    nest: int
+    line: int
+    lines: int
+    align: int
+
+
+def kernel(otherwise: Kernel, form: Form = adamw_form) -> Kernel:
+    """Steps by the Triton kernels what they cover, and the rest by `otherwise`."""
+
+    def run(slots: Sequence[Slot], hyper: Hyper) -> None:
+        left = step(slots, hyper, form) if triton_kernels() else slots
+        if left:
+            otherwise(left, hyper)
+
+    return run
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of the kernels, or None, said once, where Triton is missing or cannot compile for the device."""
+    try:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            target = triton.runtime.driver.active.get_current_target()
+            if target.backend == "cuda" and target.arch < _OLDEST_ARCH:
+                raise RuntimeError(f"sm_{target.arch} is older than sm_{_OLDEST_ARCH}")
+        from hf_lowmem.kernels import gpu_kernels
+    except Exception as error:
+        logger.warning(
+            "Optimizer steps on the GPU take several times longer than they could: the Triton kernels cannot be used "
+            "(%s). They need triton, a C compiler, such as gcc, and a device that Triton compiles for.",
+            error,
+        )
+        return None
+    return gpu_kernels
+
+
+def step(slots: Sequence[Slot], hyper: Hyper, form: Form) -> list[Slot]:
+    """Step the slots that are covered; returns the others."""
+    launches: dict[tuple[torch.device, Variant], list[tuple[Part, Scalar]]] = defaultdict(list)
+    left = []
+    for slot in slots:
+        found = parts_of(slot)
+        if found is None:
+            left.append(slot)
+            continue
+        decay, step_size, eps = vars(form(slot, hyper)).values()
+        scalar = Scalar(decay, step_size, eps, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, slot.noise_key)
+        for variant, part in found:
+            launches[slot.param.device, variant].append((part, scalar))
+    for (device, variant), members in launches.items():
+        parts, scalars = zip(*members, strict=True)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            launch(variant, parts, uploaded(scalars, torch.float64, device))
+    return left
+
+
+def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
+    """The parts of a slot with their variants, or None where there is no kernel for it."""
+    param, grad, state, codec = slot.param, slot.grad, slot.state, slot.plan.codec
+    if (
+        param.dtype not in _WEIGHTS
+        or grad.dtype != param.dtype
+        or not (param.is_contiguous() and grad.is_contiguous())
+    ):
+        return None
+    block = codec.block_size if isinstance(codec, Int8Blockwise) else None
+    if block not in (None, *BLOCK_SIZES):
+        return None
+    moment = slot.plan.moments.get("exp_avg_sq")
+    seconds: list[Tensor | None]
+    if isinstance(moment, GroupMean):
+        found = geometries(moment, tuple(param.shape), block or 1)
+        seconds = [state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
+    else:
+        found, seconds = [elementwise(param.numel())], [state["exp_avg_sq"]] if moment else [None]
+    if found is None:
+        return None
+
+    names = (KAHAN_COMP, "exp_avg", "exp_avg_absmax")
+    whole = [param.data_ptr(), grad.data_ptr(), *(_address(state.get(name)) for name in names)]
+    kind = "none" if moment is None else "" if isinstance(moment, GroupMean) else "full"
+    dtypes = triton_kernels().DTYPES
+    weight, first, rounding = dtypes[param.dtype], dtypes[state["exp_avg"].dtype], slot.plan.rounding.kind
+    parts = []
+    for geometry, exp_avg_sq in zip(found, seconds, strict=True):
+        second = kind or ("column" if geometry.per_column else "group")
+        layout = layout_of(geometry, second, block)
+        addresses = [*whole, _address(exp_avg_sq), _address(state.get("exp_avg_sq_absmax"))]
+        by_tile = [addresses[i] for i in ((0, 1, 2, 3, 5) if second == "full" else (0, 1, 2, 3))]
+        align = _ALIGN if layout.aligned and not any(address % _ALIGN for address in by_tile) else 1
+        tile = (layout.means, layout.nest, layout.line, layout.lines, align)
+        numbers = (*addresses, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
+        parts.append((Variant(weight, first, rounding, second, *tile), Part(*numbers)))
+    return parts
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Layout(NamedTuple):
+    """How the entries of a part are cut into tiles."""
+
+    means: str
+    nest: int
+    line: int
+    lines: int
+    cells: int
+    chunks: int
+    sums: int
+    aligned: bool
+
+
+@cache
+def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
+    """The tiles of a part: lines are 8-bit `block`s, or runs of at most LINE entries."""
+    line = block or min(LINE, _power_of_two(found.columns))
+    across = -(-found.columns // line)
+    lines, means = max(TILE // line, 1), "before" if second in ("group", "column") else "none"
+    if second == "column":
+        cells, lines_of_cell = found.groups * across, found.rows
+    else:
+        cells, lines_of_cell = found.groups, found.rows * across
+    if second == "group":
+        one_tile = _power_of_two(lines_of_cell)
+        if one_tile * line <= ONE_TILE:
+            means, lines = "tile", one_tile
+        elif lines_of_cell * line <= ONE_PROGRAM:
+            means = "loop"
+    chunks = -(-lines_of_cell // lines)
+    nest = 0 if found.rows == 1 else 1 if found.rows == found.inner_rows else 2
+    sizes = (found.outer_group_stride, found.inner_group_stride, found.outer_row_stride, found.inner_row_stride)
+    aligned = not any(size % _ALIGN for size in (*sizes, found.columns, found.start))
+    return Layout(means, nest, line, lines, cells, chunks, -(-chunks // _span(line, lines)), aligned)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def _span(line: int, lines: int) -> int:
+    return max(SUM // (line * lines), 1)
+
+
+def warps(variant: Variant) -> int:
+    """Of a program: 32 entries per thread."""
+    return min(max(variant.line * variant.lines // 1024, 1), 16)
+
+
+def launch(variant: Variant, parts: tuple[Part, ...], scalars: Tensor) -> None:
+    kernels, device = triton_kernels(), scalars.device
+    table, tiles, sums, cells = numbered(parts, variant.means, device)
+    options = dict(num_warps=warps(variant), enable_fp_fusion=True)
+    if sums is not None and cells is not None:
+        found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=device)
+        shared = variant._replace(moment=None, rounding="")  # neither is of concern here
+        span = _span(variant.line, variant.lines)
+        kernels.sum_squares[(len(sums),)](table, found, sums, SPAN=span, v=shared, **options)
+        kernels.combine[(len(cells),)](table, scalars, found, cells, v=shared, **options | dict(num_warps=1))
+    kernels.step[(len(tiles),)](table, scalars, tiles, v=variant, **options)
+
+
+@lru_cache(maxsize=64)
+def numbered(
+    parts: tuple[Part, ...], means: str, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The table of a launch, and the part of each tile, partial sum and cell; the last two where they are needed."""
+    tiles = [part.cells * (part.chunks if means in ("none", "before") else 1) for part in parts]
+    sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
+    firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
+    rows = tuple(
+        part._replace(first_tile=tile, first_sum=sum_, first_cell=cell)
+        for part, (tile, sum_, cell) in zip(parts, firsts, strict=False)
+    )
+    owners = [_owners(tuple(counts), device) if means == "before" else None for counts in (sums, cells)]
+    return uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), owners[0], owners[1]
+
+
+@lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses
+def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32: the number of each part, as often as it counts."""
+    repeats = uploaded(counts, torch.int32, device)
+    numbers = torch.arange(len(counts), dtype=torch.int32, device=device)
+    return torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
+
+
+def uploaded(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, which nothing waits for."""
+    on_host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)

@@ -1,0 +1,338 @@
+"""The Triton kernels that `gpu.py` launches: AdamW with a full second moment or one number per group, and Signum.
+
+One launch steps many parts of weights; `Part` says where each is. A program steps a tile of lines: a line is some
+consecutive entries of one row, an 8-bit block where the moments are codes. `Variant` says what is compiled, and has
+no number that changes from step to step. A mean's squares are added in an order that its shape alone decides, so a
+step is the same at every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_lowmem import rounding
+from hf_lowmem.codecs.dynamic_map import DECADES, TOP
+from hf_lowmem.kernels.gpu import Part, Scalar
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
+
+(PARAM, GRAD, KAHAN_COMP, EXP_AVG, _, EXP_AVG_SQ, _, FIRST_TILE, CHUNKS, FIRST_SUM, SUMS, FIRST_CELL, _,
+ _, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
+ COLUMNS, _, START) = map(tl.constexpr, range(len(Part._fields)))  # fmt: skip
+ABSMAX = tl.constexpr(1)  # after the codes
+FIELDS, SCALARS = tl.constexpr(len(Part._fields)), tl.constexpr(len(Scalar._fields))
+DECAY, STEP_SIZE, EPS, NEW_1, BETA_2, NEW_2, NOISE_KEY = map(tl.constexpr, range(len(Scalar._fields)))
+
+SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = tl.constexpr(DECADES[True]), tl.constexpr(DECADES[False])
+SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, 0.5 - shift / slope) for slope, shift in DECADES[True]))
+UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, -0.5 - shift / slope) for slope, shift in DECADES[False]))
+SIGNED_TOP, UNSIGNED_TOP = tl.constexpr(TOP[True]), tl.constexpr(TOP[False])
+WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, rounding.MIX_2))
+STEEP, SIGN_BIT = tl.constexpr(2.0**8), tl.constexpr(-(2**31))
+INFINITY = tl.constexpr(float("inf"))
+TINY = tl.constexpr(2.0**-126)
+ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction
+
+
+# ---------------------------------------------------------------------------------------------------- the 8-bit map
+
+
+@triton.jit
+def decoded(codes, SIGNED: tl.constexpr):
+    """float32 values of codes (any integer tensor), as `dynamic_map.decode_lines`."""
+    count = codes.to(tl.float32) + (-127.0 if SIGNED else 1.0)
+    magnitude = tl.abs(count)
+    value = tl.zeros_like(magnitude)
+    for e in tl.static_range(7):
+        if SIGNED:
+            value = tl.maximum(value, tl.fma(magnitude, SIGNED_TO_VALUE[e][0], SIGNED_TO_VALUE[e][1]))
+        else:
+            value = tl.maximum(value, tl.fma(magnitude, UNSIGNED_TO_VALUE[e][0], UNSIGNED_TO_VALUE[e][1]))
+    value = tl.minimum(value, 1.0)
+    return tl.where(count < 0, -value, value)
+
+
+@triton.jit
+def encoded(x, SIGNED: tl.constexpr):
+    """int32 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
+
+    Those are 7 lines instead of the 17 or 19 of `dynamic_map.encode_lines`. Every code's value gets that code, and any
+    other number the nearest code or one beside it, where two decades meet: the rms error is 1.006 (signed) or 1.003
+    times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones (sigma 2).
+    """
+    magnitude = tl.abs(x)
+    count = tl.full(x.shape, INFINITY, tl.float32)
+    for e in tl.static_range(7):
+        if SIGNED:
+            count = tl.minimum(count, tl.fma(magnitude, SIGNED_TO_COUNT[e][0], SIGNED_TO_COUNT[e][1]))
+        else:
+            count = tl.minimum(count, tl.fma(magnitude, UNSIGNED_TO_COUNT[e][0], UNSIGNED_TO_COUNT[e][1]))
+    # The code of 1 begins below the curve: a steep line leads to it, and to less than one more.
+    if SIGNED:
+        count = tl.maximum(count, tl.fma(x, STEEP, 128.0 - SIGNED_TOP * STEEP))
+        sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
+        signed_count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        return tl.maximum(signed_count, -127.0).to(tl.int32) + 127
+    return tl.maximum(count, tl.fma(x, STEEP, 255.0 - UNSIGNED_TOP * STEEP)).to(tl.int32)
+
+
+# ------------------------------------------------------------------------------------------------ numbers as stored
+
+
+@triton.jit
+def pointer(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.multiple_of(tl.load(part + FIELD).to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@triton.jit
+def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.constexpr, v: tl.constexpr):
+    """A tile of a full moment as float32; of codes, the value before the square that `SIGNED=False` stands for."""
+    at, inside, line, some = tile
+    found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0)
+    if DTYPE != tl.uint8:
+        return found.to(tl.float32)
+    # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
+    values = tl.gather(decoded(tl.arange(0, 256), SIGNED), tl.reshape(found.to(tl.int32), [at.numel]), 0)
+    scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, mask=some, other=0.0)
+    return tl.reshape(values, at.shape) * scale[:, None]
+
+
+@triton.jit
+def store(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, value, SIGNED: tl.constexpr, v: tl.constexpr):
+    """Write what `loaded` gave. Of codes, NaN and Inf become zero, so that they never reach their line's scale."""
+    at, inside, line, some = tile
+    if DTYPE != tl.uint8:
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, value.to(DTYPE), mask=inside)
+    else:
+        value = tl.where(tl.abs(value) < INFINITY, value, 0.0)
+        scale = tl.max(tl.abs(value), 1)
+        tl.store(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, scale, mask=some)
+        codes = encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED)
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def last_place(value, WEIGHT: tl.constexpr):
+    """As `rounding.last_place`."""
+    power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(
+        power * (2.0**-7 if WEIGHT == tl.bfloat16 else 2.0**-10), TINY if WEIGHT == tl.bfloat16 else 2.0**-24
+    )
+
+
+@triton.jit
+def inverse(power):
+    """1 / power of a power of two, exact, by its exponent."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_at_random(value, at, key, WEIGHT: tl.constexpr):
+    """`value` on the grid of WEIGHT's dtype, by the noise of `rounding.hashed`."""
+    BITS: tl.constexpr = 16 if WEIGHT == tl.bfloat16 else 13
+    x = at.to(tl.uint32) * WEYL + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * MIX_1
+    x = (x ^ (x >> 15)) * MIX_2
+    noise = (x >> (32 - BITS)).to(tl.float32)
+    unit = last_place(value, WEIGHT)
+    units = tl.floor(tl.fma(noise, 2.0**-BITS, tl.abs(value) * inverse(unit))) * unit
+    return tl.where(tl.abs(value) < INFINITY, tl.where(value < 0, -units, units), value)
+
+
+# --------------------------------------------------------------------------------------------------------- the step
+
+
+@triton.jit
+def tile_of(part, cell, chunk, v: tl.constexpr):
+    """A tile's places in the weight and which of them are its own, (lines, line), then the same of its lines.
+
+    A cell is what shares its means: a group, or `line` columns of one. Its lines are cut into chunks of `lines`.
+    """
+    rows, columns = tl.load(part + ROWS).to(tl.int32), size(part, COLUMNS, v.align)
+    across = ((columns + (v.line - 1)) // v.line).to(tl.int32)
+    number = chunk * v.lines + tl.arange(0, v.lines)
+    if v.second == "column":
+        group, row, column = cell // across, number, tl.full([v.lines], 0, tl.int32) + cell % across
+    elif v.nest == 0:
+        group, row, column = cell, tl.full([v.lines], 0, tl.int32), number
+    else:
+        group, row, column = cell, number // across, number % across
+    inner = tl.load(part + INNER_GROUPS).to(tl.int32)
+    begin = size(part, START, v.align) + column.to(tl.int64) * v.line
+    begin += (group // inner) * size(part, OUTER_GROUP_STRIDE, v.align)
+    begin += (group % inner) * size(part, INNER_GROUP_STRIDE, v.align)
+    if v.nest == 1:
+        begin += row * size(part, INNER_ROW_STRIDE, v.align)
+    elif v.nest == 2:
+        inner = tl.load(part + INNER_ROWS).to(tl.int32)
+        begin += (row // inner) * size(part, OUTER_ROW_STRIDE, v.align)
+        begin += (row % inner) * size(part, INNER_ROW_STRIDE, v.align)
+    left = tl.minimum(columns - column.to(tl.int64) * v.line, v.line).to(tl.int32)
+    left = tl.multiple_of(tl.where(row < rows, left, 0), v.align)
+    along = tl.arange(0, v.line)[None, :]
+    return begin[:, None] + along, along < left[:, None], begin // v.line, left > 0
+
+
+@triton.jit
+def size(part, FIELD: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.multiple_of(tl.load(part + FIELD), ALIGN)
+
+
+@triton.jit
+def squares(grad):
+    """A square that is not finite counts as zero: it concerns its own entry only."""
+    square = grad * grad
+    return tl.where(square < INFINITY, square, 0.0)
+
+
+@triton.jit
+def scalar(scalars, INDEX: tl.constexpr):
+    return tl.load(scalars + INDEX).to(tl.float32)
+
+
+@triton.jit
+def averaged(part, scalars, mean, total, v: tl.constexpr):
+    """The new means, of the old ones and the sums of squares."""
+    count = tl.load(part + ROWS)
+    if v.second == "group":
+        count *= tl.load(part + COLUMNS)
+    return scalar(scalars, BETA_2) * mean + scalar(scalars, NEW_2) / count.to(tl.float32) * total
+
+
+@triton.jit
+def means_of(part):
+    return tl.load(part + EXP_AVG_SQ).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def grad_of(part, tile, v: tl.constexpr):
+    return tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0).to(tl.float32)
+
+
+@triton.jit
+def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
+    """param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps); of means, `root` is the square root."""
+    if v.second == "full":
+        CODES: tl.constexpr = tl.uint8 if v.moment == tl.uint8 else tl.float32
+        exp_avg_sq = loaded(part, EXP_AVG_SQ, CODES, tile, False, v)
+        if CODES == tl.uint8:
+            exp_avg_sq *= exp_avg_sq
+        exp_avg_sq = tl.fma(grad * grad, scalar(scalars, NEW_2), exp_avg_sq * scalar(scalars, BETA_2))
+        root = tl.sqrt(exp_avg_sq)
+        store(part, EXP_AVG_SQ, CODES, tile, root if CODES == tl.uint8 else exp_avg_sq, False, v)
+    exp_avg = loaded(part, EXP_AVG, v.moment, tile, True, v)
+    exp_avg = tl.fma(grad - exp_avg, scalar(scalars, NEW_1), exp_avg)
+    if v.second == "none":
+        update = ((exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)) * scalar(scalars, STEP_SIZE)
+    else:
+        inverse_root = tl.rsqrt(root + scalar(scalars, EPS))  # squared below: a quotient costs three times as much
+        update = exp_avg * (scalar(scalars, STEP_SIZE) * (inverse_root * inverse_root))
+    store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
+
+    at, inside, _, _ = tile
+    weights, comp = pointer(part, PARAM, v.weight, v.align) + at, pointer(part, KAHAN_COMP, tl.int16, v.align) + at
+    param = tl.load(weights, mask=inside, other=0).to(tl.float32)
+    if v.rounding == "kahan":
+        fraction = tl.load(comp, mask=inside, other=0).to(tl.float32) * 2.0**-16
+        param = tl.fma(last_place(param, v.weight), fraction, param)
+    param = tl.fma(param, scalar(scalars, DECAY), -update)
+    if v.rounding == "stochastic":
+        param = rounded_at_random(param, at, tl.load(scalars + NOISE_KEY).to(tl.int32), v.weight)
+    narrow = param.to(v.weight)
+    tl.store(weights, narrow, mask=inside)
+    if v.rounding == "kahan":
+        held = narrow.to(tl.float32)
+        fraction = (param - held) * inverse(last_place(held, v.weight)) * 2.0**16
+        fraction = tl.minimum(tl.maximum(fraction, -(2.0**15)), 2.0**15 - 1)
+        tl.store(comp, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=inside)
+
+
+@triton.jit
+def step(parts, all_scalars, owners, v: tl.constexpr):
+    """Step a tile, or where the means are found by "loop" a group, of the part that `owners` names for the program."""
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    part, scalars = parts + owner * FIELDS, all_scalars + owner * SCALARS
+    number = tl.program_id(0) - tl.load(part + FIRST_TILE).to(tl.int32)
+    chunks = tl.load(part + CHUNKS).to(tl.int32)
+    if v.means == "none":
+        tile = tile_of(part, 0, number, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, v), 0.0, v)
+    elif v.means == "before":
+        cell = number // chunks
+        tile = tile_of(part, cell, number % chunks, v)
+        if v.second == "column":
+            where, own = columns_of(part, cell, v)
+            root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
+        else:
+            root = tl.sqrt(tl.load(means_of(part) + cell))
+        step_tile(part, scalars, tile, grad_of(part, tile, v), root, v)
+    elif v.means == "tile":
+        mean = tl.load(means_of(part) + number)  # before the sum, whose barrier keeps the store from overtaking it
+        tile = tile_of(part, number, 0, v)
+        grad = grad_of(part, tile, v)
+        mean = averaged(part, scalars, mean, tl.sum(tl.sum(squares(grad), 1), 0), v)
+        tl.store(means_of(part) + number, mean)
+        step_tile(part, scalars, tile, grad, tl.sqrt(mean), v)
+    else:
+        mean = tl.load(means_of(part) + number)  # before the sum, as above
+        total = tl.zeros([v.lines, v.line], tl.float32)
+        for chunk in range(chunks):
+            total += squares(grad_of(part, tile_of(part, number, chunk, v), v))
+        mean = averaged(part, scalars, mean, tl.sum(tl.sum(total, 1), 0), v)
+        tl.store(means_of(part) + number, mean)
+        for chunk in range(chunks):
+            tile = tile_of(part, number, chunk, v)
+            step_tile(part, scalars, tile, grad_of(part, tile, v), tl.sqrt(mean), v)
+
+
+@triton.jit
+def columns_of(part, cell, v: tl.constexpr):
+    """The places of a cell's means, one per column, and which of them are its own."""
+    columns = tl.load(part + COLUMNS).to(tl.int32)
+    across = tl.cdiv(columns, v.line)
+    column = cell % across * v.line + tl.arange(0, v.line)
+    return (cell // across).to(tl.int64) * columns + column, column < columns
+
+
+@triton.jit
+def sum_squares(parts, sums, owners, SPAN: tl.constexpr, v: tl.constexpr):
+    """The sum of squares, or the sums per column, of SPAN chunks of a cell."""
+    part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
+    number = tl.program_id(0) - tl.load(part + FIRST_SUM).to(tl.int32)
+    count = tl.load(part + SUMS).to(tl.int32)
+    cell, first = number // count, number % count * SPAN
+    total = tl.zeros([v.lines, v.line], tl.float32)
+    for chunk in range(first, tl.minimum(first + SPAN, tl.load(part + CHUNKS).to(tl.int32))):
+        total += squares(grad_of(part, tile_of(part, cell, chunk, v), v))
+    if v.second == "column":
+        tl.store(sums + tl.program_id(0).to(tl.int64) * v.line + tl.arange(0, v.line), tl.sum(total, 0))
+    else:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def combine(parts, all_scalars, sums, owners, v: tl.constexpr):
+    """Average into the means of a cell what `sum_squares` has found of it; for one warp, so that no barrier is needed
+    between loading and storing them."""
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    part = parts + owner * FIELDS
+    cell = tl.program_id(0) - tl.load(part + FIRST_CELL).to(tl.int32)
+    WIDTH: tl.constexpr = v.line if v.second == "column" else 1
+    if v.second == "column":
+        where, own = columns_of(part, cell, v)
+    else:
+        where, own = cell + tl.arange(0, 1), tl.full([1], True, tl.int1)
+    mean = tl.load(means_of(part) + where, mask=own, other=0.0)
+    count = tl.load(part + SUMS).to(tl.int32)
+    first = tl.load(part + FIRST_SUM) + cell * count
+    total = tl.zeros([4, WIDTH], tl.float32)
+    for number in range(0, count, 4):
+        each = number + tl.arange(0, 4)[:, None]
+        total += tl.load(sums + (first + each) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=each < count, other=0.0)
+    mean = averaged(part, all_scalars + owner * SCALARS, mean, tl.sum(total, 0), v)
+    tl.store(means_of(part) + where, mean, mask=own)

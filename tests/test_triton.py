@@ -1,0 +1,64 @@
+"""The Triton kernels: in the interpreter, on CUDA where there is a device, and what happens without Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_runs import VARIANTS, check_gpu_kernel
+from torch import nn
+
+import hf_lowmem
+from hf_lowmem.kernels import KERNELS, gpu
+
+TESTS = Path(__file__).parent
+has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+@has_triton
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    """Triton must know before it is imported that it interprets."""
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "interpreted.py"]
+    done = subprocess.run(
+        command, cwd=TESTS, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@has_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("case", "dtype", "rounding"), VARIANTS)
+def test_kernels_on_cuda(case: tuple, dtype: torch.dtype, rounding: str, bits: int) -> None:
+    check_gpu_kernel(case, bits, dtype, rounding, "cuda")
+
+
+def test_triton_is_imported_only_to_step() -> None:
+    check = "import sys; sys.modules['triton'] = None; import hf_lowmem.kernels"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
+def test_without_triton_the_step_is_the_same_and_that_is_said_once(name, monkeypatch, caplog) -> None:
+    for key in [key for key in KERNELS if key.device == "cuda"]:
+        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    gpu.triton_kernels.cache_clear()
+    try:
+        layer = nn.Linear(64, 64)
+        optimizer = hf_lowmem.build_optimizer(layer, name, lr=1e-3)
+        before = layer.weight.detach().clone()
+        for _ in range(2):
+            layer(torch.ones(64)).sum().backward()
+            optimizer.step()
+        assert not torch.equal(before, layer.weight)
+    finally:
+        gpu.triton_kernels.cache_clear()
+    assert caplog.text.count("They need triton") == 1

@@ -1,0 +1,155 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be here: registers, spills, wide loads, and
+instructions per entry, which bound the 8-bit kernels where bytes bound the others."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_lowmem.algorithms import AdamMini, SlimAdamW
+from hf_lowmem.kernels import gpu, gpu_kernels
+from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32", "sums": "*fp32"}
+CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
+
+
+def means(cls: Any, shape: tuple[int, ...], **options: Any) -> Geometry:
+    plan = cls.make_plan(shape, **{**cls.plan_options(), **options})
+    (found,) = geometries(plan.moments["exp_avg_sq"], shape, 1)
+    return found
+
+
+# The shapes of a large model: (second moment, geometry) of a launch.
+SHAPES = {
+    "signum": ("none", elementwise(1 << 24)),
+    "adamw": ("full", elementwise(1 << 24)),
+    "rows": ("group", means(SlimAdamW, (4096, 4096), axes=(1,))),
+    "long rows": ("group", means(SlimAdamW, (4096, 14336), axes=(1,))),
+    "longer rows": ("group", means(SlimAdamW, (4096, 28672), axes=(1,))),
+    "heads": ("group", means(AdamMini, (4096, 4096), axes=(1,), rows_per_block=128)),
+    "columns": ("column", means(SlimAdamW, (4096, 4096), axes=(0,))),
+}
+# Instructions per entry, and registers, at most, of floats and then of 8-bit codes; bfloat16 weights, rounded to the
+# nearest. An H200 has time for 7.8 per byte that must move: 171 and 78 for "adamw", 109 and 62 for the others.
+BOUNDS = {
+    "signum": (22, 112, 52, 128),
+    "adamw": (31, 168, 89, 168),
+    "rows": (27, 112, 56, 128),
+    "long rows": (26, 112, 56, 128),
+    "longer rows": (35, 128, 65, 128),
+    "heads": (23, 112, 52, 128),
+    "columns": (25, 120, 56, 152),
+}
+MORE_TO_ROUND = 23
+
+
+def variant(shape: str, moment: tuple[Any, int | None], weight: Any, rounding: str = "nearest") -> gpu.Variant:
+    second, geometry = SHAPES[shape]
+    layout = gpu.layout_of(geometry, second, moment[1])
+    assert layout.aligned
+    return gpu.Variant(weight, moment[0], rounding, second, layout.means, layout.nest, layout.line, layout.lines, 16)
+
+
+class Report:
+    """What one kernel was compiled to."""
+
+    def __init__(self, kernel: Any, folder: Path, arch: int, warps: int, **constants: Any) -> None:
+        names = kernel.arg_names
+        signature = {name: SIGNATURE.get(name, "constexpr") for name in names}
+        places = {(names.index(name),): value for name, value in constants.items()}
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in SIGNATURE}
+        target, options = GPUTarget("cuda", arch, 32), dict(num_warps=warps, enable_fp_fusion=True)
+        compiled = triton.compile(ASTSource(kernel, signature, places, aligned), target=target, options=options)
+        (folder / "cubin").write_bytes(compiled.asm["cubin"])
+        usage, sass = self._run("cuobjdump", "-res-usage", folder), self._run("nvdisasm", "-c", folder)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        assert found
+        self.registers, self.stack, _, self.local = map(int, found.groups())
+        self.instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+        self.count = sum(name != "NOP" for name in self.instructions)
+
+    @staticmethod
+    def _run(tool: str, flag: str, folder: Path) -> str:
+        done = subprocess.run([TOOLS / tool, flag, folder / "cubin"], check=True, capture_output=True, text=True)
+        return done.stdout
+
+    def accesses(self, *names: str) -> list[int]:
+        """Bits of each access to global memory."""
+        widths = [
+            re.search(r"\.(?:U|S)?(8|16|64|128)\b", name) for name in self.instructions if name.startswith(names)
+        ]
+        return [int(found[1]) if found else 32 for found in widths]
+
+
+def check(report: Report, v: gpu.Variant) -> float:
+    """No spill, and wide loads and stores: 16 bytes of floats, 8 of codes. Returns instructions per entry."""
+    assert (report.stack, report.local) == (0, 0)
+    per_thread = v.line * v.lines // (32 * gpu.warps(v))
+    wide = sum(width for width in report.accesses("LDG", "STG") if width >= 64)
+    bits = 3 * v.weight.primitive_bitwidth + 2 * v.moment.primitive_bitwidth
+    assert wide >= per_thread * bits
+    assert not [width for width in report.accesses("LDG", "STG") if width < 32]
+    assert 128 in report.accesses("LDG")
+    assert 128 in report.accesses("STG")
+    return report.count / per_thread
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
+    for moment, (most, registers) in zip((FLOATS, CODES), (BOUNDS[shape][:2], BOUNDS[shape][2:]), strict=True):
+        v = variant(shape, moment, tl.bfloat16)
+        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=v)
+        per_entry = check(report, v)
+        figures = f"{shape} sm_{arch} {v.moment}: {per_entry:.1f} instructions per entry, {report.registers} registers"
+        assert per_entry <= most, figures
+        assert report.registers <= registers, figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [FLOATS, (tl.bfloat16, None), CODES], ids=lambda moment: str(moment[0]))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, int | None], tmp_path: Path) -> None:
+    most = BOUNDS[shape][2 if moment is CODES else 0] + MORE_TO_ROUND
+    weights = [(tl.float32, "nearest"), *product((tl.bfloat16, tl.float16), ("nearest", "stochastic", "kahan"))]
+    for weight, rounding in weights:
+        v = variant(shape, moment, weight, rounding)
+        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v), v)
+        assert per_entry <= most, (weight, rounding, per_entry)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", ["heads", "columns"])
+def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
+    v = variant(shape, FLOATS, tl.bfloat16)._replace(moment=None, rounding="")
+    assert v.means == "before"
+    sums = Report(gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu._span(v.line, v.lines), v=v)
+    assert (sums.stack, sums.local) == (0, 0)
+    assert 128 in sums.accesses("LDG")
+    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=v)
+    assert (combine.stack, combine.local) == (0, 0)
+
+
+def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:
+    v = variant("rows", CODES, tl.bfloat16)._replace(align=1)
+    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v)
+    assert (report.stack, report.local) == (0, 0)
+    assert torch.finfo(torch.bfloat16).bits in report.accesses("LDG")
