@@ -68,6 +68,11 @@ def variant(shape: str, moment: tuple[Any, int | None], weight: Any, rounding: s
     return gpu.Variant(weight, moment[0], rounding, second, layout.means, layout.nest, layout.line, layout.lines, 16)
 
 
+def constants(v: gpu.Variant) -> gpu.Variant:
+    """As `gpu.compiled_for`, which needs a device."""
+    return gpu.Variant(*map(tl.constexpr, v))
+
+
 class Report:
     """What one kernel was compiled to."""
 
@@ -117,7 +122,7 @@ def check(report: Report, v: gpu.Variant) -> float:
 def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
     for moment, (most, registers) in zip((FLOATS, CODES), (BOUNDS[shape][:2], BOUNDS[shape][2:]), strict=True):
         v = variant(shape, moment, tl.bfloat16)
-        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=v)
+        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
         per_entry = check(report, v)
         figures = f"{shape} sm_{arch} {v.moment}: {per_entry:.1f} instructions per entry, {report.registers} registers"
         assert per_entry <= most, figures
@@ -132,7 +137,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
     weights = [(tl.float32, "nearest"), *product((tl.bfloat16, tl.float16), ("nearest", "stochastic", "kahan"))]
     for weight, rounding in weights:
         v = variant(shape, moment, weight, rounding)
-        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v), v)
+        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v)), v)
         assert per_entry <= most, (weight, rounding, per_entry)
 
 
@@ -141,15 +146,17 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
     v = variant(shape, FLOATS, tl.bfloat16)._replace(moment=None, rounding="")
     assert v.means == "before"
-    sums = Report(gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu._span(v.line, v.lines), v=v)
+    sums = Report(
+        gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu.span_of(v.line, v.lines), v=constants(v)
+    )
     assert (sums.stack, sums.local) == (0, 0)
     assert 128 in sums.accesses("LDG")
-    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=v)
+    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=constants(v))
     assert (combine.stack, combine.local) == (0, 0)
 
 
 def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:
     v = variant("rows", CODES, tl.bfloat16)._replace(align=1)
-    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v)
+    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert torch.finfo(torch.bfloat16).bits in report.accesses("LDG")
