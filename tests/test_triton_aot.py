@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, SlimAdamW
-from hf_lowmem.kernels import gpu, gpu_kernels
+from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,6 +68,11 @@ def variant(shape: str, moment: tuple[Any, int | None], weight: Any, rounding: s
     layout = gpu.layout_of(geometry, second, moment[1])
     assert layout.aligned
     return gpu.Variant(weight, moment[0], rounding, second, layout.means, layout.nest, layout.line, layout.lines, 16)
+
+
+def constants(v: gpu.Variant) -> gpu.Variant:
+    """As `gpu.compiled_for`, which needs a device."""
+    return gpu.Variant(*map(tl.constexpr, v))
 
 
 class Report:
@@ -117,7 +124,7 @@ def check(report: Report, v: gpu.Variant) -> float:
 def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
     for moment, (most, registers) in zip((FLOATS, CODES), (BOUNDS[shape][:2], BOUNDS[shape][2:]), strict=True):
         v = variant(shape, moment, tl.bfloat16)
-        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=v)
+        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
         per_entry = check(report, v)
         figures = f"{shape} sm_{arch} {v.moment}: {per_entry:.1f} instructions per entry, {report.registers} registers"
         assert per_entry <= most, figures
@@ -132,7 +139,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
     weights = [(tl.float32, "nearest"), *product((tl.bfloat16, tl.float16), ("nearest", "stochastic", "kahan"))]
     for weight, rounding in weights:
         v = variant(shape, moment, weight, rounding)
-        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v), v)
+        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v)), v)
         assert per_entry <= most, (weight, rounding, per_entry)
 
 
@@ -141,15 +148,61 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
     v = variant(shape, FLOATS, tl.bfloat16)._replace(moment=None, rounding="")
     assert v.means == "before"
-    sums = Report(gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu._span(v.line, v.lines), v=v)
+    sums = Report(
+        gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu.span_of(v.line, v.lines), v=constants(v)
+    )
     assert (sums.stack, sums.local) == (0, 0)
     assert 128 in sums.accesses("LDG")
-    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=v)
+    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=constants(v))
     assert (combine.stack, combine.local) == (0, 0)
 
 
 def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:
     v = variant("rows", CODES, tl.bfloat16)._replace(align=1)
-    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=v)
+    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert torch.finfo(torch.bfloat16).bits in report.accesses("LDG")
+
+
+class NoDevice:
+    """What Triton asks its driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return -1  # not one whose kernels other tests run
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a launch but the launch itself: each is compiled for the arguments that it is given."""
+    compiled: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    for key in [key for key in KERNELS if key.device == "cuda"]:
+        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
+    gpu.triton_kernels.cache_clear()
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    try:
+        layers = [torch.nn.Embedding(64, 512), torch.nn.Linear(512, 512), torch.nn.LayerNorm(512)]
+        model = torch.nn.ModuleList(layers).bfloat16()
+        for options in ({"axes": (1,)}, {"axes": (0,)}):
+            weights = [param for param in model.parameters() if param.ndim == 2]
+            optimizer = SlimAdamW(weights, lr=1e-3, state_bits=8, rounding="stochastic", **options)
+            for param in weights:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        vectors = hf_lowmem.build_optimizer(layers[2], "lowmem_adamw", lr=1e-3)
+        layers[2].weight.grad = torch.ones(512).bfloat16()
+        vectors.step()
+    finally:
+        gpu.triton_kernels.cache_clear()
+    assert compiled == ["step", "sum_squares", "combine", "step", "step"]

@@ -232,14 +232,15 @@ def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
     nest = 0 if found.rows == 1 else 1 if found.rows == found.inner_rows else 2
     sizes = (found.outer_group_stride, found.inner_group_stride, found.outer_row_stride, found.inner_row_stride)
     aligned = not any(size % _ALIGN for size in (*sizes, found.columns, found.start))
-    return Layout(means, nest, line, lines, cells, chunks, -(-chunks // _span(line, lines)), aligned)
+    return Layout(means, nest, line, lines, cells, chunks, -(-chunks // span_of(line, lines)), aligned)
 
 
 def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def _span(line: int, lines: int) -> int:
+def span_of(line: int, lines: int) -> int:
+    """The tiles of a partial sum."""
     return max(SUM // (line * lines), 1)
 
 
@@ -254,11 +255,17 @@ def launch(variant: Variant, parts: tuple[Part, ...], scalars: Tensor) -> None:
     options = dict(num_warps=warps(variant), enable_fp_fusion=True)
     if sums is not None and cells is not None:
         found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=device)
-        shared = variant._replace(moment=None, rounding="")  # neither is of concern here
-        span = _span(variant.line, variant.lines)
+        shared = compiled_for(variant._replace(moment=None, rounding=""))  # neither is of concern here
+        span = span_of(variant.line, variant.lines)
         kernels.sum_squares[(len(sums),)](table, found, sums, SPAN=span, v=shared, **options)
         kernels.combine[(len(cells),)](table, scalars, found, cells, v=shared, **options | dict(num_warps=1))
-    kernels.step[(len(tiles),)](table, scalars, tiles, v=variant, **options)
+    kernels.step[(len(tiles),)](table, scalars, tiles, v=compiled_for(variant), **options)
+
+
+@cache
+def compiled_for(variant: Variant) -> Variant:
+    """The variant as the kernels take it: Triton before 3.8 takes no parts of a constant for constants."""
+    return Variant(*map(triton_kernels().tl.constexpr, variant))
 
 
 @lru_cache(maxsize=64)
