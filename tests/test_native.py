@@ -169,7 +169,7 @@ def test_geometry(shape: Any, strides: Any, dims: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
-def test_without_a_compiler_the_step_is_the_same_and_that_is_said_once(name, monkeypatch, caplog) -> None:
+def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, monkeypatch, caplog) -> None:
     monkeypatch.setattr(native, "find_spec", lambda module: None)
     native.library.cache_clear()
     try:

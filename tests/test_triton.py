@@ -46,7 +46,7 @@ def test_triton_is_imported_only_to_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
-def test_without_triton_the_step_is_the_same_and_that_is_said_once(name, monkeypatch, caplog) -> None:
+def test_without_triton_steps_are_taken_and_that_is_said_once(name, monkeypatch, caplog) -> None:
     for key in [key for key in KERNELS if key.device == "cuda"]:
         monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
     monkeypatch.setitem(sys.modules, "triton", None)
