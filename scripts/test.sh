@@ -2,9 +2,11 @@
 # All tests on a fresh machine: makes .venv-test, installs the package and its tools there, and runs pytest.
 #
 #     bash scripts/test.sh [PYTEST ARGS]        for example: bash scripts/test.sh -m "not slow" -x
+#     bash scripts/test.sh -m gpu               what needs a GPU alone
 #
 # Each of up to four cores takes a file of tests at a time; `-n 0` runs them one after another. PYTHON picks the
-# interpreter (3.10 or later). Tests marked `gpu` are left out where there is no GPU.
+# interpreter (3.10 or later). Tests marked `gpu` are left out, or skipped where they are asked for, where there is no
+# CUDA device.
 set -euo pipefail
 
 folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,6 +22,9 @@ fi
 
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 markers=""
-"$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || markers="not gpu"
+if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    markers="not gpu"
+    echo "There is no CUDA device here: tests marked gpu do not run"
+fi
 cd "$folder"
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "$markers" "$@"
