@@ -29,7 +29,8 @@ from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32", "sums": "*fp32"}
+SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
+SIGNATURE |= dict.fromkeys(("grad_scale", "sums", "totals"), "*fp32")
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
 
 
@@ -149,7 +150,13 @@ def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None
     v = variant(shape, FLOATS, tl.bfloat16)._replace(moment=None, rounding="")
     assert v.means == "before"
     sums = Report(
-        gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), SPAN=gpu.span_of(v.line, v.lines), v=constants(v)
+        gpu_kernels.sum_squares,
+        tmp_path,
+        arch,
+        gpu.warps(v),
+        SPAN=gpu.span_of(v.line, v.lines),
+        TOTALS=True,
+        v=constants(v),
     )
     assert (sums.stack, sums.local) == (0, 0)
     assert 128 in sums.accesses("LDG")

@@ -196,6 +196,12 @@ def scalar(scalars, INDEX: tl.constexpr):
 
 
 @triton.jit
+def scale_of(grad_scale, v: tl.constexpr):
+    """What clipping multiplies each gradient by."""
+    return tl.load(grad_scale) if v.clip else 1.0
+
+
+@triton.jit
 def averaged(part, scalars, mean, total, v: tl.constexpr):
     """The new means, of the old ones and the sums of squares."""
     count = tl.load(part + ROWS)
@@ -210,8 +216,9 @@ def means_of(part):
 
 
 @triton.jit
-def grad_of(part, tile, v: tl.constexpr):
-    return tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0).to(tl.float32)
+def grad_of(part, tile, scale, v: tl.constexpr):
+    grad = tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0).to(tl.float32)
+    return grad * scale if v.clip else grad
 
 
 @triton.jit
@@ -253,15 +260,15 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
 
 
 @triton.jit
-def step(parts, all_scalars, owners, v: tl.constexpr):
+def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
     """Step a tile, or where the means are found by "loop" a group, of the part that `owners` names for the program."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
     part, scalars = parts + owner * FIELDS, all_scalars + owner * SCALARS
     number = tl.program_id(0) - tl.load(part + FIRST_TILE).to(tl.int32)
-    chunks = tl.load(part + CHUNKS).to(tl.int32)
+    chunks, scale = tl.load(part + CHUNKS).to(tl.int32), scale_of(grad_scale, v)
     if v.means == "none":
         tile = tile_of(part, 0, number, v)
-        step_tile(part, scalars, tile, grad_of(part, tile, v), 0.0, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), 0.0, v)
     elif v.means == "before":
         cell = number // chunks
         tile = tile_of(part, cell, number % chunks, v)
@@ -270,11 +277,11 @@ def step(parts, all_scalars, owners, v: tl.constexpr):
             root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
         else:
             root = tl.sqrt(tl.load(means_of(part) + cell))
-        step_tile(part, scalars, tile, grad_of(part, tile, v), root, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
     elif v.means == "tile":
         mean = tl.load(means_of(part) + number)  # before the sum, whose barrier keeps the store from overtaking it
         tile = tile_of(part, number, 0, v)
-        grad = grad_of(part, tile, v)
+        grad = grad_of(part, tile, scale, v)
         mean = averaged(part, scalars, mean, tl.sum(tl.sum(squares(grad), 1), 0), v)
         tl.store(means_of(part) + number, mean)
         step_tile(part, scalars, tile, grad, tl.sqrt(mean), v)
@@ -282,12 +289,12 @@ def step(parts, all_scalars, owners, v: tl.constexpr):
         mean = tl.load(means_of(part) + number)  # before the sum, as above
         total = tl.zeros([v.lines, v.line], tl.float32)
         for chunk in range(chunks):
-            total += squares(grad_of(part, tile_of(part, number, chunk, v), v))
+            total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
         mean = averaged(part, scalars, mean, tl.sum(tl.sum(total, 1), 0), v)
         tl.store(means_of(part) + number, mean)
         for chunk in range(chunks):
             tile = tile_of(part, number, chunk, v)
-            step_tile(part, scalars, tile, grad_of(part, tile, v), tl.sqrt(mean), v)
+            step_tile(part, scalars, tile, grad_of(part, tile, scale, v), tl.sqrt(mean), v)
 
 
 @triton.jit
@@ -300,15 +307,21 @@ def columns_of(part, cell, v: tl.constexpr):
 
 
 @triton.jit
-def sum_squares(parts, sums, owners, SPAN: tl.constexpr, v: tl.constexpr):
-    """The sum of squares, or the sums per column, of SPAN chunks of a cell."""
+def sum_squares(parts, sums, totals, owners, SPAN: tl.constexpr, TOTALS: tl.constexpr, v: tl.constexpr):
+    """The sum of squares, or the sums per column, of SPAN chunks of a cell; `totals` are of squares not finite too."""
     part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
     number = tl.program_id(0) - tl.load(part + FIRST_SUM).to(tl.int32)
     count = tl.load(part + SUMS).to(tl.int32)
     cell, first = number // count, number % count * SPAN
     total = tl.zeros([v.lines, v.line], tl.float32)
+    every = tl.zeros([v.lines, v.line], tl.float32)
     for chunk in range(first, tl.minimum(first + SPAN, tl.load(part + CHUNKS).to(tl.int32))):
-        total += squares(grad_of(part, tile_of(part, cell, chunk, v), v))
+        grad = grad_of(part, tile_of(part, cell, chunk, v), 1.0, v)
+        total += squares(grad)
+        if TOTALS:
+            every += grad * grad
+    if TOTALS:
+        tl.store(totals + tl.program_id(0), tl.sum(tl.sum(every, 1), 0))
     if v.second == "column":
         tl.store(sums + tl.program_id(0).to(tl.int64) * v.line + tl.arange(0, v.line), tl.sum(total, 0))
     else:
@@ -316,7 +329,7 @@ def sum_squares(parts, sums, owners, SPAN: tl.constexpr, v: tl.constexpr):
 
 
 @triton.jit
-def combine(parts, all_scalars, sums, owners, v: tl.constexpr):
+def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
     """Average into the means of a cell what `sum_squares` has found of it; for one warp, so that no barrier is needed
     between loading and storing them."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
@@ -334,5 +347,17 @@ def combine(parts, all_scalars, sums, owners, v: tl.constexpr):
     for number in range(0, count, 4):
         each = number + tl.arange(0, 4)[:, None]
         total += tl.load(sums + (first + each) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=each < count, other=0.0)
-    mean = averaged(part, all_scalars + owner * SCALARS, mean, tl.sum(total, 0), v)
+    summed = tl.sum(total, 0)
+    if v.clip:
+        scale = scale_of(grad_scale, v)
+        summed *= scale * scale
+        summed = tl.where(summed < INFINITY, summed, 0.0)  # a norm that is not finite leaves no finite square
+    mean = averaged(part, all_scalars + owner * SCALARS, mean, summed, v)
     tl.store(means_of(part) + where, mean, mask=own)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def write_grads(parts, first, last, grads):
+    """The addresses of some gradients into their rows, from row `first`; more than there are rows write the last."""
+    for number in tl.static_range(len(grads)):
+        tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number])
