@@ -28,11 +28,22 @@ def one_launch_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytes
         yield
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Tests that ask for it run on each."""
+    return request.param
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
     if not (shutil.which("g++") or shutil.which("clang++")):
-        for item in items:
-            if item.get_closest_marker("compiler"):
-                item.add_marker(pytest.mark.skip(reason="torch.compile finds no C++ compiler here"))
+        missing["compiler"] = "torch.compile finds no C++ compiler here"
+    if not torch.cuda.is_available():
+        missing["gpu"] = "there is no CUDA device"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

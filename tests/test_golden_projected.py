@@ -33,6 +33,8 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
 # Of the largest movement so far. One entry of an 8-bit moment falls on the other side of a code's edge; the
 # decomposition of the convolution is ill-conditioned (a change of the gradients by 1e-6 moves the authors' by 6e-3).
 TOLERANCES = {("coap_adamw8bit_rank", "wide"): 3e-3, ("coap_adamw_conv3x3", "conv"): 1e-2}
+# CUDA adds and decomposes in another order, which moves entries no further than a change of the gradients by 3e-7.
+LOOSER = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class AuthorsInt8:
         return {name: TensorSpec(spec.shape, dims, torch.uint8), f"{name}_absmax": TensorSpec((1,), (None,))}
 
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
-        return decode_table(True, torch.device("cpu"))[state[name].int()] * state[f"{name}_absmax"]
+        return decode_table(True, state[name].device)[state[name].int()] * state[f"{name}_absmax"]
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
-        codes, order = decode_table(True, torch.device("cpu")).sort()
+        codes, order = decode_table(True, value.device).sort()
         absmax = value.abs().max().clamp(min=1e-38)
         nearest = torch.bucketize(value / absmax, (codes[1:] + codes[:-1]) / 2)
         state[name].copy_(order[nearest])
@@ -63,9 +65,9 @@ def with_signs_of(basis: Tensor, recorded: Tensor) -> Tensor:
     [(case, name) for case in CASES for name in json.loads((GOLDEN / f"{case}.json").read_text())["shapes"]],
 )
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composed"])
-def test_coap(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coap(case: str, name: str, kernels: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = json.loads((GOLDEN / f"{case}.json").read_text())
-    given = load_file(GOLDEN / f"{case}.safetensors")
+    given = load_file(GOLDEN / f"{case}.safetensors", device=device)
     cls, options = CASES[case]
     used, factors = meta["defaults_used"], meta["projected"][name] or []
     call = 0
@@ -105,11 +107,11 @@ def test_coap(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPat
         for key, basis in state.items():
             if key.startswith("proj") and basis.ndim and any(f"aux/proj/{call}/{name}" in k for k in given):
                 expected = recorded(basis.shape[-1])
-                assert (basis.mT @ basis - expected.mT @ expected).abs().max() < 1e-4, call
+                assert (basis.mT @ basis - expected.mT @ expected).abs().max() < 1e-4 * LOOSER[device], call
         if f"param/{call}/{name}" in given:
             expected = given[f"param/{call}/{name}"]
             error = ((param - expected).abs().max() / (expected - start).abs().max()).item()
-            assert error < TOLERANCES.get((case, name), 3e-4), call
+            assert error < TOLERANCES.get((case, name), 3e-4) * LOOSER[device], call
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,9 @@ def test_coap(case: str, name: str, kernels: bool, monkeypatch: pytest.MonkeyPat
     [("soap_square", {"sides": "both"}), ("soap_onesided", {}), ("soap_conv", {"sides": "both"})],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_soap(case: str, options: dict[str, Any]) -> None:
+def test_soap(case: str, options: dict[str, Any], device: str) -> None:
     meta = json.loads((GOLDEN / f"{case}.json").read_text())
-    given = load_file(GOLDEN / f"{case}.safetensors")
+    given = load_file(GOLDEN / f"{case}.safetensors", device=device)
     used = meta["defaults_used"]
     params = {name: torch.nn.Parameter(given[f"param0/{name}"].clone()) for name in meta["shapes"]}
     optimizer = Soap(
@@ -138,4 +140,4 @@ def test_soap(case: str, options: dict[str, Any]) -> None:
         for name, param in params.items():
             if (expected := given.get(f"param/{call}/{name}")) is not None:
                 movement = (expected - given[f"param0/{name}"]).abs().max()
-                assert (param - expected).abs().max() <= 5e-4 * movement, (name, call)
+                assert (param - expected).abs().max() <= 5e-4 * movement * LOOSER[device], (name, call)

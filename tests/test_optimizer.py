@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
-from hf_lowmem.kernels import eager, native
+from hf_lowmem.kernels import eager, gpu, native
 
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
 INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
@@ -60,16 +60,23 @@ def gradients(shape: tuple[int, ...], steps: int = 4, dtype: torch.dtype = torch
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
 def test_kernels_compute_what_the_rules_define(
-    cls: type, options: dict, shape: tuple[int, ...], bits: int, kernels: Any, monkeypatch: pytest.MonkeyPatch
+    cls: type,
+    options: dict,
+    shape: tuple[int, ...],
+    bits: int,
+    kernels: Any,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The compiled kernels, and those in plain torch with tiles of several sizes."""
     options = {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}
-    start, grads = torch.randn(shape), gradients(shape)
+    start, grads = torch.randn(shape).to(device), [grad.to(device) for grad in gradients(shape)]
     with monkeypatch.context() as patch:
         patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
         expected, reference = run(cls, options, start, grads)
     if kernels != "compiled":
         monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(gpu, "triton_kernels", lambda: None)
         monkeypatch.setattr(eager, "tile_size", lambda device: kernels)
     actual, optimizer = run(cls, options, start, grads)
     # A code on the boundary of two may fall to either side: one code is 1.4 % of its block's largest entry.

@@ -251,10 +251,6 @@ class KeepBfloat16(tf.TrainerCallback):
                 param.data = param.data.to(torch.bfloat16)
 
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
-
-
 def quantized(bits: int) -> tf.BitsAndBytesConfig:
     pytest.importorskip("bitsandbytes")
     if bits == 8:
@@ -267,7 +263,6 @@ def quantized(bits: int) -> tf.BitsAndBytesConfig:
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optim", ["slim_adamw_8bit", "coap_adamw_8bit"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])

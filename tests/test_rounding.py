@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
-from hf_lowmem.kernels import eager, native
+from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.rounding import StoredWeight, hashed, noise_key
 from hf_lowmem.state import Rounding
 
@@ -70,8 +70,8 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
-    value = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, device: str) -> None:
+    value = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(device)
     draws = [store(value.to(dtype), value, noise_key(seed=0, number=3, step=step)).float() for step in range(2000)]
     unit = value.abs() * torch.finfo(dtype).eps
     bias = ((torch.stack(draws).mean(0) - value) / unit).abs()
@@ -97,10 +97,12 @@ def test_noise_is_uniform_and_differs_by_step_parameter_and_seed() -> None:
     assert (torch.corrcoef(torch.stack(draws)) - torch.eye(4)).abs().max() < 0.015
 
 
-def test_a_tile_or_view_draws_what_the_whole_weight_does() -> None:
+def test_a_tile_or_view_draws_what_the_whole_weight_does(device: str) -> None:
+    """And a weight on CUDA what one on the CPU does."""
     value = torch.rand(32, 64)
-    whole = store(torch.zeros(32, 64, dtype=torch.bfloat16), value, 9)
-    data = torch.zeros(40, 64, dtype=torch.bfloat16)[8:]  # a weight that starts inside of its storage
+    whole = store(torch.zeros(32, 64, dtype=torch.bfloat16), value, 9).to(device)
+    value = value.to(device)
+    data = torch.zeros(40, 64, dtype=torch.bfloat16, device=device)[8:]  # a weight that starts inside of its storage
     weight = StoredWeight.of(data, Rounding("stochastic"), {}, 9)
     for view in (lambda t: t.unflatten(0, (2, -1))[:, 3:7], lambda t: t[5:9], lambda t: t.mT[10:20]):
         weight.map(view).store(view(value).clone())
@@ -108,14 +110,14 @@ def test_a_tile_or_view_draws_what_the_whole_weight_does() -> None:
 
 
 def run(
-    cls: type, options: dict[str, Any], shape: tuple[int, ...], steps: int = 4, **more: Any
+    cls: type, options: dict[str, Any], shape: tuple[int, ...], steps: int = 4, device: str = "cpu", **more: Any
 ) -> tuple[torch.Tensor, torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(1)
-    param = nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+    param = nn.Parameter(torch.randn(shape, generator=generator).to(device, torch.bfloat16))
     group = {"params": [param], **options, "min_8bit_size": 0}
     optimizer = cls([group], lr=1e-3, weight_decay=0.1, **more)
     for _ in range(steps):
-        param.grad = torch.randn(shape, generator=generator).bfloat16()
+        param.grad = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
         optimizer.step()
     return param.detach(), optimizer
 
@@ -125,14 +127,22 @@ def run(
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
 def test_kernels_round_as_the_rules_do(
-    cls: type, options: dict, shape: tuple, bits: int, rounding: str, kernels: Any, monkeypatch: pytest.MonkeyPatch
+    cls: type,
+    options: dict,
+    shape: tuple,
+    bits: int,
+    rounding: str,
+    kernels: Any,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    more = {"state_bits": bits, "block_size": 64, "rounding": rounding}
+    more = {"state_bits": bits, "block_size": 64, "rounding": rounding, "device": device}
     with monkeypatch.context() as patch:
         patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
         expected, reference = run(cls, options, shape, **more)
     if kernels != "compiled":
         monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(gpu, "triton_kernels", lambda: None)
         monkeypatch.setattr(eager, "tile_size", lambda device: kernels)
     actual, optimizer = run(cls, options, shape, **more)
     (mine,), (theirs,) = optimizer.state.values(), reference.state.values()
@@ -144,7 +154,7 @@ def test_kernels_round_as_the_rules_do(
 
 
 @pytest.mark.parametrize("name", hf_lowmem.optim_names())
-def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str) -> None:
+def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str, device: str) -> None:
     """Half the squared distance to a target, at a learning rate of a tenth of a unit in the last place."""
     left = {}
     for rounding in ("nearest", *KEEPING):
@@ -152,9 +162,9 @@ def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str) -> No
         layer = nn.Linear(64, 64, bias=False)
         with torch.no_grad():
             layer.weight.copy_(1.05 + 0.8 * torch.rand(64, 64, generator=generator))  # one unit is 1/128
-        layer.bfloat16()
+        layer.to(device, torch.bfloat16)
         # An offset of rank one, so that the optimizers that project see all of it.
-        target = layer.weight.detach().float() - 0.06 * torch.ones(64, 64)
+        target = layer.weight.detach().float() - 0.06
         optim_args = {"rounding": rounding, "min_8bit_size": 0}
         optimizer = hf_lowmem.build_optimizer(layer, name, lr=1 / 1280, optim_args=optim_args)
         distance = (layer.weight - target).abs().mean().item()
@@ -172,12 +182,14 @@ def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str) -> No
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("lr", [1e-2, 1e-6])
-def test_kahan_keeps_what_float32_would(dtype: torch.dtype, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kahan_keeps_what_float32_would(
+    dtype: torch.dtype, lr: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if dtype == torch.float16:  # which the compiled kernels do not take: the float32 run must round as this one does
         monkeypatch.setattr(native, "library", lambda: None)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(32, 64, generator=generator).to(dtype)
-    grads = [torch.randn(32, 64, generator=generator).to(dtype) + 0.5 for _ in range(200)]
+    start = torch.randn(32, 64, generator=generator).to(device, dtype)
+    grads = [torch.randn(32, 64, generator=generator).to(device, dtype) + 0.5 for _ in range(200)]
     weights = []
     for dtype_of_run in (dtype, torch.float32):
         param = nn.Parameter(start.to(dtype_of_run, copy=True))

@@ -1,16 +1,20 @@
-"""The Triton kernels in Triton's interpreter, on the CPU; `test_triton.py` runs this file in a process of its own.
+"""The Triton kernels on CUDA, and on the CPU in Triton's interpreter, in a process that `test_triton.py` starts.
 
-The interpreter cuts the bits off that bfloat16 does not hold, where a GPU rounds to the nearest: here it rounds too.
+The interpreter cuts the bits off that bfloat16 does not hold, where a GPU rounds to the nearest: here both round.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 import triton
 import triton.language as tl
 from kernel_runs import CASES, VARIANTS, check_gpu_kernel, run
@@ -23,7 +27,9 @@ from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import KERNELS, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
 
-CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else pytest.mark.gpu
 convert_float = interpreter._convert_float
 
 
@@ -36,9 +42,11 @@ def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert triton.knobs.runtime.interpret
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton.knobs.runtime.interpret == INTERPRETED
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    for key in [key for key in KERNELS if key.device == "cuda"]:
+        monkeypatch.setitem(KERNELS, key._replace(device=DEVICE.type), KERNELS[key])
 
 
 @triton.jit
@@ -51,15 +59,15 @@ def through_the_map(x, codes, values, SIZE: tl.constexpr, SIGNED: tl.constexpr):
 
 def mapped(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     size = 1 << (x.numel() - 1).bit_length()
-    padded = torch.cat([x, torch.zeros(size - x.numel())])
-    codes, values = torch.empty(size, dtype=torch.int32), torch.empty(size)
+    padded = torch.cat([x, torch.zeros(size - x.numel())]).to(DEVICE)
+    codes, values = torch.empty_like(padded, dtype=torch.int32), torch.empty_like(padded)
     through_the_map[(1,)](padded, codes, values, SIZE=size, SIGNED=signed)
-    return codes[: x.numel()], values[: x.numel()]
+    return codes[: x.numel()].cpu(), values[: x.numel()].cpu()
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_round_trips_every_code(signed: bool) -> None:
-    values = decode_table(signed, CPU)
+    values = decode_table(signed, torch.device("cpu"))
     # A block's scale times its reciprocal may miss 1 by a float or two.
     for factor in (1.0, 1 - 2.0**-23, 1 + 2.0**-23):
         codes, decoded_values = mapped(values * factor, signed)
@@ -90,7 +98,7 @@ def test_the_map_costs_little_accuracy(signed: bool, spread: float, limit: float
     value = value if signed else value.abs()
     x = (value / value.abs().amax(1, keepdim=True)).flatten()
     _, values = mapped(x, signed)
-    nearest = decode_table(signed, CPU)[torch.bucketize(x, boundaries(signed), right=True)]
+    nearest = decode_table(signed, torch.device("cpu"))[torch.bucketize(x, boundaries(signed), right=True)]
     ratio = float((values - x).norm() / (nearest - x).norm())
     assert 1 <= ratio < limit
 
@@ -98,7 +106,7 @@ def test_the_map_costs_little_accuracy(signed: bool, spread: float, limit: float
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("case", "dtype", "rounding"), VARIANTS)
 def test_kernels_follow_the_rules(case: tuple, dtype: torch.dtype, rounding: str, bits: int) -> None:
-    check_gpu_kernel(case, bits, dtype, rounding)
+    check_gpu_kernel(case, bits, dtype, rounding, DEVICE.type)
 
 
 @pytest.mark.parametrize("means", ["loop", "before"])
@@ -110,7 +118,7 @@ def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monke
         monkeypatch.setattr(gpu, name, value)
     gpu.layout_of.cache_clear()
     try:
-        check_gpu_kernel(case, bits, torch.bfloat16, "kahan")
+        check_gpu_kernel(case, bits, torch.bfloat16, "kahan", DEVICE.type)
     finally:
         gpu.layout_of.cache_clear()
 
@@ -128,38 +136,30 @@ ODD = [
 
 @pytest.mark.parametrize("case", ODD, ids=lambda case: f"{case[1]}-{case[2]}".replace(" ", ""))
 def test_odd_sizes_follow_the_rules(case: tuple) -> None:
-    check_gpu_kernel(case, 32, torch.float32, "nearest")
-    check_gpu_kernel(case, 16, torch.bfloat16, "stochastic")
-
-
-@pytest.fixture
-def gpu_kernels_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in KERNELS if key.device == "cuda"]:
-        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
+    check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type)
+    check_gpu_kernel(case, 16, torch.bfloat16, "stochastic", DEVICE.type)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW])
-@pytest.mark.usefixtures("gpu_kernels_for_the_cpu")
 def test_a_bad_gradient_stays_with_its_entry(cls: type, bits: int, bad: float) -> None:
     options = {
         "state_bits": bits,
         **({"axes": (1,)} if cls is SlimAdamW else {}),
         **({"min_8bit_size": 0} if bits == 8 else {}),
     }
-    weight, _ = run(cls, options, torch.zeros(4, 256), bad=bad)
+    weight, _ = run(cls, options, torch.zeros(4, 256, device=DEVICE), bad=bad)
     broken = ~weight.isfinite()
     assert broken.sum() <= 1
     assert weight.view(-1)[: 2 * 256].abs().min() > 0
 
 
-@pytest.mark.usefixtures("gpu_kernels_for_the_cpu")
 def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
     launch = gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda variant, *rest: (launched.append(variant), launch(variant, *rest)))
-    layers = nn.ModuleList(nn.Linear(64, 32 if i % 2 else 48) for i in range(12))
+    layers = nn.ModuleList(nn.Linear(64, 32 if i % 2 else 48, device=DEVICE) for i in range(12))
     optimizer = hf_lowmem.build_optimizer(layers, "slim_adamw", lr=1e-3)
     for param in layers.parameters():
         param.grad = torch.ones_like(param)
