@@ -78,6 +78,8 @@ def measure(
         for warm in steps:
             warm()
         row["clipped"] = compared(*timed_pairs(*steps, device=device, pairs=pairs, ends=ends))
+    if device == "cuda":
+        row |= launch_times(contender, pairs)
     return row
 
 
@@ -136,6 +138,39 @@ def timed(function: Callable[[], Any], device: str) -> Times:
     cpu, wall = time.process_time(), time.perf_counter()
     function()
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
+
+
+# -- launches on CUDA -----------------------------------------------------------------------------------------------
+
+
+def launch_times(optimizer: Any, pairs: int) -> dict[str, float]:
+    """The host's time of a step and, where it can be captured, the device's of its replay as a CUDA graph."""
+    found = {"host_ms": statistics.median(host_ms(optimizer.step) for _ in range(pairs))}
+    if optimizer.param_groups[0].get("capturable"):
+        replay = captured(optimizer.step).replay
+        found["graph_ms"] = statistics.median(timed(replay, "cuda")[0] for _ in range(pairs))
+    return found
+
+
+def host_ms(function: Callable[[], Any]) -> float:
+    """Until the call returns, with an idle device before it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 # -- bytes ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ more than five times fused AdamW's time gets two pairs.
 - clipped: pairs in which both clip the gradients before they step, as the Trainer does by default: by the optimizer's
   own `clip_grad_norm_` where it has one, else by torch's. For torch's optimizers, bitsandbytes and ours that do not
   project.
+- host ms, on CUDA: until `step()` returns, with an idle device before it.
+- graph ms, on CUDA: the device's time of the step replayed as a CUDA graph, for optimizers with `capturable=True`.
 
 Where a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes. Each kind of change is
 timed too, by setting the step counters to where it is due, and `amortised` is the time of all of the first 200 steps,

@@ -94,6 +94,8 @@ def render(report: dict[str, Any]) -> str:
         "of copy bandwidth": figure("copy_share", ".0%"),
         "extra MiB": figure("extra_bytes", ".1f", 2**-20),
         "first step s": figure("first_step_s", ".2f"),
+        "host ms": figure("host_ms", ".2f"),
+        "graph ms": figure("graph_ms", ".2f"),
         "pairs": figure("pairs", "d"),
         f"clipped {clock} ms": clipped(figure("cpu_ms", ".1f")),
         "clipped ratio [quartiles]": clipped(with_quartiles("cpu")),

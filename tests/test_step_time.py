@@ -36,7 +36,8 @@ def tiny(monkeypatch):
         tie_word_embeddings=True,
     )
     monkeypatch.setitem(presets.PRESETS, "tiny", config)
-    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(measure.COPY_BYTES, device, 2**20)
     return "tiny"
 
 
@@ -211,6 +212,29 @@ def test_the_report_and_its_chart(tiny, tmp_path):
     assert heads == {13 if rows[0]["extra_bytes"] is None else 14, 8}  # where the system tells
     step_time_report.save_png(report, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 5000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_host_and_a_graph_are_timed_on_cuda(tiny):
+    fused, mine = row(tiny, peers.BASELINE, device="cuda"), row(tiny, "slim_adamw", device="cuda")
+    assert fused["host_ms"] > 0
+    assert fused["graph_ms"] > 0
+    assert mine["host_ms"] > 0
+    assert "graph_ms" not in mine
+
+
+def test_the_report_of_a_gpu_has_the_times_of_host_and_graph(tiny):
+    rows = [row(tiny, name, threads=1) for name in (peers.BASELINE, "signum")]
+    assert not any(name in found for found in rows for name in ("host_ms", "graph_ms"))
+    rows[0] |= {"host_ms": 0.25, "graph_ms": 0.125}
+    rows[1] |= {"host_ms": 0.5}
+    size = {"name": "tiny", "parameters": 1234, "tensors": 5}
+    report = {"machine": MACHINE | {"gpu": "a GPU"}, "preset": size, "not_installed": [], "rows": rows}
+    head, _, fused, signum = (line for line in step_time_report.render(report).splitlines() if line.startswith("|"))
+    assert "| host ms | graph ms |" in head
+    assert "| 0.25 | 0.12 |" in fused
+    assert "| 0.50 |  |" in signum
 
 
 def test_columns_that_no_row_fills_are_left_out():
