@@ -53,13 +53,13 @@ SHAPES = {
 # Instructions per entry, and registers, at most, of floats and then of 8-bit codes; bfloat16 weights, rounded to the
 # nearest. An H200 has time for 7.8 per byte that must move: 171 and 78 for "adamw", 109 and 62 for the others.
 BOUNDS = {
-    "signum": (22, 112, 52, 128),
-    "adamw": (31, 168, 89, 168),
-    "rows": (27, 112, 56, 128),
-    "long rows": (26, 112, 56, 128),
-    "longer rows": (35, 128, 65, 128),
-    "heads": (23, 112, 52, 128),
-    "columns": (25, 120, 56, 152),
+    "signum": (21, 112, 46, 128),
+    "adamw": (29, 168, 77, 168),
+    "rows": (25, 112, 50, 128),
+    "long rows": (25, 112, 50, 128),
+    "longer rows": (33, 128, 58, 128),
+    "heads": (22, 120, 46, 128),
+    "columns": (23, 120, 50, 128),
 }
 MORE_TO_ROUND = 23
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_lowmem import rounding
-from hf_lowmem.codecs.dynamic_map import DECADES, TOP
+from hf_lowmem.codecs.dynamic_map import DECADES
 from hf_lowmem.kernels.gpu import Part, Scalar
 
 DTYPES = {
@@ -29,14 +29,16 @@ FIELDS, SCALARS = tl.constexpr(len(Part._fields)), tl.constexpr(len(Scalar._fiel
 DECAY, STEP_SIZE, EPS, NEW_1, BETA_2, NEW_2, NOISE_KEY = map(tl.constexpr, range(len(Scalar._fields)))
 
 SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = tl.constexpr(DECADES[True]), tl.constexpr(DECADES[False])
-SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, 0.5 - shift / slope) for slope, shift in DECADES[True]))
-UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, -0.5 - shift / slope) for slope, shift in DECADES[False]))
-SIGNED_TOP, UNSIGNED_TOP = tl.constexpr(TOP[True]), tl.constexpr(TOP[False])
+# The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
+ABOVE = 2.0**-8
+SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - shift / slope) for slope, shift in DECADES[True]))
+UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - 1 - shift / slope) for slope, shift in DECADES[False]))
 WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, rounding.MIX_2))
-STEEP, SIGN_BIT = tl.constexpr(2.0**8), tl.constexpr(-(2**31))
+SIGN_BIT = tl.constexpr(-(2**31))
 INFINITY = tl.constexpr(float("inf"))
 TINY = tl.constexpr(2.0**-126)
-ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction
+ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction, and an integer in the low bits
+PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)  # whether it can be written
 
 
 # ---------------------------------------------------------------------------------------------------- the 8-bit map
@@ -59,26 +61,23 @@ def decoded(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(x, SIGNED: tl.constexpr):
-    """int32 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
+    """uint8 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
 
     Those are 7 lines instead of the 17 or 19 of `dynamic_map.encode_lines`. Every code's value gets that code, and any
-    other number the nearest code or one beside it, where two decades meet: the rms error is 1.006 (signed) or 1.003
-    times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones (sigma 2).
+    other number the nearest code or, where two decades meet and just below 1, one beside it: the rms error is 1.006
+    (signed) or 1.003 times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones
+    (sigma 2).
     """
     magnitude = tl.abs(x)
-    count = tl.full(x.shape, INFINITY, tl.float32)
-    for e in tl.static_range(7):
-        if SIGNED:
-            count = tl.minimum(count, tl.fma(magnitude, SIGNED_TO_COUNT[e][0], SIGNED_TO_COUNT[e][1]))
-        else:
-            count = tl.minimum(count, tl.fma(magnitude, UNSIGNED_TO_COUNT[e][0], UNSIGNED_TO_COUNT[e][1]))
-    # The code of 1 begins below the curve: a steep line leads to it, and to less than one more.
+    LINES: tl.constexpr = SIGNED_TO_COUNT if SIGNED else UNSIGNED_TO_COUNT
+    count = tl.fma(magnitude, LINES[0][0], LINES[0][1])
+    for e in tl.static_range(1, 7):
+        count = tl.minimum(count, tl.fma(magnitude, LINES[e][0], LINES[e][1]))
     if SIGNED:
-        count = tl.maximum(count, tl.fma(x, STEEP, 128.0 - SIGNED_TOP * STEEP))
         sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
-        signed_count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        return tl.maximum(signed_count, -127.0).to(tl.int32) + 127
-    return tl.maximum(count, tl.fma(x, STEEP, 255.0 - UNSIGNED_TOP * STEEP)).to(tl.int32)
+        count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        count = tl.maximum(count, -127.0)
+    return (count + (ROUNDER + (127.0 if SIGNED else 0.0))).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ numbers as stored
@@ -90,15 +89,43 @@ def pointer(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr)
 
 
 @triton.jit
+def widened(x):
+    """float32 of a narrow float; of bfloat16 by a shift, for which the compiler takes up to two instructions."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def as_index(codes):
+    """int32 of codes; the move costs nothing, but keeps the compiler from a 16-bit product that has to be masked."""
+    index = codes.to(tl.int32)
+    if PTX:
+        index = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], tl.int32, is_pure=True, pack=1)
+    return index
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, where a quotient takes six; an x below the normal floats counts as zero."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
 def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.constexpr, v: tl.constexpr):
-    """A tile of a full moment as float32; of codes, the value before the square that `SIGNED=False` stands for."""
+    """A tile of a full moment as float32; of codes with `SIGNED=False`, the square of what they stand for."""
     at, inside, line, some = tile
     found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0)
     if DTYPE != tl.uint8:
-        return found.to(tl.float32)
+        return widened(found)
     # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
-    values = tl.gather(decoded(tl.arange(0, 256), SIGNED), tl.reshape(found.to(tl.int32), [at.numel]), 0)
+    values = decoded(tl.arange(0, 256), SIGNED)
     scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, mask=some, other=0.0)
+    if not SIGNED:
+        values, scale = values * values, scale * scale
+    values = tl.gather(values, tl.reshape(as_index(found), [at.numel]), 0)
     return tl.reshape(values, at.shape) * scale[:, None]
 
 
@@ -217,7 +244,7 @@ def means_of(part):
 
 @triton.jit
 def grad_of(part, tile, scale, v: tl.constexpr):
-    grad = tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0).to(tl.float32)
+    grad = widened(tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0))
     return grad * scale if v.clip else grad
 
 
@@ -227,8 +254,6 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
     if v.second == "full":
         CODES: tl.constexpr = tl.uint8 if v.moment == tl.uint8 else tl.float32
         exp_avg_sq = loaded(part, EXP_AVG_SQ, CODES, tile, False, v)
-        if CODES == tl.uint8:
-            exp_avg_sq *= exp_avg_sq
         exp_avg_sq = tl.fma(grad * grad, scalar(scalars, NEW_2), exp_avg_sq * scalar(scalars, BETA_2))
         root = tl.sqrt(exp_avg_sq)
         store(part, EXP_AVG_SQ, CODES, tile, root if CODES == tl.uint8 else exp_avg_sq, False, v)
@@ -237,13 +262,12 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
     if v.second == "none":
         update = ((exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)) * scalar(scalars, STEP_SIZE)
     else:
-        inverse_root = tl.rsqrt(root + scalar(scalars, EPS))  # squared below: a quotient costs three times as much
-        update = exp_avg * (scalar(scalars, STEP_SIZE) * (inverse_root * inverse_root))
+        update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
     store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
 
     at, inside, _, _ = tile
     weights, comp = pointer(part, PARAM, v.weight, v.align) + at, pointer(part, KAHAN_COMP, tl.int16, v.align) + at
-    param = tl.load(weights, mask=inside, other=0).to(tl.float32)
+    param = widened(tl.load(weights, mask=inside, other=0))
     if v.rounding == "kahan":
         fraction = tl.load(comp, mask=inside, other=0).to(tl.float32) * 2.0**-16
         param = tl.fma(last_place(param, v.weight), fraction, param)
