@@ -17,12 +17,12 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernel_runs import CASES, VARIANTS, check_gpu_kernel, run
+from kernel_runs import CASES, VARIANTS, by_rule, check_gpu_kernel, run
 from torch import Tensor, nn
 from triton.runtime import interpreter
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, LowMemAdamW, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import KERNELS, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
@@ -138,6 +138,15 @@ ODD = [
 def test_odd_sizes_follow_the_rules(case: tuple) -> None:
     check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type)
     check_gpu_kernel(case, 16, torch.bfloat16, "stochastic", DEVICE.type)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_a_projected_update_is_not_rounded(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = 0.01 * torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    options = {"rank": 8, "rounding": rounding}
+    mine, _ = run(CoapAdamW, options, start)
+    theirs, _ = by_rule(monkeypatch, CoapAdamW, options, start)
+    assert (mine - theirs).abs().gt(1e-6).float().mean() < 0.005
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

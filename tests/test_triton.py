@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, and what happens without Triton."""
+"""The Triton kernels in the interpreter, and what happens without Triton and on devices without kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import hf_lowmem
-from hf_lowmem.kernels import KERNELS, gpu
+from hf_lowmem.kernels import KERNELS, gpu, key_of, native, warn_of_plain_torch
 
 TESTS = Path(__file__).parent
 
@@ -51,3 +51,19 @@ def test_without_triton_steps_are_taken_and_that_is_said_once(name, monkeypatch,
     finally:
         gpu.triton_kernels.cache_clear()
     assert caplog.text.count("They need triton") == 1
+
+
+@pytest.mark.parametrize("name", ["slim_adamw_8bit", "coap_adafactor"])
+def test_a_device_without_kernels_steps_in_plain_torch_and_that_is_said_once(name, monkeypatch, caplog) -> None:
+    """Named "xpu" to the lookup alone: the steps are the CPU's."""
+    monkeypatch.setattr("hf_lowmem.optimizer.key_of", lambda rule, plan, device: key_of(rule, plan, "xpu"))
+    monkeypatch.setattr(native, "parts_of", lambda *args: pytest.fail("a kernel of the CPU"))
+    warn_of_plain_torch.cache_clear()
+    layer = nn.Linear(64, 64)
+    optimizer = hf_lowmem.build_optimizer(layer, name, lr=1e-3)
+    before = layer.weight.detach().clone()
+    for _ in range(2):
+        layer(torch.ones(64)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, layer.weight)
+    assert caplog.text.count("Optimizer steps on xpu") == 1

@@ -4,12 +4,15 @@ A kernel takes parameters that share a key and updates them and their state in p
 defines; without one the rule itself runs, and the tests compare the two for every key.
 """
 
-from functools import partial
+import logging
+from functools import cache, partial
 
 from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.kernels.eager import Form
 from hf_lowmem.kernels.gpu import TritonKernel
 from hf_lowmem.kernels.seam import Clip, Hyper, Kernel, KernelKey, Slot, key_of
+
+logger = logging.getLogger(__name__)
 
 
 def _adamw_full(codec: str, form: Form, device: str) -> Kernel:
@@ -50,7 +53,18 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
 
 def find_kernel(key: KernelKey) -> Kernel | None:
     """The kernel for `key`, one written for its device before one that runs on any; None if there is none."""
+    if key.device not in ("cpu", "cuda"):
+        warn_of_plain_torch(key.device)
     return KERNELS.get(key) or KERNELS.get(key._replace(device=_ANY))
+
+
+@cache
+def warn_of_plain_torch(device: str) -> None:
+    logger.warning(
+        "Optimizer steps on %s are taken in plain torch and take several times longer than they could: there are "
+        "kernels for CUDA and the CPU only.",
+        device,
+    )
 
 
 __all__ = ["KERNELS", "Clip", "Hyper", "Kernel", "KernelKey", "Slot", "TritonKernel", "find_kernel", "key_of"]

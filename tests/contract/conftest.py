@@ -23,6 +23,7 @@ CONFIG = dict(
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=0,
+    attn_implementation="eager",  # the fused backward passes of CUDA add in any order
 )
 
 
@@ -33,8 +34,11 @@ def tokens(rows: int = 64) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """`make_trainer(optim, dtype=..., model=..., **TrainingArguments)`: the same model and data at every call."""
+def make_trainer(tmp_path: Path, device: str) -> Callable[..., Trainer]:
+    """`make_trainer(optim, dtype=..., model=..., **TrainingArguments)`: the same model and data at every call.
+
+    What takes it runs on each device.
+    """
     hf_lowmem.register()
 
     def make(optim: str, dtype: torch.dtype = torch.float32, model: Any = None, **arguments: Any) -> Trainer:
@@ -54,10 +58,11 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             seed=0,
         )
         args = TrainingArguments(**{**defaults, **arguments})
+        assert args.device.type == ("cpu" if args.use_cpu else device)
         return Trainer(model=model.to(dtype), args=args, train_dataset=tokens())
 
     return make

@@ -158,6 +158,29 @@ def test_trains(optim: str, make_trainer: Make) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("optim", NAMES)
+def test_cuda_steps_as_the_cpu_does(optim: str, make_trainer: Make) -> None:
+    """Up to sums in another order, which turn steps of entries that are almost zero, and SOAP's in all directions that
+    the gradient does not have. A basis has the signs that the linear algebra library gives it."""
+    runs = []
+    for use_cpu in (True, False):
+        runs.append(make_trainer(optim, max_steps=3, optim_args="min_8bit_size=0", use_cpu=use_cpu))
+        start = [param.detach().to("cpu", copy=True) for param in runs[-1].model.parameters()]
+        runs[-1].train()
+    cpu, cuda = runs
+    for before, mine, theirs in zip(start, cuda.model.parameters(), cpu.model.parameters(), strict=True):
+        assert (mine.cpu() - theirs).norm() <= (0.8 if "soap" in optim else 0.1) * (theirs - before).norm()
+    for mine, theirs in zip(states(cuda), states(cpu), strict=True):
+        assert mine.keys() == theirs.keys()
+        if "proj_count" in mine:
+            continue
+        for name, value in mine.items():
+            off = (value.cpu().float() - theirs[name].float()).abs()
+            limit = 1 if value.dtype == torch.uint8 else 0.01 * theirs[name].abs().max()
+            assert (off <= limit).float().mean() > 0.99, name
+
+
 @pytest.mark.parametrize(
     ("written", "read", "message"),
     [
