@@ -53,6 +53,7 @@ CASES: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (LowMemAdamW, {}, (7, 768)),
     (Signum, {}, (7, 768)),
     (SlimAdamW, {"axes": (1,)}, (5, 768)),
+    *((SlimAdamW, {"axes": (1,)}, (rows, columns)) for rows, columns in ((70, 64), (35, 96), (33, 128), (17, 256))),
     (SlimAdamW, {"axes": (0,)}, (37, 512)),
     (SlimAdamW, {"axes": (1,)}, (2, 3, 2, 256)),
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 512)),

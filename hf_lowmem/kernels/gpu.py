@@ -88,8 +88,9 @@ class Variant(NamedTuple):
         weight, moment: dtypes of weight and gradient, and of the first moment; uint8 for the codes of both moments.
         rounding: "nearest", "stochastic" or "kahan", see `rounding.py`.
         second: "none" (Signum), "full", "group" (a mean per group) or "column" (a mean per column of each group).
-        means: when the means are found, if there are any: in a "tile" that is a whole group and is read once; in a
-            "loop" of one program over its group, which it reads twice; or "before", by kernels of their own.
+        means: when the means are found, if there are any: in a tile of which each "line" is a group, or in a "tile"
+            that is a whole group, both of which are read once; in a "loop" of one program over its group, which it
+            reads twice; or "before", by kernels of their own.
         nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
         line, lines: the size of a tile.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
@@ -291,7 +292,9 @@ def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
         cells, lines_of_cell = found.groups, found.rows * across
     if second == "group":
         one_tile = _power_of_two(lines_of_cell)
-        if one_tile * line <= ONE_TILE:
+        if lines_of_cell == 1 and found.groups == found.inner_groups:
+            means, cells, lines_of_cell = "line", 1, found.groups
+        elif one_tile * line <= ONE_TILE:
             means, lines = "tile", one_tile
         elif lines_of_cell * line <= ONE_PROGRAM:
             means = "loop"
@@ -389,7 +392,7 @@ def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Ta
 @lru_cache(maxsize=64)
 def numbered(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
     """The tables of a launch, uploaded once for as long as no address changes."""
-    tiles = [part.cells * (part.chunks if means in ("none", "before") else 1) for part in parts]
+    tiles = [part.cells * (1 if means in ("tile", "loop") else part.chunks) for part in parts]
     sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
     firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
     rows = tuple(

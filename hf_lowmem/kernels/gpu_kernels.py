@@ -22,7 +22,7 @@ DTYPES = {
 }
 
 (PARAM, GRAD, KAHAN_COMP, EXP_AVG, _, EXP_AVG_SQ, _, FIRST_TILE, CHUNKS, FIRST_SUM, SUMS, FIRST_CELL, _,
- _, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
+ GROUPS, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
  COLUMNS, _, START) = map(tl.constexpr, range(len(Part._fields)))  # fmt: skip
 ABSMAX = tl.constexpr(1)  # after the codes
 FIELDS, SCALARS = tl.constexpr(len(Part._fields)), tl.constexpr(len(Scalar._fields))
@@ -30,7 +30,7 @@ DECAY, STEP_SIZE, EPS, NEW_1, BETA_2, NEW_2, NOISE_KEY = map(tl.constexpr, range
 
 SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = tl.constexpr(DECADES[True]), tl.constexpr(DECADES[False])
 # The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
-ABOVE = 2.0**-8
+ABOVE = 2.0**-14
 SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - shift / slope) for slope, shift in DECADES[True]))
 UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - 1 - shift / slope) for slope, shift in DECADES[False]))
 WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, rounding.MIX_2))
@@ -178,21 +178,28 @@ def rounded_at_random(value, at, key, WEIGHT: tl.constexpr):
 def tile_of(part, cell, chunk, v: tl.constexpr):
     """A tile's places in the weight and which of them are its own, (lines, line), then the same of its lines.
 
-    A cell is what shares its means: a group, or `line` columns of one. Its lines are cut into chunks of `lines`.
+    A cell is what shares its means: a group, or `line` columns of one; or, where each line is a group, all of them.
+    Its lines are cut into chunks of `lines`.
     """
     rows, columns = tl.load(part + ROWS).to(tl.int32), size(part, COLUMNS, v.align)
     across = ((columns + (v.line - 1)) // v.line).to(tl.int32)
     number = chunk * v.lines + tl.arange(0, v.lines)
     if v.second == "column":
         group, row, column = cell // across, number, tl.full([v.lines], 0, tl.int32) + cell % across
+    elif v.means == "line":
+        group, column = number, tl.full([v.lines], 0, tl.int32)
+        row = tl.where(group < tl.load(part + GROUPS), 0, rows)
     elif v.nest == 0:
         group, row, column = cell, tl.full([v.lines], 0, tl.int32), number
     else:
         group, row, column = cell, number // across, number % across
-    inner = tl.load(part + INNER_GROUPS).to(tl.int32)
     begin = size(part, START, v.align) + column.to(tl.int64) * v.line
-    begin += (group // inner) * size(part, OUTER_GROUP_STRIDE, v.align)
-    begin += (group % inner) * size(part, INNER_GROUP_STRIDE, v.align)
+    if v.means == "line":
+        begin += group * size(part, INNER_GROUP_STRIDE, v.align)
+    else:
+        inner = tl.load(part + INNER_GROUPS).to(tl.int32)
+        begin += (group // inner) * size(part, OUTER_GROUP_STRIDE, v.align)
+        begin += (group % inner) * size(part, INNER_GROUP_STRIDE, v.align)
     if v.nest == 1:
         begin += row * size(part, INNER_ROW_STRIDE, v.align)
     elif v.nest == 2:
@@ -309,6 +316,14 @@ def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
         mean = averaged(part, scalars, mean, tl.sum(tl.sum(squares(grad), 1), 0), v)
         tl.store(means_of(part) + number, mean)
         step_tile(part, scalars, tile, grad, tl.sqrt(mean), v)
+    elif v.means == "line":
+        tile = tile_of(part, 0, number, v)
+        means, some = means_of(part) + number * v.lines + tl.arange(0, v.lines), tile[3]
+        mean = tl.load(means, mask=some, other=0.0)  # before the sum, as above
+        grad = grad_of(part, tile, scale, v)
+        mean = averaged(part, scalars, mean, tl.sum(squares(grad), 1), v)
+        tl.store(means, mean, mask=some)
+        step_tile(part, scalars, tile, grad, tl.sqrt(mean)[:, None], v)
     else:
         mean = tl.load(means_of(part) + number)  # before the sum, as above
         total = tl.zeros([v.lines, v.line], tl.float32)
