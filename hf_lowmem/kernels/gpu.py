@@ -422,13 +422,17 @@ def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
 
 
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def uploaded(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on the device, which nothing waits for.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would upload the same numbers at every replay.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(
             "A CUDA graph of a step needs what the first steps make: with capturable=true, take at least one step of "
             "the same parameters before the capture."
