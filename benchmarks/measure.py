@@ -7,16 +7,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import BASELINE, build
-from presets import build_model
+from peers import BASELINE, PEERS, build
+from presets import build_model, copy_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HORIZON = 200  # steps that a change of basis is spread over
 FEWEST_PAIRS = 2
+SLOW = 5  # times the baseline: no more pairs than the fewest
+CLIPPED = (BASELINE, "adamw_foreach", "bnb_adamw8bit")  # the peers that are timed with clipping
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 Times = tuple[float, float]
 
@@ -25,11 +28,11 @@ def measure(
     name: str, preset: str, dtype: str, baseline_dtype: str, threads: int, device: str, pairs: int, limit: float
 ) -> dict[str, Any]:
     """One row. No further pair is started once a quarter of `limit` (seconds) has passed."""
-    launched = time.perf_counter()
+    ends = time.perf_counter() + limit / 4
     torch.set_num_threads(threads)
-    baseline = build(BASELINE, build_model(preset, DTYPES[baseline_dtype], device))
-    model = build_model(preset, DTYPES[dtype], device)
-    contender = build(name, model)
+    baseline_model = build_model(preset, DTYPES[baseline_dtype], device)
+    model = copy_of(baseline_model, DTYPES[dtype])
+    baseline, contender = build(BASELINE, baseline_model), build(name, model)
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
@@ -41,48 +44,85 @@ def measure(
     first = timed(contender.step, device)
     extra = extra_bytes(contender.step, device)
 
-    times: dict[Callable[[], Any], list[Times]] = {baseline.step: [], contender.step: [], copy: []}
     machine_before, own_before = machine_cpu_seconds(), time.process_time()
-    for pair in range(pairs):
-        if pair >= FEWEST_PAIRS and time.perf_counter() - launched > limit / 4:
-            break
-        order = (baseline.step, contender.step)
-        for function in (*(order if pair % 2 == 0 else reversed(order)), copy):
-            times[function].append(timed(function, device))
+    own_times, baseline_times, copy_times = timed_pairs(
+        contender.step, baseline.step, copy, device=device, pairs=pairs, ends=ends
+    )
     own = time.process_time() - own_before
     other = machine_cpu_seconds() - machine_before - own
 
-    timed_pairs = list(zip(times[contender.step], times[baseline.step], strict=True))
     row: dict[str, Any] = {"optim": name, "dtype": dtype, "baseline_dtype": baseline_dtype, "threads": threads}
-    row["pairs"] = len(timed_pairs)
-    for index, clock in enumerate(("cpu", "wall")):
-        ratios = [c[index] / b[index] for c, b in timed_pairs]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        row |= {f"{clock}_ratio": middle, f"{clock}_ratio_quartiles": [low, high]}
-        row |= {f"{clock}_ms": statistics.median(c[index] for c, _ in timed_pairs)}
-        row |= {f"baseline_{clock}_ms": statistics.median(b[index] for _, b in timed_pairs)}
-
+    row |= compared(own_times, baseline_times)
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.nbytes for p in model.parameters())
     state, bases = state_bytes(contender)
     moved = bytes_moved(weights, state, bases)
     shares = [
-        moved / c[1] / (2 * COPY_BYTES[device] / seconds[1])
-        for c, seconds in zip(times[contender.step], times[copy], strict=True)
+        moved / c[1] / (2 * COPY_BYTES[device] / seconds[1]) for c, seconds in zip(own_times, copy_times, strict=True)
     ]
     row |= {
         "first_step_s": first[1] / 1e3,
         "state_bytes": state,
         "state_bytes_per_parameter": state / parameters,
         "moved_bytes_per_parameter": moved / parameters,
-        "copy_gb_per_s": 2 * COPY_BYTES[device] / 1e6 / statistics.median(wall for _, wall in times[copy]),
+        "copy_gb_per_s": 2 * COPY_BYTES[device] / 1e6 / statistics.median(wall for _, wall in copy_times),
         "copy_share": statistics.median(shares),
         "extra_bytes": extra,
         "other_cpu_per_own": max(0.0, other) / own,
     }
-    if changes := changes_of_basis(contender):
+    changes = changes_of_basis(contender)
+    if changes:
         row |= amortise(contender, changes, row, first, device)
+    elif name in CLIPPED or name not in PEERS:
+        steps = [clipped_step(contender), clipped_step(baseline)]
+        for warm in steps:
+            warm()
+        row["clipped"] = compared(*timed_pairs(*steps, device=device, pairs=pairs, ends=ends))
+    if device == "cuda":
+        row |= launch_times(contender, pairs)
     return row
+
+
+def timed_pairs(*functions: Callable[[], Any], device: str, pairs: int, ends: float) -> list[list[Times]]:
+    """Times of each function. The first two, contender and baseline, change places from pair to pair."""
+    times: list[list[Times]] = [[] for _ in functions]
+    for pair in range(pairs):
+        slow = pair and times[0][-1][0] > SLOW * times[1][-1][0]
+        if pair >= FEWEST_PAIRS and (slow or time.perf_counter() > ends):
+            break
+        order = (0, 1) if pair % 2 == 0 else (1, 0)
+        for index in (*order, *range(2, len(functions))):
+            times[index].append(timed(functions[index], device))
+    return times
+
+
+def compared(times: list[Times], baseline_times: list[Times]) -> dict[str, Any]:
+    """Medians of both, and of the ratios of pairs with their quartiles."""
+    found: dict[str, Any] = {"pairs": len(times)}
+    for index, clock in enumerate(("cpu", "wall")):
+        mine, theirs = ([each[index] for each in one] for one in (times, baseline_times))
+        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        found |= {f"{clock}_ratio": middle, f"{clock}_ratio_quartiles": [low, high]}
+        found |= {f"{clock}_ms": statistics.median(mine), f"baseline_{clock}_ms": statistics.median(theirs)}
+    return found
+
+
+def clipped_step(optimizer: Any) -> Callable[[], None]:
+    """A step that first clips to half the norm that the gradients have now, as the Trainer clips.
+
+    Torch's clipping halves the gradients once, in place, and from then on multiplies them by one, which takes as long;
+    ours leaves them and halves what each step reads. So both sides step by the same gradients every time.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    max_norm = 0.5 * float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    clip = getattr(optimizer, "clip_grad_norm_", partial(torch.nn.utils.clip_grad_norm_, parameters))
+
+    def step() -> None:
+        clip(max_norm)
+        optimizer.step()
+
+    return step
 
 
 def timed(function: Callable[[], Any], device: str) -> Times:
@@ -98,6 +138,39 @@ def timed(function: Callable[[], Any], device: str) -> Times:
     cpu, wall = time.process_time(), time.perf_counter()
     function()
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
+
+
+# -- launches on CUDA -----------------------------------------------------------------------------------------------
+
+
+def launch_times(optimizer: Any, pairs: int) -> dict[str, float]:
+    """The host's time of a step and, where it can be captured, the device's of its replay as a CUDA graph."""
+    found = {"host_ms": statistics.median(host_ms(optimizer.step) for _ in range(pairs))}
+    if optimizer.param_groups[0].get("capturable"):
+        replay = captured(optimizer.step).replay
+        found["graph_ms"] = statistics.median(timed(replay, "cuda")[0] for _ in range(pairs))
+    return found
+
+
+def host_ms(function: Callable[[], Any]) -> float:
+    """Until the call returns, with an idle device before it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 # -- bytes ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def adamw_fused(model: Any) -> torch.optim.Optimizer:
+    capturable = model.device.type == "cuda"  # for a CUDA graph; the fused step is the same without
+    return torch.optim.AdamW(model.parameters(), **ADAM, fused=True, capturable=capturable)
+
+
 def bnb_adamw8bit(model: Any) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit
 
@@ -111,9 +116,7 @@ def low_rank_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]
 
 
 PEERS: dict[str, Peer] = {
-    BASELINE: Peer(
-        "torch AdamW, fused", "torch", lambda model: torch.optim.AdamW(model.parameters(), **ADAM, fused=True)
-    ),
+    BASELINE: Peer("torch AdamW, fused", "torch", adamw_fused),
     "adamw_foreach": Peer(
         "torch AdamW, foreach", "torch", lambda model: torch.optim.AdamW(model.parameters(), **ADAM, foreach=True)
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
@@ -47,7 +49,7 @@ def meta_model(preset: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
 
 def build_model(preset: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The model with normal weights and gradients, proportional to each other and the same on every call."""
+    """The model with normal weights and gradients, proportional to each other."""
     model = meta_model(preset, dtype).to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(0)
@@ -56,6 +58,14 @@ def build_model(preset: str, dtype: torch.dtype, device: str) -> PreTrainedModel
             parameter.grad = torch.randn_like(parameter)
             torch.mul(parameter.grad, 0.02, out=parameter)
     return model
+
+
+def copy_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights and gradients, which take long to draw again."""
+    copied = deepcopy(model).to(dtype)
+    for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        mine.grad = theirs.grad.to(dtype, copy=True)  # deepcopy leaves them out
+    return copied
 
 
 def size(preset: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peers import BASELINE, ROOT
-from step_time_report import figure, sections, table, with_quartiles
+from step_time_report import clipped, figure, sections, table, with_quartiles
 
 from hf_lowmem.demo import BASELINE as ADAMW
 from hf_lowmem.trainer.names import OPTIM_NAMES
@@ -104,10 +104,14 @@ def step_time(_: str) -> str:
     def amortised(row: dict[str, Any]) -> str:
         return f"{row['amortised']['cpu']:.2f} x" if "amortised" in row else ""
 
+    def ratio(row: dict[str, Any]) -> str:
+        return f"{row['cpu_ratio']:.2f} x"
+
     columns = {
-        "time": lambda row: f"{row['cpu_ratio']:.2f} x",
+        "time": ratio,
+        "with clipping": clipped(ratio),
         "with changes of basis": amortised,
-        "two threads": lambda row: f"{on_two[row['optim']]['cpu_ratio']:.2f} x" if row["optim"] in on_two else "",
+        "two threads": lambda row: ratio(on_two[row["optim"]]) if row["optim"] in on_two else "",
         "state, bytes per parameter": figure("state_bytes_per_parameter", ".3f"),
         "extra memory, MiB": figure("extra_bytes", ".0f", 2**-20),
     }

@@ -6,7 +6,10 @@ The model is built on the meta device from the facts in MODELS, with the adapter
 are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO,
 and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
 instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
-declared tensors) and the step's temporaries (the buffers that one tile of 2^24 entries asks for).
+declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of addresses
+with the owners of tiles, sums and cells, and of the largest launch the scalars and the partial sums. Where a weight is
+projected, or not covered by these kernels, they are the float32 buffers that plain torch asks for to step one tile of
+2^24 entries; what a projection needs beside them is not counted.
 
 The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
 is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
@@ -31,9 +34,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -50,9 +56,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from step_time import describe_machine  # noqa: E402
 
 import hf_lowmem  # noqa: E402
-from hf_lowmem.kernels import native  # noqa: E402
+from hf_lowmem.kernels import Slot, gpu, native  # noqa: E402
 from hf_lowmem.kernels.eager import tile_size  # noqa: E402
 from hf_lowmem.scratch import Scratch  # noqa: E402
+from hf_lowmem.state import FULL_SPACE  # noqa: E402
 from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402
 
 RECIPES = ROOT / "scripts" / "recipes"
@@ -141,7 +148,7 @@ def plan(recipe: Path) -> Plan:
     notes["checkpoints"] = f"{rows} x {length} tokens"
     moments = {
         "backward pass": {**gradients, **activations(task, config, rows * length, model_args.use_peft)},
-        "update": {**gradients, "temporaries": step_temporaries(training.optim, training.optim_args, trainable)},
+        "update": {**gradients, "temporaries": step_temporaries(model, training.optim, training.optim_args)},
     }
     if task in ("grpo", "rloo"):
         answers = training.per_device_train_batch_size * training.steps_per_generation
@@ -182,7 +189,36 @@ def key_width(config: Any) -> int:
     return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
 
 
-def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.nn.Parameter]) -> int:
+def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
+    """Bytes that a step on a GPU takes for a while, beside weights, gradients and state."""
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
+    kept = passing = 0
+    for group in optimizer.param_groups:
+        launches: dict[gpu.Variant, list[gpu.Part]] = defaultdict(list)
+        for param in group["params"]:
+            planned = optimizer.plan(group, tuple(param.shape), param.dtype)
+            slot = Slot(param, torch.empty_like(param), optimizer.init_state(param, group), planned, step=1)
+            parts = parts_of(slot) if planned.projection is FULL_SPACE else None
+            if parts is None:
+                return torch_temporaries(model, optim, optim_args)
+            for variant, part in parts:
+                launches[variant].append(part)
+        for variant, members in launches.items():
+            tables = gpu.numbered(tuple(members), variant.means, torch.device("meta"))
+            kept += nbytes(table for table in tables if table is not None)
+            found = 0 if tables[2] is None else tables[2].numel() * (variant.line if variant.second == "column" else 1)
+            passing = max(passing, 8 * len(gpu.Scalar._fields) * len(members) + 4 * found)
+    return kept + passing
+
+
+def parts_of(slot: Slot) -> list[tuple[gpu.Variant, gpu.Part]] | None:
+    """As on a GPU with Triton, whose names for dtypes are of no concern."""
+    dtypes = {dtype: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)}
+    with patch.object(gpu, "triton_kernels", lambda: SimpleNamespace(DTYPES=dtypes)):
+        return gpu.parts_of(slot)
+
+
+def torch_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
     """Bytes of the buffers of one tile on a GPU, from the buffers that one tile on the CPU asks for."""
     asked: dict[tuple[str, torch.dtype], int] = {}
     get = Scratch.get
@@ -193,17 +229,13 @@ def step_temporaries(optim: str, optim_args: str | None, trainable: list[torch.n
         return out
 
     sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
-    for param in model.parameters():
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    small = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
+    for param in small.parameters():
         param.grad = torch.ones_like(param)
-    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
-    Scratch.get = record  # type: ignore[method-assign]
-    library, native.library = native.library, lambda: None  # those in plain torch: what a GPU without Triton runs
-    try:
+    optimizer = hf_lowmem.build_optimizer(small, optim, lr=1e-3, optim_args=optim_args)
+    with patch.object(Scratch, "get", record), patch.object(native, "library", lambda: None):
         optimizer.step()
-    finally:
-        Scratch.get = get  # type: ignore[method-assign]
-        native.library = library
     tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
     return sum(asked.values()) * tile // 256**2
 

@@ -8,7 +8,8 @@ The parameters are those of a model of `presets.py`, with random normal gradient
 runs in a process of its own beside fused AdamW, each on its own copy of the model. Their steps are timed in pairs
 whose order alternates (A B, B A, ...). A ratio is the median over the pairs, with its quartiles. The row that pairs
 fused AdamW with itself shows the noise: differences within it mean nothing. A row that fails says why; one that has
-not ended after `--limit` seconds is stopped, and after a quarter of them no further pair is started.
+not ended after `--limit` seconds is stopped, and after a quarter of them no further pair is started. A row that takes
+more than five times fused AdamW's time gets two pairs.
 
 - CPU ms: time of the whole process, all threads together, so it does not depend on what else the machine runs as much
   as wall time does. On CUDA the time is the device's, by events.
@@ -21,6 +22,11 @@ not ended after `--limit` seconds is stopped, and after a quarter of them no fur
 - extra MiB: the most that a step holds beyond what is held before it, by peak resident memory or, on CUDA, by torch's
   allocator.
 - first step: allocates the state, compiles what is compiled.
+- clipped: pairs in which both clip the gradients before they step, as the Trainer does by default: by the optimizer's
+  own `clip_grad_norm_` where it has one, else by torch's. For torch's optimizers, bitsandbytes and ours that do not
+  project.
+- host ms, on CUDA: until `step()` returns, with an idle device before it.
+- graph ms, on CUDA: the device's time of the step replayed as a CUDA graph, for optimizers with `capturable=True`.
 
 Where a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes. Each kind of change is
 timed too, by setting the step counters to where it is due, and `amortised` is the time of all of the first 200 steps,

@@ -34,6 +34,11 @@ def with_quartiles(clock: str) -> Cell:
     return cell
 
 
+def clipped(cell: Cell) -> Cell:
+    """The same figure of "clip, then step"."""
+    return lambda row: cell(row["clipped"]) if "clipped" in row else ""
+
+
 def table(rows: list[Row], columns: dict[str, Cell]) -> list[str]:
     """Markdown: `columns` after the optimizer's name, less those that no row fills; what failed says so."""
     cells = [["" if "error" in row else cell(row) for cell in columns.values()] for row in rows]
@@ -89,7 +94,11 @@ def render(report: dict[str, Any]) -> str:
         "of copy bandwidth": figure("copy_share", ".0%"),
         "extra MiB": figure("extra_bytes", ".1f", 2**-20),
         "first step s": figure("first_step_s", ".2f"),
+        "host ms": figure("host_ms", ".2f"),
+        "graph ms": figure("graph_ms", ".2f"),
         "pairs": figure("pairs", "d"),
+        f"clipped {clock} ms": clipped(figure("cpu_ms", ".1f")),
+        "clipped ratio [quartiles]": clipped(with_quartiles("cpu")),
     }
     for (dtype, threads), rows in sections(report).items():
         lines += ["", f"## {heading(dtype, threads, gpu)}", ""]

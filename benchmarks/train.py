@@ -1,14 +1,14 @@
 """Whole training steps: tokens per second and peak memory of supervised fine-tuning, by optimizer.
 
     python benchmarks/train.py --preset 1b                               # on a GPU
-    python benchmarks/train.py --preset 8b --optims adamw_torch_fused,adamw_8bit,slim_adamw_8bit
+    python benchmarks/train.py --preset 8b --optims "adamw_torch_fused,slim_adamw_8bit,slim_adamw_8bit rounding=kahan"
     python benchmarks/train.py --preset 100m --device cpu --steps 4 --batch-size 1 --length 256
 
 A Llama-shaped model with random bfloat16 weights is trained by TRL's SFTTrainer with gradient checkpointing on rows of
 random tokens, each as long as `--length`, as packing makes them. Each optimizer runs in a process of its own: optim
 names of the Trainer with their optim_args after a space, or a peer of `peers.py`. The time of a step is the median
 after the first WARM steps; peak memory is that of the whole run, as torch's allocator counts it (on a CPU the
-process's largest resident set).
+process's largest resident set), and the optimizer state in it is what its storages hold at the end.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from measure import state_bytes
 from peers import PEERS
 from presets import PRESETS
 from step_time import describe_machine
@@ -104,6 +105,7 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
         "seconds_per_step": seconds,
         "tokens_per_second": batch_size * length / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else resident,
+        "state_bytes": state_bytes(trainer.optimizer)[0],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_loss": loss,
     }
@@ -127,7 +129,7 @@ def measure_in_new_process(**row: Any) -> dict[str, Any]:
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     error = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    return {"optim": row["name"], "error": error[0]}
+    return {"optim": row["name"], "error": error[0][:120]}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -144,16 +146,16 @@ def render(report: dict[str, Any]) -> str:
         f"- commit: {machine['commit']}",
         f"- command: `{machine['command']}`",
         "",
-        "| optimizer | seconds per step | tokens/s | peak memory, GiB |",
-        "|---|---:|---:|---:|",
+        "| optimizer | seconds per step | tokens/s | peak memory, GiB | optimizer state in it, GiB |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         if "error" in row:
-            lines.append(f"| {row['optim']} | failed: {row['error']} | | |")
+            lines.append(f"| {row['optim']} | failed: {row['error'].replace('|', '/')} | | | |")
             continue
         lines.append(
             f"| {row['optim']} | {row['seconds_per_step']:.3f} | {row['tokens_per_second']:,.0f} "
-            f"| {row['peak_bytes'] / GIB:.2f} |"
+            f"| {row['peak_bytes'] / GIB:.2f} | {row['state_bytes'] / GIB:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

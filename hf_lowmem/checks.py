@@ -27,6 +27,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": ("nearest", "stochastic", "kahan"),
     "offload_state": (False, True),
     "compile": (False, True),
+    "fused_clip": (False, True),
+    "capturable": (False, True),
 }
 
 
@@ -71,6 +73,14 @@ def check_param(param: Tensor) -> None:
             f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "
             "train torch.view_as_real of it, or give it to another optimizer."
         )
+
+
+def check_capturable(group: Group, projects: bool) -> None:
+    """Refuse `capturable` where a step needs the host: to change a basis, compile, or bring state back."""
+    others = [option for option in ("compile", "offload_state") if group[option]]
+    if group["capturable"] and (projects or others):
+        reason = f"{others[0]}=true" if others else "an optimizer that projects, whose bases change on a schedule"
+        raise ValueError(f"capturable=true does not go with {reason}: leave one of them out.")
 
 
 def check_unsharded(param: Tensor) -> None:

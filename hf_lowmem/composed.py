@@ -18,12 +18,14 @@ from hf_lowmem.update_rules import RULES
 
 def composed_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """Step one parameter by its rule, in float32."""
-    weight = slot.weight()
-    weight.store(_new_param(rule, slot.plan, weight, slot.grad, slot.state, slot.step, **hyper.numbers, **hyper.flags))
+    weight, grad = slot.weight(), slot.grad if slot.clip is None else slot.grad.float() * slot.clip.scale
+    step = slot.step.double() if isinstance(slot.step, Tensor) else slot.step
+    weight.store(_new_param(rule, slot.plan, weight, grad, slot.state, step, **hyper.numbers, **hyper.flags))
 
 
 def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """The same through torch.compile: one graph per plan and shape, never another as the hyperparameters change."""
+    slot = slot.clipped()
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in hyper.numbers.items()}
     step = torch.tensor(slot.step, dtype=torch.float64)
     key = torch.tensor(slot.noise_key, dtype=torch.int32, device=slot.param.device)

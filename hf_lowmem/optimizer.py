@@ -5,27 +5,35 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import count
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowmem.checks import check_groups, check_hyperparameters, check_param, check_state, check_unsharded
+from hf_lowmem.checks import (
+    check_capturable,
+    check_groups,
+    check_hyperparameters,
+    check_param,
+    check_state,
+    check_unsharded,
+)
 from hf_lowmem.composed import compiled_step, composed_step
-from hf_lowmem.kernels import Hyper, KernelKey, Slot, find_kernel, key_of
+from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of
+from hf_lowmem.kernels.norms import total_norm
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
-from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, Rounding, State, StatePlan
+from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
-RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state")  # of any group; a resumed run may change them
+# Of any group; a resumed run may change them.
+RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state", "fused_clip", "capturable")
 
 
 def as_tuple(value: Any) -> Any:
@@ -51,6 +59,9 @@ class LowMemOptimizer(Optimizer):
             what was cut off in `kahan_comp`, int16 of the weight's shape.
         rounding_seed: of the noise of "stochastic", which also depends on the parameter's place and its step.
         offload_state: whether `release_state` moves the state to the host until the next step; see `placement.py`.
+        fused_clip: whether a `clip_grad_norm_` of accelerate, such as a Trainer's, is left to the one of this class.
+        capturable: whether a CUDA graph can capture `step`: `step` and a tensor `lr` are read on the device only.
+            Needs an optimizer that projects nothing; excludes `compile` and `offload_state`.
         options: the algorithm's own options, the defaults of every group.
 
     Raises:
@@ -76,6 +87,8 @@ class LowMemOptimizer(Optimizer):
         rounding: str = "nearest",
         rounding_seed: int = 0,
         offload_state: bool = False,
+        fused_clip: bool = False,
+        capturable: bool = False,
         **options: Any,
     ) -> None:
         legal = {*self.plan_options(), *RULE_FLAGS.get(self.rule, ()), "compile"}
@@ -87,7 +100,10 @@ class LowMemOptimizer(Optimizer):
         self._plans: dict[tuple, StatePlan] = {}
         self._host_copies = HostCopies()
         self._rounding_changed: Counter[str] = Counter()
+        self._clips: dict[torch.device, Clip] = {}  # of the next step
+        self._asked_to_clip = False
         run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
+        run |= dict(fused_clip=fused_clip, capturable=capturable)
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **run, **options)
         check_hyperparameters(defaults)
         super().__init__(params, {**defaults, "algorithm": self.algorithm})
@@ -149,7 +165,8 @@ class LowMemOptimizer(Optimizer):
         try:
             for param in added["params"]:
                 check_param(param)
-                self.plan(added, tuple(param.shape), param.dtype)
+                plan = self.plan(added, tuple(param.shape), param.dtype)
+                check_capturable(added, bool(self.idle_calls) or plan.projection is not FULL_SPACE)
         except Exception:
             self.param_groups.pop()
             raise
@@ -173,10 +190,14 @@ class LowMemOptimizer(Optimizer):
     def init_state(self, param: Tensor, group: Group) -> State:
         """Allocate the declared state of one parameter, all zero."""
         check_unsharded(param)
-        specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
+        specs = self._specs(param, group)
         state = {name: spec.zeros(param.device) for name, spec in specs.items()}
         self.state[param] = state
         return state
+
+    def _specs(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
+        return {**specs, "step": replace(STEP, on_host=not group["capturable"])}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -185,17 +206,13 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._cuda_graph_capture_health_check()
         self._fetch_state()
-        numbers = count()
-        for group in self.param_groups:
-            buckets: dict[KernelKey, list[Slot]] = defaultdict(list)
-            for param in group["params"]:
-                slot = self._slot(param, group, next(numbers))
-                if slot is not None:
-                    buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
-            for key, slots in buckets.items():
-                with torch.autocast(key.device, enabled=False):
-                    self._run(key, slots, group)
+        self._warn_of_missed_clipping()
+        for group, key, slots in self._buckets(advance=True):
+            with torch.autocast(key.device, enabled=False):
+                self._run(key, slots, group)
+        self._clips = {}
         for change, weights in self._rounding_changed.items():
             logger.info(
                 "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
@@ -203,24 +220,75 @@ class LowMemOptimizer(Optimizer):
         self._rounding_changed.clear()
         return loss
 
-    def _slot(self, param: Tensor, group: Group, number: int) -> Slot | None:
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of the next step to a total 2-norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
+
+        They are read once for it and not written: the step scales them as it reads them. So a change of a gradient
+        between the two calls is stepped, but not counted. Call it once before each step that is to clip.
+
+        Args:
+            max_norm: infinity finds the norm and clips nothing.
+
+        Returns:
+            The norm before clipping, of all gradients of the optimizer's parameters: 0-D float32, on their device.
+        """
+        self._fetch_state()
+        kept: dict[Any, Tensor] = {}
+        norm = total_norm(((key, slots) for _, key, slots in self._buckets(advance=False)), kept)
+        self._clips = {}
+        if max_norm < float("inf"):
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            devices = {param.device for group in self.param_groups for param in group["params"]}
+            self._clips = {device: Clip(scale.to(device, non_blocking=True), kept) for device in devices}
+        self._asked_to_clip = True
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a clipping whose step was not taken is forgotten."""
+        self._clips = {}
+        super().zero_grad(set_to_none)
+
+    def _buckets(self, advance: bool) -> Iterator[tuple[Group, KernelKey, list[Slot]]]:
+        """The parameters with a gradient, those of a group that a kernel steps together; `advance` counts the step."""
+        first = 0
+        for group in self.param_groups:
+            buckets: dict[KernelKey, list[Slot]] = defaultdict(list)
+            members = [
+                (number, param) for number, param in enumerate(group["params"], first) if self._has_grad(param, group)
+            ]
+            if advance and members:
+                torch._foreach_add_([self.state[param]["step"] for _, param in members], 1)
+            for number, param in members:
+                slot = self._slot(param, group, number)
+                buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
+            for key, slots in buckets.items():
+                yield group, key, slots
+            first += len(group["params"])
+
+    def _has_grad(self, param: Tensor, group: Group) -> bool:
         # Every trainable parameter gets its state at the first step, gradient or not: all ranks hold the same keys.
         if param.grad is None and not param.requires_grad:
-            return None
-        state = self.state.get(param) or self.init_state(param, group)
-        if param.grad is None:
-            return None
-        if param.grad.is_sparse:
+            return False
+        if not self.state.get(param):
+            self.init_state(param, group)
+        if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
                 "use sparse=False in the embedding."
             )
-        state["step"] += 1
-        step = state["step"].item() - self.idle_calls
-        plan = self.plan(group, tuple(param.shape), param.dtype)
+        return param.grad is not None
+
+    def _slot(self, param: Tensor, group: Group, number: int) -> Slot:
+        state, plan = self.state[param], self.plan(group, tuple(param.shape), param.dtype)
         self._fit_rounding(param, state, plan)
-        key = noise_key(group["rounding_seed"], number, int(step)) if plan.rounding.kind == "stochastic" else 0
-        return Slot(param, param.grad, state, plan, step, key)
+        step: Any = state["step"] if group["capturable"] else state["step"].item() - self.idle_calls
+        key: Any = 0
+        if plan.rounding.kind == "stochastic":
+            seed = group["rounding_seed"]
+            key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
+        assert param.grad is not None
+        return Slot(param, param.grad, state, plan, step, key, self._clips.get(param.device))
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
         # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
@@ -232,10 +300,11 @@ class LowMemOptimizer(Optimizer):
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         slots = [slot for slot in slots if slot.param.numel()]
+        slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
         projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
         for _, grad, state, plan, *_ in projected:
             plan.projection.before_step(grad, state, plan.bind(state))
-        active = [slot for slot in slots if slot.step > 0]
+        active = [slot for slot in slots if slot.step > 0] if self.idle_calls else slots
         if active:
             self._update(key, active, group)
         for _, grad, state, plan, *_ in projected:
@@ -244,8 +313,12 @@ class LowMemOptimizer(Optimizer):
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
         flags = {flag: group[flag] for flag in RULE_FLAGS.get(key.rule, ())}
-        hyper = Hyper(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
+        lr = group["lr"] if group["capturable"] else float(group["lr"])
+        hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] else find_kernel(key)
+        if group["capturable"]:  # the other kernels take their numbers from the host
+            slots = kernel.step(slots, hyper) if isinstance(kernel, TritonKernel) else slots
+            kernel = None
         if kernel:
             kernel(slots, hyper)
             return
@@ -271,6 +344,14 @@ class LowMemOptimizer(Optimizer):
                 "moves it, or call release_state() after each step."
             )
 
+    def _warn_of_missed_clipping(self) -> None:
+        if not self._asked_to_clip and any(group["fused_clip"] for group in self.param_groups):
+            self._asked_to_clip = True  # to say it once
+            logger.warning(
+                "fused_clip=true, but nothing has asked the optimizer to clip: hf_lowmem.register() lets a Trainer's "
+                "max_grad_norm do so, or call optimizer.clip_grad_norm_(max_norm) before each step."
+            )
+
     def synchronize_state(self) -> None:
         """Wait until state that `release_state` is moving to the host can be read there."""
         self._host_copies.synchronize()
@@ -293,6 +374,7 @@ class LowMemOptimizer(Optimizer):
         self._plans = {}
         self._host_copies = HostCopies()
         self._rounding_changed = Counter()
+        self._clips, self._asked_to_clip = {}, False
         super().__setstate__(state)
 
     @torch.no_grad()
@@ -316,7 +398,7 @@ class LowMemOptimizer(Optimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(key)
                 if saved:
-                    specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
+                    specs = self._specs(param, group)
                     check_state(saved, specs, tuple(param.shape))
                     loaded[param] = {
                         name: tensor.to(specs[name].place(param.device) if name in specs else param.device, copy=True)

@@ -33,6 +33,8 @@ class Recipe:
         compile: step through torch.compile.
         rounding: "nearest", "stochastic" or "kahan", how weights narrower than float32 take an update.
         rounding_seed: of the noise of "stochastic".
+        fused_clip: leave a Trainer's clipping (`max_grad_norm`) to the step, which scales gradients as it reads them.
+        capturable: a CUDA graph can capture the step; not for algorithms that project.
         offload_state: keep the state on the host while a trainer generates, or between the steps of one that does not.
     """
 
@@ -44,6 +46,8 @@ class Recipe:
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
     rounding_seed: int = 0
     offload_state: bool = False
+    fused_clip: bool = False
+    capturable: bool = False
 
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]

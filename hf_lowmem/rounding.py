@@ -122,9 +122,12 @@ def hashed(numbers: Tensor, key: Any, bits: int) -> Tensor:
     return (x >> (32 - bits)).bitwise_and_((1 << bits) - 1)
 
 
-def noise_key(seed: int, number: int, step: int) -> int:
-    """The key of one parameter, the `number`-th of its optimizer, at one step: the same in every process."""
-    key = 0
+def noise_key(seed: int, number: Any, step: Any) -> Any:
+    """The key of one parameter, the `number`-th of its optimizer, at one step: the same in every process.
+
+    Number and step may be int64 tensors, and then the key is one.
+    """
+    key: Any = 0
     for part in (seed, number, step):
         key = (key ^ part) * WEYL & _MASK
         key = (key ^ key >> 16) * MIX_1 & _MASK
@@ -133,6 +136,6 @@ def noise_key(seed: int, number: int, step: int) -> int:
     return _signed(key)
 
 
-def _signed(value: Any) -> int:
+def _signed(value: Any) -> Any:
     """A 32-bit integer as torch.int32 has it."""
-    return int((value + 0x80000000 & _MASK) - 0x80000000)
+    return (value + 0x80000000 & _MASK) - 0x80000000

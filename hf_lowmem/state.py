@@ -123,6 +123,9 @@ class Projection(Protocol):
     def describe(self, shape: tuple[int, ...]) -> str:
         """What is projected, in a few words for a person; empty if nothing is."""
 
+    def takes_gradient(self, state: State) -> bool:
+        """Whether this step's `before_step` or `after_step` reads the gradient."""
+
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         """Change the basis where that is due before the update."""
 
@@ -155,6 +158,9 @@ class FullSpace:
 
     def describe(self, shape: tuple[int, ...]) -> str:
         return ""
+
+    def takes_gradient(self, state: State) -> bool:
+        return False
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         pass

@@ -15,11 +15,16 @@ from hf_lowmem.rounding import StoredWeight
 
 
 def run(
-    cls: type, options: dict[str, Any], start: Tensor, steps: int = 3, bad: float | None = None
+    cls: type,
+    options: dict[str, Any],
+    start: Tensor,
+    steps: int = 3,
+    bad: float | None = None,
+    clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weight and the state, both as float32, after a few steps; full moments decoded.
 
-    Each gradient has one entry of `bad`.
+    Each gradient has one entry of `bad`, and is clipped to a norm of `clip`.
     """
     generator = torch.Generator().manual_seed(1)
     param = nn.Parameter(start.clone())
@@ -29,6 +34,8 @@ def run(
         if bad is not None:
             grad.view(-1)[grad.numel() // 2] = bad
         param.grad = grad.to(start.device)
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
         optimizer.step()
     (state,), group = optimizer.state.values(), optimizer.param_groups[0]
     plan = optimizer.plan(group, tuple(start.shape), start.dtype)
@@ -53,6 +60,7 @@ CASES: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (LowMemAdamW, {}, (7, 768)),
     (Signum, {}, (7, 768)),
     (SlimAdamW, {"axes": (1,)}, (5, 768)),
+    *((SlimAdamW, {"axes": (1,)}, (rows, columns)) for rows, columns in ((70, 64), (35, 96), (33, 128), (17, 256))),
     (SlimAdamW, {"axes": (0,)}, (37, 512)),
     (SlimAdamW, {"axes": (1,)}, (2, 3, 2, 256)),
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 512)),
@@ -70,7 +78,9 @@ VARIANTS = [
 ]
 
 
-def check_gpu_kernel(case: tuple, bits: int, dtype: torch.dtype, rounding: str, device: str = "cpu") -> None:
+def check_gpu_kernel(
+    case: tuple, bits: int, dtype: torch.dtype, rounding: str, device: str = "cpu", clip: float | None = None
+) -> None:
     """The GPU kernel against the rule on the same device."""
     (cls, options, shape), on_device = case, torch.device(device)
     options = {**options, "state_bits": bits, "rounding": rounding, **({"min_8bit_size": 0} if bits == 8 else {})}
@@ -79,9 +89,9 @@ def check_gpu_kernel(case: tuple, bits: int, dtype: torch.dtype, rounding: str, 
         for key in [key for key in KERNELS if key.device == "cuda"]:
             patch.setitem(KERNELS, key._replace(device=device), KERNELS[key])
         patch.setattr(eager, "tiles", lambda *args: pytest.fail("the GPU kernel leaves this to another"))
-        mine, state = run(cls, options, start, steps=2)
+        mine, state = run(cls, options, start, steps=2, clip=clip)
     with pytest.MonkeyPatch.context() as patch:
-        theirs, expected = by_rule(patch, cls, options, start, 2)
+        theirs, expected = by_rule(patch, cls, options, start, 2, None, clip)
     # A code, or a narrow number's neighbour, may fall to either side of a boundary in a few places.
     flips = bits < 32 or rounding == "stochastic" or (rounding == "nearest" and dtype != torch.float32)
     for name, value in {"param": mine, **state}.items():

@@ -44,7 +44,7 @@ int main(void) {
                 .groups = groups, .inner_groups = groups, .inner_group_stride = rows * columns,
                 .rows = rows, .inner_rows = rows, .inner_row_stride = columns, .columns = columns,
                 .per_column = rule == ADAMW_MEAN && per_column, .dtype = dtype, .rule = rule, .rounding = rounding,
-                .noise_key = -7, .decay = 0.99, .step_size = 1e-3, .eps = 1e-8, .beta1 = 0.9, .beta2 = 0.99,
+                .noise_key = -7, .grad_scale = 0.5, .decay = 0.99, .step_size = 1e-3, .eps = 1e-8, .beta1 = 0.9, .beta2 = 0.99,
             };
             if (rule == ADAMW_FULL) part.exp_avg_sq = moment(entries, codec == CODES ? CODES : FLOAT32, block_size, &map);
             if (hf_lowmem_step(&part, 1, 2)) return 1;

@@ -5,8 +5,11 @@ The interpreter cuts the bits off that bfloat16 does not hold, where a GPU round
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +22,12 @@ import triton
 import triton.language as tl
 from kernel_runs import CASES, VARIANTS, by_rule, check_gpu_kernel, run
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import KERNELS, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
@@ -182,3 +187,169 @@ def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.Monkey
     layers[0].weight.grad = torch.ones_like(layers[0].weight)
     optimizer.step()
     assert gpu.numbered.cache_info().misses == tables + 1
+
+
+@pytest.mark.parametrize("means", ["as they come", "before"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
+def test_a_clipped_step_follows_the_rule(case: tuple, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if means == "before":
+        for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=0, SUM=1024).items():
+            monkeypatch.setattr(gpu, name, value)
+    gpu.layout_of.cache_clear()
+    try:
+        check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type, clip=0.5)
+        check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type, clip=0.5)
+    finally:
+        gpu.layout_of.cache_clear()
+
+
+def test_a_step_takes_the_sums_that_its_clipping_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    partial_sums = gpu.partial_sums
+    monkeypatch.setattr(
+        gpu, "partial_sums", lambda *args, **kwargs: (found.append(args), partial_sums(*args, **kwargs))[1]
+    )
+    param = nn.Parameter(torch.zeros(48, 64, device=DEVICE))
+    optimizer = SlimAdamW([param], lr=1e-2, axes=(0,))
+    param.grad = torch.ones_like(param)
+    assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(48**0.5 * 8, rel=1e-6)
+    optimizer.step()
+    assert len(found) == 1
+    once = optimizer.state[param]["exp_avg_sq"].clone()
+    optimizer.clip_grad_norm_(1.0)
+    param.grad.mul_(2)  # the sums are of other gradients now
+    optimizer.step()
+    assert len(found) == 3
+    change = optimizer.state[param]["exp_avg_sq"] - 0.999 * once
+    torch.testing.assert_close(change, 4 * once, rtol=1e-4, atol=0)
+
+
+class Tape(TorchDispatchMode):
+    """What `torch.cuda.graph` is on CUDA: torch's operations and the kernels' launches, to be done again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, Any]] = []
+        modules = gpu.triton_kernels()
+        self.launchers = {
+            name: self.launcher(getattr(modules, name)) for name in ("step", "combine", "sum_squares", "write_grads")
+        }
+        recorded = SimpleNamespace(**{**vars(modules), **self.launchers})
+        monkeypatch.setattr(gpu, "triton_kernels", lambda: recorded)
+
+    def launcher(self, kernel: Any) -> Any:
+        tape = self
+
+        class Launcher:
+            def __getitem__(self, grid: Any) -> Any:
+                def launch(*args: Any, **kwargs: Any) -> None:
+                    tape.done.append((kernel[grid], args, kwargs, None))
+                    with _disable_current_modes():
+                        kernel[grid](*args, **kwargs)
+
+                return launch
+
+        return Launcher()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the step reads a number of the device"
+        out = func(*args, **(kwargs or {}))
+        self.done.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.done:
+            again = func(*args, **kwargs)
+            if isinstance(out, Tensor) and any(out is arg for arg in args):
+                continue  # in place
+            for old, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+
+def captured(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`function`, whose effects are not there yet, to be replayed."""
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph
+    tape = Tape(monkeypatch)
+    monkeypatch.setattr(gpu, "uploaded", lambda *args: pytest.fail("numbers are uploaded during the capture"))
+    with tape:
+        function()
+    return tape
+
+
+GRAPHS = [
+    (LowMemAdamW, {}, "nearest"),
+    (SlimAdamW, {"axes": (0,)}, "stochastic"),
+    (SlimAdamW, {"axes": (1,)}, "kahan"),
+    (AdamMini, {"axes": (1,), "rows_per_block": 8}, "stochastic"),
+    (Signum, {}, "nearest"),
+]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
+def test_a_captured_step_is_replayed(case: tuple, clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other gradients, the next step's numbers and another learning rate, as steps that are not captured."""
+    cls, options, rounding = case
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(16, 256, generator=generator).bfloat16(), torch.randn(256, generator=generator).bfloat16()]
+    grads = [[torch.randn(p.shape, generator=generator).bfloat16().to(DEVICE) for p in start] for _ in range(5)]
+    rates = [1e-2, 1e-2, 2e-2, 5e-3, 1e-2]
+
+    def build(lr: Any, **more: Any) -> tuple[list[nn.Parameter], Any]:
+        params = [nn.Parameter(p.clone().to(DEVICE)) for p in start]
+        shared = {"state_bits": 8, "min_8bit_size": 0, "rounding": rounding, "weight_decay": 0.1, **more}
+        return params, cls([{"params": params[:1], **options}, {"params": params[1:]}], lr=lr, **shared)
+
+    def step(optimizer: Any) -> None:
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+
+    expected, plain = build(rates[0])
+    for rate, given in zip(rates, grads, strict=True):
+        for group in plain.param_groups:
+            group["lr"] = rate
+        for param, grad in zip(expected, given, strict=True):
+            param.grad = grad.clone()
+        step(plain)
+
+    lr = torch.tensor(rates[0], dtype=torch.float64, device=DEVICE)
+    params, optimizer = build(lr, capturable=True)
+    for given in grads[:2]:  # the warm-up
+        for param, grad in zip(params, given, strict=True):
+            param.grad = grad.clone()
+        step(optimizer)
+    for param in params:  # where the graph will look
+        param.grad = torch.zeros_like(param)
+    before = copy.deepcopy([[p.detach() for p in params], list(optimizer.state.values())])
+    graph = captured(lambda: step(optimizer), monkeypatch)
+    for param, value, state in zip(params, *before, strict=True):  # the tape, unlike a graph, has taken the step
+        param.data.copy_(value)
+        for name, tensor in state.items():
+            optimizer.state[param][name].copy_(tensor)
+    for rate, given in zip(rates[2:], grads[2:], strict=True):
+        lr.fill_(rate)
+        for param, grad in zip(params, given, strict=True):
+            param.grad.copy_(grad)
+        graph.replay()
+
+    for param, other in zip(params, expected, strict=True):
+        assert optimizer.state[param]["step"].item() == 5
+        torch.testing.assert_close(param, other, rtol=0, atol=1e-6)
+        for name, tensor in optimizer.state[param].items():
+            torch.testing.assert_close(tensor.cpu(), plain.state[other][name].cpu(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_capture_without_a_step_before_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = nn.Parameter(torch.zeros(4, 256, device=DEVICE))
+    optimizer = SlimAdamW([param], lr=1e-2, axes=(1,), capturable=True)
+    param.grad = torch.ones_like(param)
+    monkeypatch.setattr(gpu, "capturing", lambda device: True)
+    gpu.lasting.cache_clear()
+    with pytest.raises(RuntimeError, match="take at least one step of the same parameters before the capture"):
+        optimizer.step()

@@ -5,13 +5,15 @@ import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 import hf_lowmem
+from hf_lowmem.kernels import KERNELS, eager, gpu
 from hf_lowmem.trainer.optim_args import recipe_for
 
 pytest.importorskip("trl")
@@ -77,6 +79,50 @@ def test_the_meta_models_have_the_published_sizes(recipe_memory):
         for name, config in recipe_memory.MODELS.items()
     }
     assert sizes == {"Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304, "Llama-3.1-8B": 8_030_261_248}
+
+
+SMALL = LlamaConfig(
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=3000
+)
+
+
+class Launches:
+    """In the place of the Triton kernels: the tensors that each launch is given, by their addresses."""
+
+    def __init__(self):
+        self.DTYPES = {dtype: dtype for dtype in (torch.bfloat16, torch.float32, torch.uint8)}
+        self.tl = SimpleNamespace(constexpr=lambda value: value)
+        self.given = [{}]
+        self.sum_squares = self.combine = self.step = self
+
+    def __getitem__(self, grid):
+        return lambda *tensors, **options: self.given[-1].update({id(tensor): tensor for tensor in tensors})
+
+
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "adam_mini", "adalayer_8bit", "signum", "lowmem_adamw_8bit"])
+def test_temporaries_are_what_the_launches_are_given(optim, recipe_memory, monkeypatch):
+    launches, launch = Launches(), gpu.launch
+    for key in [key for key in KERNELS if key.device == "cuda"]:
+        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
+    monkeypatch.setattr(gpu, "triton_kernels", lambda: launches)
+    monkeypatch.setattr(gpu, "launch", lambda *args: (launches.given.append({}), launch(*args)))
+    monkeypatch.setattr(eager, "tiles", lambda *args: pytest.fail("the GPU kernels leave this to another"))
+    model = LlamaForCausalLM(SMALL).bfloat16()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    hf_lowmem.build_optimizer(model, optim, lr=1e-3).step()
+    given = [list(tensors.values()) for tensors in launches.given]
+    kept = {id(tensor): tensor.nbytes for tensors in given for tensor in tensors if not tensor.is_floating_point()}
+    passing = max(sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point()) for tensors in given)
+    expected = sum(kept.values()) + passing
+    monkeypatch.undo()
+    assert recipe_memory.step_temporaries(recipe_memory.meta_model(SMALL, False), optim, None) == expected
+
+
+def test_temporaries_of_what_is_projected_are_those_of_plain_torch(recipe_memory):
+    model = recipe_memory.meta_model(SMALL, classifier=False)
+    largest = max(param.numel() for param in model.parameters())
+    assert recipe_memory.step_temporaries(model, "coap_adamw", None) % (4 * largest) == 0
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

@@ -36,7 +36,8 @@ def tiny(monkeypatch):
         tie_word_embeddings=True,
     )
     monkeypatch.setitem(presets.PRESETS, "tiny", config)
-    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(measure.COPY_BYTES, device, 2**20)
     return "tiny"
 
 
@@ -58,12 +59,15 @@ def test_the_presets_have_the_sizes_of_their_models(preset, expected):
     assert presets.size(preset) == expected
 
 
-def test_two_models_of_a_preset_are_equal_and_keep_their_tied_weights(tiny):
-    one, two = (presets.build_model(tiny, torch.float32, "cpu") for _ in range(2))
-    assert one.lm_head.weight is one.model.embed_tokens.weight
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a.grad, b.grad)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_has_weights_and_gradients_of_its_own_that_are_equal_and_tied(tiny, dtype):
+    model = presets.build_model(tiny, torch.float32, "cpu")
+    copied = presets.copy_of(model, dtype)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        for mine, theirs in ((a, b), (a.grad, b.grad)):
+            assert torch.equal(mine.to(dtype), theirs)
+            assert mine.data_ptr() != theirs.data_ptr()
         assert a.grad.std() > 0.5
 
 
@@ -114,7 +118,32 @@ def test_a_row_has_what_the_tables_show(tiny):
     expected = 3 * 2 + 2 * found["state_bytes_per_parameter"]
     assert found["moved_bytes_per_parameter"] == pytest.approx(expected)
     assert found["copy_share"] > 0
+    assert found["clipped"]["pairs"] == 3
+    assert found["clipped"]["cpu_ratio"] > 0
     assert "amortised" not in found
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["torch's clipping", "the optimizer's"])
+def test_a_clipped_step_clips_to_half_the_norm_each_time(own):
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    asked = []
+    if own:
+        optimizer.clip_grad_norm_ = asked.append
+    step = measure.clipped_step(optimizer)
+    step()
+    step()
+    assert asked == ([3.0, 3.0] if own else [])
+    assert weight.grad[0] == pytest.approx(3.0 if own else 1.5)
+    assert weight[0].item() == pytest.approx(-6.0 if own else -3.0)
+
+
+def test_a_slow_row_gets_few_pairs():
+    fast, slow = (lambda: None), (lambda: sum(range(100_000)))
+    settings = {"device": "cpu", "pairs": 5, "ends": float("inf")}
+    assert [len(times) for times in measure.timed_pairs(slow, fast, **settings)] == [measure.FEWEST_PAIRS] * 2
+    assert [len(times) for times in measure.timed_pairs(fast, slow, **settings)] == [5, 5]
 
 
 def test_few_pairs_where_the_time_is_short(tiny):
@@ -125,6 +154,7 @@ def test_changes_of_basis_are_timed(tiny):
     found = row(tiny, "coap_adamw update_interval=4")
     assert found["changes"] == {"correct": 40, "recompute": 9}
     assert found["amortised"]["cpu"] > 0
+    assert "clipped" not in found
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if not name.startswith("torchao")])  # compiles long
@@ -179,9 +209,32 @@ def test_the_report_and_its_chart(tiny, tmp_path):
     assert "| flashoptim FlashAdamW | failed: a / b |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     heads = {line.count("|") for line in lines}
-    assert heads == {11 if rows[0]["extra_bytes"] is None else 12, 8}  # where the system tells
+    assert heads == {13 if rows[0]["extra_bytes"] is None else 14, 8}  # where the system tells
     step_time_report.save_png(report, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 5000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_host_and_a_graph_are_timed_on_cuda(tiny):
+    fused, mine = row(tiny, peers.BASELINE, device="cuda"), row(tiny, "slim_adamw", device="cuda")
+    assert fused["host_ms"] > 0
+    assert fused["graph_ms"] > 0
+    assert mine["host_ms"] > 0
+    assert "graph_ms" not in mine
+
+
+def test_the_report_of_a_gpu_has_the_times_of_host_and_graph(tiny):
+    rows = [row(tiny, name, threads=1) for name in (peers.BASELINE, "signum")]
+    assert not any(name in found for found in rows for name in ("host_ms", "graph_ms"))
+    rows[0] |= {"host_ms": 0.25, "graph_ms": 0.125}
+    rows[1] |= {"host_ms": 0.5}
+    size = {"name": "tiny", "parameters": 1234, "tensors": 5}
+    report = {"machine": MACHINE | {"gpu": "a GPU"}, "preset": size, "not_installed": [], "rows": rows}
+    head, _, fused, signum = (line for line in step_time_report.render(report).splitlines() if line.startswith("|"))
+    assert "| host ms | graph ms |" in head
+    assert "| 0.25 | 0.12 |" in fused
+    assert "| 0.50 |  |" in signum
 
 
 def test_columns_that_no_row_fills_are_left_out():

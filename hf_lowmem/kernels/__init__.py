@@ -9,7 +9,8 @@ from functools import cache, partial
 
 from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.kernels.eager import Form
-from hf_lowmem.kernels.seam import Hyper, Kernel, KernelKey, Slot, key_of
+from hf_lowmem.kernels.gpu import TritonKernel
+from hf_lowmem.kernels.seam import Clip, Hyper, Kernel, KernelKey, Slot, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ def _adamw_full(codec: str, form: Form, device: str) -> Kernel:
         plain = eager.adamw_full_float32 if codec == "Float32" else eager.adamw_full
         return native.kernel(native.ADAMW_FULL, partial(plain, form=form), form)
     plain = partial(eager.adamw_full, form=form)
-    return gpu.kernel(plain, form) if device == "cuda" else plain
+    return gpu.TritonKernel(plain, form) if device == "cuda" else plain
 
 
 _ANY = "any device"
@@ -29,11 +30,13 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", _ANY)] = eager.signum
     _signum = native.kernel(native.SIGNUM, eager.signum, eager.signum_form)
     KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cpu")] = _signum
-    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.signum, eager.signum_form)
+    KERNELS[KernelKey("signum", "none", _codec, "FullSpace", "cuda")] = gpu.TritonKernel(
+        eager.signum, eager.signum_form
+    )
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", _ANY)] = eager.adamw_mean
     _mean = native.kernel(native.ADAMW_MEAN, eager.adamw_mean)
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cpu")] = _mean
-    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cuda")] = gpu.kernel(eager.adamw_mean)
+    KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cuda")] = gpu.TritonKernel(eager.adamw_mean)
     for _space in ("FullSpace", "Eigenbasis"):
         KERNELS[KernelKey("soap", "Full", _codec, _space, _ANY)] = eager.soap
     for _space in ("FullSpace", "LowRank", "Tucker"):
@@ -64,4 +67,4 @@ def warn_of_plain_torch(device: str) -> None:
     )
 
 
-__all__ = ["KERNELS", "Hyper", "Kernel", "KernelKey", "Slot", "find_kernel", "key_of"]
+__all__ = ["KERNELS", "Clip", "Hyper", "Kernel", "KernelKey", "Slot", "TritonKernel", "find_kernel", "key_of"]

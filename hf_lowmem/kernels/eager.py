@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.codecs.int8_blockwise import dequantize, quantize
-from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.kernels.seam import Clip, Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.scratch import Scratch, known_finite
@@ -108,20 +108,22 @@ class Weight:
     param: StoredWeight
     grad: Tensor
     exp_avg: StoredMoment
+    clip: Clip | None
 
     @classmethod
     def of(cls, slot: Slot, view: View) -> Weight:
-        return cls(slot.weight().map(view), view(slot.grad), StoredMoment.of(slot, "exp_avg", view))
+        return cls(slot.weight().map(view), view(slot.grad), StoredMoment.of(slot, "exp_avg", view), slot.clip)
 
     def __getitem__(self, index: Index) -> Weight:
-        return Weight(self.param[index], self.grad[index], self.exp_avg[index]) if index else self
+        return Weight(self.param[index], self.grad[index], self.exp_avg[index], self.clip) if index else self
 
     @property
     def shape(self) -> torch.Size:
         return self.grad.shape
 
     def load_grad(self, scratch: Scratch) -> Tensor:
-        return as_float32(self.grad, "grad", scratch)
+        grad = as_float32(self.grad, "grad", scratch)
+        return grad if self.clip is None else torch.mul(grad, self.clip.scale, out=scratch.get("grad", grad.shape))
 
     def load(self, grad: Tensor, decay: float | Tensor, beta1: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The weights times `decay` and the first moment with `grad` averaged in, as float32."""
@@ -137,11 +139,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Scalars:
-    """One step of one parameter: param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)."""
+    """One step of one parameter: param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps).
 
-    decay: float
-    step_size: float
-    eps: float
+    Numbers, or under `capturable` tensors on the device.
+    """
+
+    decay: Any
+    step_size: Any
+    eps: Any
 
 
 Form = Callable[[Slot, Hyper], Scalars]
@@ -149,7 +154,7 @@ Form = Callable[[Slot, Hyper], Scalars]
 
 def adamw_form(slot: Slot, hyper: Hyper) -> Scalars:
     """`adamw_rule`, its bias corrections moved from the tensors to the scalars."""
-    root = math.sqrt(1 - hyper.beta2**slot.step)
+    root = (1 - hyper.beta2**slot.step) ** 0.5  # of a float or, under `capturable`, of a tensor of steps
     step_size = hyper.lr * root / (1 - hyper.beta1**slot.step)
     return Scalars(1 - hyper.lr * hyper.weight_decay, step_size, hyper.eps * root)
 
@@ -180,12 +185,12 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
 
 
 def adamw_full_float32(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> None:
-    """AdamW as torch's fused CPU step takes it, where all is float32 and contiguous; else as `adamw_full`."""
+    """AdamW as torch's fused step takes it, where all is float32, contiguous and not clipped; else as `adamw_full`."""
     by_step: dict[float, list[Slot]] = defaultdict(list)
     others: list[Slot] = []
     for slot in slots:
         plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (slot.param, slot.grad))
-        (by_step[slot.step] if plain else others).append(slot)
+        (by_step[slot.step] if plain and slot.clip is None else others).append(slot)
     for step, fused in by_step.items():
         torch_fused(fused, step, hyper, form)
     if others:
@@ -279,7 +284,7 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
 def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
     """SOAP's elementwise part in tiles; its rotations are whole products."""
     scratch = Scratch(slots[0].param.device)
-    for slot in slots:
+    for slot in map(Slot.clipped, slots):
         scalars, projection = transformers_adamw_form(slot, hyper), slot.plan.projection
         exp_avg = StoredMoment.of(slot, "exp_avg", at_least_1d)
         exp_avg_sq = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)

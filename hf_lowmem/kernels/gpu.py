@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from hf_lowmem.kernels.eager import Form, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
+from hf_lowmem.rounding import noise_key
 from hf_lowmem.state import KAHAN_COMP
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 LINE, TILE, ONE_TILE, ONE_PROGRAM, SUM = 256, 1 << 12, 1 << 14, 1 << 16, 1 << 15
 _ALIGN = 16
 _OLDEST_ARCH = 75
+ADDRESSES = 32  # that one launch writes into a table
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,11 +88,13 @@ class Variant(NamedTuple):
         weight, moment: dtypes of weight and gradient, and of the first moment; uint8 for the codes of both moments.
         rounding: "nearest", "stochastic" or "kahan", see `rounding.py`.
         second: "none" (Signum), "full", "group" (a mean per group) or "column" (a mean per column of each group).
-        means: when the means are found, if there are any: in a "tile" that is a whole group and is read once; in a
-            "loop" of one program over its group, which it reads twice; or "before", by kernels of their own.
+        means: when the means are found, if there are any: in a tile of which each "line" is a group, or in a "tile"
+            that is a whole group, both of which are read once; in a "loop" of one program over its group, which it
+            reads twice; or "before", by kernels of their own.
         nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
         line, lines: the size of a tile.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
+        clip: whether a scale multiplies the gradients.
     """
 
     weight: Any
@@ -101,17 +106,35 @@ class Variant(NamedTuple):
     line: int
     lines: int
     align: int
+    clip: bool = False
+
+    @property
+    def sums(self) -> Variant:
+        """What the kernels before a step are compiled for, whatever its moments are."""
+        return self._replace(moment=None, rounding="", clip=False)
 
 
-def kernel(otherwise: Kernel, form: Form = adamw_form) -> Kernel:
+Members = dict[tuple[torch.device, Variant], list[tuple[Part, Slot]]]  # by launch
+
+
+@dataclass(frozen=True)
+class TritonKernel:
     """Steps by the Triton kernels what they cover, and the rest by `otherwise`."""
 
-    def run(slots: Sequence[Slot], hyper: Hyper) -> None:
-        left = step(slots, hyper, form) if triton_kernels() else slots
-        if left:
-            otherwise(left, hyper)
+    otherwise: Kernel
+    form: Form = adamw_form
 
-    return run
+    def __call__(self, slots: Sequence[Slot], hyper: Hyper) -> None:
+        if left := self.step(slots, hyper):
+            self.otherwise(left, hyper)
+
+    def step(self, slots: Sequence[Slot], hyper: Hyper) -> list[Slot]:
+        """Step the slots that are covered; returns the others."""
+        return step(slots, hyper, self.form) if triton_kernels() else list(slots)
+
+    def square_sums(self, slots: Sequence[Slot], kept: dict[Any, Tensor]) -> tuple[list[Tensor], list[Slot]]:
+        """See `square_sums`."""
+        return square_sums(slots, kept) if triton_kernels() else ([], list(slots))
 
 
 @cache
@@ -137,22 +160,65 @@ def triton_kernels() -> Any:
 
 def step(slots: Sequence[Slot], hyper: Hyper, form: Form) -> list[Slot]:
     """Step the slots that are covered; returns the others."""
-    launches: dict[tuple[torch.device, Variant], list[tuple[Part, Scalar]]] = defaultdict(list)
+    launches, left = by_launch(slots)
+    for (device, variant), members in launches.items():
+        parts, owners = zip(*members, strict=True)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            launch(variant, parts, owners, scalars_of(owners, hyper, form, device))
+    return left
+
+
+def square_sums(slots: Sequence[Slot], kept: dict[Any, Tensor]) -> tuple[list[Tensor], list[Slot]]:
+    """The sums of squares of the gradients whose means come before their step, 0-D; and the slots of the others.
+
+    What it takes to find them is most of what it takes to find the means: that is `kept` for the step.
+    """
+    wanted: list[Slot] = []
+    left: list[Slot] = []
+    for slot in slots:
+        parts_found = parts_of(slot)
+        before = parts_found is not None and all(variant.means == "before" for variant, _ in parts_found)
+        (wanted if before else left).append(slot)
+    totals = []
+    for (device, variant), members in by_launch(wanted)[0].items():
+        parts, owners = zip(*members, strict=True)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            found, total = partial_sums(variant.sums, table_of(parts, owners, variant.means), totals=True)
+        kept[key_of_sums(variant, parts, owners)] = found
+        totals.append(total.sum())
+    return totals, left
+
+
+def by_launch(slots: Sequence[Slot]) -> tuple[Members, list[Slot]]:
+    """The parts of the slots that are covered, those that one launch steps together; and the other slots."""
+    launches: Members = defaultdict(list)
     left = []
     for slot in slots:
         found = parts_of(slot)
         if found is None:
             left.append(slot)
             continue
-        decay, step_size, eps = vars(form(slot, hyper)).values()
-        scalar = Scalar(decay, step_size, eps, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, slot.noise_key)
         for variant, part in found:
-            launches[slot.param.device, variant].append((part, scalar))
-    for (device, variant), members in launches.items():
-        parts, scalars = zip(*members, strict=True)
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            launch(variant, parts, uploaded(scalars, torch.float64, device))
-    return left
+            launches[slot.param.device, variant].append((part, slot))
+    return launches, left
+
+
+def scalars_of(slots: Sequence[Slot], hyper: Hyper, form: Form, device: torch.device) -> Tensor:
+    """A row of `Scalar` for each slot, on the device; under `capturable` computed there."""
+    shares = (1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2)
+    if not isinstance(slots[0].step, Tensor):
+        rows = [(*vars(form(slot, hyper)).values(), *shares, slot.noise_key) for slot in slots]
+        return uploaded(rows, torch.float64, device)
+    steps = torch.stack([slot.step for slot in slots]).double()
+    keys: Any = 0
+    if slots[0].noise_key:
+        seeds, numbers = zip(*(slot.noise_key for slot in slots), strict=True)
+        keys = noise_key(seeds[0], lasting_numbers(numbers, device), steps.long())
+    scalars = torch.empty(len(slots), len(Scalar._fields), dtype=torch.float64, device=device)
+    columns = (*vars(form(slots[0]._replace(step=steps), hyper)).values(), *shares, keys)
+    for number, column in enumerate(columns):
+        scalars[:, number] = column
+    return scalars
 
 
 def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
@@ -191,7 +257,7 @@ def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
         addresses = [*whole, _address(exp_avg_sq), _address(state.get("exp_avg_sq_absmax"))]
         by_tile = [addresses[i] for i in ((0, 1, 2, 3, 5) if second == "full" else (0, 1, 2, 3))]
         align = _ALIGN if layout.aligned and not any(address % _ALIGN for address in by_tile) else 1
-        tile = (layout.means, layout.nest, layout.line, layout.lines, align)
+        tile = (layout.means, layout.nest, layout.line, layout.lines, align, slot.clip is not None)
         numbers = (*addresses, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
         parts.append((Variant(weight, first, rounding, second, *tile), Part(*numbers)))
     return parts
@@ -226,7 +292,9 @@ def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
         cells, lines_of_cell = found.groups, found.rows * across
     if second == "group":
         one_tile = _power_of_two(lines_of_cell)
-        if one_tile * line <= ONE_TILE:
+        if lines_of_cell == 1 and found.groups == found.inner_groups:
+            means, cells, lines_of_cell = "line", 1, found.groups
+        elif one_tile * line <= ONE_TILE:
             means, lines = "tile", one_tile
         elif lines_of_cell * line <= ONE_PROGRAM:
             means = "loop"
@@ -251,17 +319,46 @@ def warps(variant: Variant) -> int:
     return min(max(variant.line * variant.lines // 1024, 1), 16)
 
 
-def launch(variant: Variant, parts: tuple[Part, ...], scalars: Tensor) -> None:
-    kernels, device = triton_kernels(), scalars.device
-    table, tiles, sums, cells = numbered(parts, variant.means, device)
+def launch(variant: Variant, parts: tuple[Part, ...], slots: tuple[Slot, ...], scalars: Tensor) -> None:
+    kernels, clip = triton_kernels(), slots[0].clip
+    tables = table_of(parts, slots, variant.means)
+    scale = scalars if clip is None else clip.scale  # not read where nothing is clipped
     options = dict(num_warps=warps(variant), enable_fp_fusion=True)
-    if sums is not None and cells is not None:
-        found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=device)
-        shared = compiled_for(variant._replace(moment=None, rounding=""))  # neither is of concern here
-        span = span_of(variant.line, variant.lines)
-        kernels.sum_squares[(len(sums),)](table, found, sums, SPAN=span, v=shared, **options)
-        kernels.combine[(len(cells),)](table, scalars, found, cells, v=shared, **options | dict(num_warps=1))
-    kernels.step[(len(tiles),)](table, scalars, tiles, v=compiled_for(variant), **options)
+    if tables.sums is not None and tables.cells is not None:
+        found = None if clip is None else clip.sums.pop(key_of_sums(variant, parts, slots), None)
+        if found is None:
+            found, _ = partial_sums(variant.sums, tables)
+        shared = compiled_for(variant.sums._replace(clip=variant.clip))
+        cells = (len(tables.cells),)
+        kernels.combine[cells](
+            tables.parts, scalars, scale, found, tables.cells, v=shared, **options | dict(num_warps=1)
+        )
+    kernels.step[(len(tables.tiles),)](tables.parts, scalars, scale, tables.tiles, v=compiled_for(variant), **options)
+
+
+def partial_sums(variant: Variant, tables: Tables, totals: bool = False) -> tuple[Tensor, Tensor]:
+    """The partial sums of squares that `combine` takes; and, with `totals`, of all entries of each, finite or not."""
+    sums = tables.sums
+    assert sums is not None
+    found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=sums.device)
+    total = torch.empty(len(sums), device=sums.device) if totals else found
+    triton_kernels().sum_squares[(len(sums),)](
+        tables.parts,
+        found,
+        total,
+        sums,
+        SPAN=span_of(variant.line, variant.lines),
+        TOTALS=totals,
+        v=compiled_for(variant),
+        num_warps=warps(variant),
+        enable_fp_fusion=True,
+    )
+    return found, total
+
+
+def key_of_sums(variant: Variant, parts: tuple[Part, ...], slots: tuple[Slot, ...]) -> Any:
+    """Of partial sums: those of gradients that have been changed since are not found."""
+    return variant.sums, parts, tuple(slot.grad._version for slot in slots)
 
 
 @cache
@@ -270,12 +367,32 @@ def compiled_for(variant: Variant) -> Variant:
     return Variant(*map(triton_kernels().tl.constexpr, variant))
 
 
+class Tables(NamedTuple):
+    """The rows of a launch, and the part of each tile, partial sum and cell; the last two where they are needed."""
+
+    parts: Tensor
+    tiles: Tensor
+    sums: Tensor | None
+    cells: Tensor | None
+
+
+def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Tables:
+    device = slots[0].param.device
+    if not isinstance(slots[0].step, Tensor):
+        return numbered(parts, means, device)
+    # A captured graph keeps its tables, and holds the addresses of its own gradients among the kernels' arguments.
+    tables = lasting(tuple(part._replace(grad=0) for part in parts), means, device)
+    for first in range(0, len(parts), ADDRESSES):
+        grads = [part.grad for part in parts[first : first + ADDRESSES]]
+        grads += grads[-1:] * (ADDRESSES - len(grads))
+        triton_kernels().write_grads[(1,)](tables.parts, first, len(parts) - 1, tuple(grads), num_warps=1)
+    return tables
+
+
 @lru_cache(maxsize=64)
-def numbered(
-    parts: tuple[Part, ...], means: str, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The table of a launch, and the part of each tile, partial sum and cell; the last two where they are needed."""
-    tiles = [part.cells * (part.chunks if means in ("none", "before") else 1) for part in parts]
+def numbered(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
+    """The tables of a launch, uploaded once for as long as no address changes."""
+    tiles = [part.cells * (1 if means in ("tile", "loop") else part.chunks) for part in parts]
     sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
     firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
     rows = tuple(
@@ -283,7 +400,18 @@ def numbered(
         for part, (tile, sum_, cell) in zip(parts, firsts, strict=False)
     )
     owners = [_owners(tuple(counts), device) if means == "before" else None for counts in (sums, cells)]
-    return uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), owners[0], owners[1]
+    return Tables(uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), *owners)
+
+
+@cache
+def lasting(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
+    """`numbered`, for good: a captured graph may read them."""
+    return numbered.__wrapped__(parts, means, device)
+
+
+@cache
+def lasting_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return uploaded(numbers, torch.int64, device)
 
 
 @lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses
@@ -294,7 +422,20 @@ def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
 
 
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def uploaded(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, which nothing waits for."""
+    """Numbers on the device, which nothing waits for.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would upload the same numbers at every replay.
+    """
+    if capturing(device):
+        raise RuntimeError(
+            "A CUDA graph of a step needs what the first steps make: with capturable=true, take at least one step of "
+            "the same parameters before the capture."
+        )
     on_host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_lowmem import rounding
-from hf_lowmem.codecs.dynamic_map import DECADES, TOP
+from hf_lowmem.codecs.dynamic_map import DECADES
 from hf_lowmem.kernels.gpu import Part, Scalar
 
 DTYPES = {
@@ -22,21 +22,23 @@ DTYPES = {
 }
 
 (PARAM, GRAD, KAHAN_COMP, EXP_AVG, _, EXP_AVG_SQ, _, FIRST_TILE, CHUNKS, FIRST_SUM, SUMS, FIRST_CELL, _,
- _, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
+ GROUPS, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
  COLUMNS, _, START) = map(tl.constexpr, range(len(Part._fields)))  # fmt: skip
 ABSMAX = tl.constexpr(1)  # after the codes
 FIELDS, SCALARS = tl.constexpr(len(Part._fields)), tl.constexpr(len(Scalar._fields))
 DECAY, STEP_SIZE, EPS, NEW_1, BETA_2, NEW_2, NOISE_KEY = map(tl.constexpr, range(len(Scalar._fields)))
 
 SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = tl.constexpr(DECADES[True]), tl.constexpr(DECADES[False])
-SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, 0.5 - shift / slope) for slope, shift in DECADES[True]))
-UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, -0.5 - shift / slope) for slope, shift in DECADES[False]))
-SIGNED_TOP, UNSIGNED_TOP = tl.constexpr(TOP[True]), tl.constexpr(TOP[False])
+# The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
+ABOVE = 2.0**-14
+SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - shift / slope) for slope, shift in DECADES[True]))
+UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - 1 - shift / slope) for slope, shift in DECADES[False]))
 WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, rounding.MIX_2))
-STEEP, SIGN_BIT = tl.constexpr(2.0**8), tl.constexpr(-(2**31))
+SIGN_BIT = tl.constexpr(-(2**31))
 INFINITY = tl.constexpr(float("inf"))
 TINY = tl.constexpr(2.0**-126)
-ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction
+ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction, and an integer in the low bits
+PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)  # whether it can be written
 
 
 # ---------------------------------------------------------------------------------------------------- the 8-bit map
@@ -59,26 +61,23 @@ def decoded(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(x, SIGNED: tl.constexpr):
-    """int32 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
+    """uint8 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
 
     Those are 7 lines instead of the 17 or 19 of `dynamic_map.encode_lines`. Every code's value gets that code, and any
-    other number the nearest code or one beside it, where two decades meet: the rms error is 1.006 (signed) or 1.003
-    times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones (sigma 2).
+    other number the nearest code or, where two decades meet and just below 1, one beside it: the rms error is 1.006
+    (signed) or 1.003 times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones
+    (sigma 2).
     """
     magnitude = tl.abs(x)
-    count = tl.full(x.shape, INFINITY, tl.float32)
-    for e in tl.static_range(7):
-        if SIGNED:
-            count = tl.minimum(count, tl.fma(magnitude, SIGNED_TO_COUNT[e][0], SIGNED_TO_COUNT[e][1]))
-        else:
-            count = tl.minimum(count, tl.fma(magnitude, UNSIGNED_TO_COUNT[e][0], UNSIGNED_TO_COUNT[e][1]))
-    # The code of 1 begins below the curve: a steep line leads to it, and to less than one more.
+    LINES: tl.constexpr = SIGNED_TO_COUNT if SIGNED else UNSIGNED_TO_COUNT
+    count = tl.fma(magnitude, LINES[0][0], LINES[0][1])
+    for e in tl.static_range(1, 7):
+        count = tl.minimum(count, tl.fma(magnitude, LINES[e][0], LINES[e][1]))
     if SIGNED:
-        count = tl.maximum(count, tl.fma(x, STEEP, 128.0 - SIGNED_TOP * STEEP))
         sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
-        signed_count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        return tl.maximum(signed_count, -127.0).to(tl.int32) + 127
-    return tl.maximum(count, tl.fma(x, STEEP, 255.0 - UNSIGNED_TOP * STEEP)).to(tl.int32)
+        count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        count = tl.maximum(count, -127.0)
+    return (count + (ROUNDER + (127.0 if SIGNED else 0.0))).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ numbers as stored
@@ -90,15 +89,43 @@ def pointer(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr)
 
 
 @triton.jit
+def widened(x):
+    """float32 of a narrow float; of bfloat16 by a shift, for which the compiler takes up to two instructions."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def as_index(codes):
+    """int32 of codes; the move costs nothing, but keeps the compiler from a 16-bit product that has to be masked."""
+    index = codes.to(tl.int32)
+    if PTX:
+        index = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], tl.int32, is_pure=True, pack=1)
+    return index
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, where a quotient takes six; an x below the normal floats counts as zero."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
 def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.constexpr, v: tl.constexpr):
-    """A tile of a full moment as float32; of codes, the value before the square that `SIGNED=False` stands for."""
+    """A tile of a full moment as float32; of codes with `SIGNED=False`, the square of what they stand for."""
     at, inside, line, some = tile
     found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0)
     if DTYPE != tl.uint8:
-        return found.to(tl.float32)
+        return widened(found)
     # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
-    values = tl.gather(decoded(tl.arange(0, 256), SIGNED), tl.reshape(found.to(tl.int32), [at.numel]), 0)
+    values = decoded(tl.arange(0, 256), SIGNED)
     scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, mask=some, other=0.0)
+    if not SIGNED:
+        values, scale = values * values, scale * scale
+    values = tl.gather(values, tl.reshape(as_index(found), [at.numel]), 0)
     return tl.reshape(values, at.shape) * scale[:, None]
 
 
@@ -151,21 +178,28 @@ def rounded_at_random(value, at, key, WEIGHT: tl.constexpr):
 def tile_of(part, cell, chunk, v: tl.constexpr):
     """A tile's places in the weight and which of them are its own, (lines, line), then the same of its lines.
 
-    A cell is what shares its means: a group, or `line` columns of one. Its lines are cut into chunks of `lines`.
+    A cell is what shares its means: a group, or `line` columns of one; or, where each line is a group, all of them.
+    Its lines are cut into chunks of `lines`.
     """
     rows, columns = tl.load(part + ROWS).to(tl.int32), size(part, COLUMNS, v.align)
     across = ((columns + (v.line - 1)) // v.line).to(tl.int32)
     number = chunk * v.lines + tl.arange(0, v.lines)
     if v.second == "column":
         group, row, column = cell // across, number, tl.full([v.lines], 0, tl.int32) + cell % across
+    elif v.means == "line":
+        group, column = number, tl.full([v.lines], 0, tl.int32)
+        row = tl.where(group < tl.load(part + GROUPS), 0, rows)
     elif v.nest == 0:
         group, row, column = cell, tl.full([v.lines], 0, tl.int32), number
     else:
         group, row, column = cell, number // across, number % across
-    inner = tl.load(part + INNER_GROUPS).to(tl.int32)
     begin = size(part, START, v.align) + column.to(tl.int64) * v.line
-    begin += (group // inner) * size(part, OUTER_GROUP_STRIDE, v.align)
-    begin += (group % inner) * size(part, INNER_GROUP_STRIDE, v.align)
+    if v.means == "line":
+        begin += group * size(part, INNER_GROUP_STRIDE, v.align)
+    else:
+        inner = tl.load(part + INNER_GROUPS).to(tl.int32)
+        begin += (group // inner) * size(part, OUTER_GROUP_STRIDE, v.align)
+        begin += (group % inner) * size(part, INNER_GROUP_STRIDE, v.align)
     if v.nest == 1:
         begin += row * size(part, INNER_ROW_STRIDE, v.align)
     elif v.nest == 2:
@@ -196,6 +230,12 @@ def scalar(scalars, INDEX: tl.constexpr):
 
 
 @triton.jit
+def scale_of(grad_scale, v: tl.constexpr):
+    """What clipping multiplies each gradient by."""
+    return tl.load(grad_scale) if v.clip else 1.0
+
+
+@triton.jit
 def averaged(part, scalars, mean, total, v: tl.constexpr):
     """The new means, of the old ones and the sums of squares."""
     count = tl.load(part + ROWS)
@@ -210,8 +250,9 @@ def means_of(part):
 
 
 @triton.jit
-def grad_of(part, tile, v: tl.constexpr):
-    return tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0).to(tl.float32)
+def grad_of(part, tile, scale, v: tl.constexpr):
+    grad = widened(tl.load(pointer(part, GRAD, v.weight, v.align) + tile[0], mask=tile[1], other=0))
+    return grad * scale if v.clip else grad
 
 
 @triton.jit
@@ -220,8 +261,6 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
     if v.second == "full":
         CODES: tl.constexpr = tl.uint8 if v.moment == tl.uint8 else tl.float32
         exp_avg_sq = loaded(part, EXP_AVG_SQ, CODES, tile, False, v)
-        if CODES == tl.uint8:
-            exp_avg_sq *= exp_avg_sq
         exp_avg_sq = tl.fma(grad * grad, scalar(scalars, NEW_2), exp_avg_sq * scalar(scalars, BETA_2))
         root = tl.sqrt(exp_avg_sq)
         store(part, EXP_AVG_SQ, CODES, tile, root if CODES == tl.uint8 else exp_avg_sq, False, v)
@@ -230,13 +269,12 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
     if v.second == "none":
         update = ((exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)) * scalar(scalars, STEP_SIZE)
     else:
-        inverse_root = tl.rsqrt(root + scalar(scalars, EPS))  # squared below: a quotient costs three times as much
-        update = exp_avg * (scalar(scalars, STEP_SIZE) * (inverse_root * inverse_root))
+        update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
     store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
 
     at, inside, _, _ = tile
     weights, comp = pointer(part, PARAM, v.weight, v.align) + at, pointer(part, KAHAN_COMP, tl.int16, v.align) + at
-    param = tl.load(weights, mask=inside, other=0).to(tl.float32)
+    param = widened(tl.load(weights, mask=inside, other=0))
     if v.rounding == "kahan":
         fraction = tl.load(comp, mask=inside, other=0).to(tl.float32) * 2.0**-16
         param = tl.fma(last_place(param, v.weight), fraction, param)
@@ -253,15 +291,15 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
 
 
 @triton.jit
-def step(parts, all_scalars, owners, v: tl.constexpr):
+def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
     """Step a tile, or where the means are found by "loop" a group, of the part that `owners` names for the program."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
     part, scalars = parts + owner * FIELDS, all_scalars + owner * SCALARS
     number = tl.program_id(0) - tl.load(part + FIRST_TILE).to(tl.int32)
-    chunks = tl.load(part + CHUNKS).to(tl.int32)
+    chunks, scale = tl.load(part + CHUNKS).to(tl.int32), scale_of(grad_scale, v)
     if v.means == "none":
         tile = tile_of(part, 0, number, v)
-        step_tile(part, scalars, tile, grad_of(part, tile, v), 0.0, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), 0.0, v)
     elif v.means == "before":
         cell = number // chunks
         tile = tile_of(part, cell, number % chunks, v)
@@ -270,24 +308,32 @@ def step(parts, all_scalars, owners, v: tl.constexpr):
             root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
         else:
             root = tl.sqrt(tl.load(means_of(part) + cell))
-        step_tile(part, scalars, tile, grad_of(part, tile, v), root, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
     elif v.means == "tile":
         mean = tl.load(means_of(part) + number)  # before the sum, whose barrier keeps the store from overtaking it
         tile = tile_of(part, number, 0, v)
-        grad = grad_of(part, tile, v)
+        grad = grad_of(part, tile, scale, v)
         mean = averaged(part, scalars, mean, tl.sum(tl.sum(squares(grad), 1), 0), v)
         tl.store(means_of(part) + number, mean)
         step_tile(part, scalars, tile, grad, tl.sqrt(mean), v)
+    elif v.means == "line":
+        tile = tile_of(part, 0, number, v)
+        means, some = means_of(part) + number * v.lines + tl.arange(0, v.lines), tile[3]
+        mean = tl.load(means, mask=some, other=0.0)  # before the sum, as above
+        grad = grad_of(part, tile, scale, v)
+        mean = averaged(part, scalars, mean, tl.sum(squares(grad), 1), v)
+        tl.store(means, mean, mask=some)
+        step_tile(part, scalars, tile, grad, tl.sqrt(mean)[:, None], v)
     else:
         mean = tl.load(means_of(part) + number)  # before the sum, as above
         total = tl.zeros([v.lines, v.line], tl.float32)
         for chunk in range(chunks):
-            total += squares(grad_of(part, tile_of(part, number, chunk, v), v))
+            total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
         mean = averaged(part, scalars, mean, tl.sum(tl.sum(total, 1), 0), v)
         tl.store(means_of(part) + number, mean)
         for chunk in range(chunks):
             tile = tile_of(part, number, chunk, v)
-            step_tile(part, scalars, tile, grad_of(part, tile, v), tl.sqrt(mean), v)
+            step_tile(part, scalars, tile, grad_of(part, tile, scale, v), tl.sqrt(mean), v)
 
 
 @triton.jit
@@ -300,15 +346,21 @@ def columns_of(part, cell, v: tl.constexpr):
 
 
 @triton.jit
-def sum_squares(parts, sums, owners, SPAN: tl.constexpr, v: tl.constexpr):
-    """The sum of squares, or the sums per column, of SPAN chunks of a cell."""
+def sum_squares(parts, sums, totals, owners, SPAN: tl.constexpr, TOTALS: tl.constexpr, v: tl.constexpr):
+    """The sum of squares, or the sums per column, of SPAN chunks of a cell; `totals` are of squares not finite too."""
     part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
     number = tl.program_id(0) - tl.load(part + FIRST_SUM).to(tl.int32)
     count = tl.load(part + SUMS).to(tl.int32)
     cell, first = number // count, number % count * SPAN
     total = tl.zeros([v.lines, v.line], tl.float32)
+    every = tl.zeros([v.lines, v.line], tl.float32)
     for chunk in range(first, tl.minimum(first + SPAN, tl.load(part + CHUNKS).to(tl.int32))):
-        total += squares(grad_of(part, tile_of(part, cell, chunk, v), v))
+        grad = grad_of(part, tile_of(part, cell, chunk, v), 1.0, v)
+        total += squares(grad)
+        if TOTALS:
+            every += grad * grad
+    if TOTALS:
+        tl.store(totals + tl.program_id(0), tl.sum(tl.sum(every, 1), 0))
     if v.second == "column":
         tl.store(sums + tl.program_id(0).to(tl.int64) * v.line + tl.arange(0, v.line), tl.sum(total, 0))
     else:
@@ -316,7 +368,7 @@ def sum_squares(parts, sums, owners, SPAN: tl.constexpr, v: tl.constexpr):
 
 
 @triton.jit
-def combine(parts, all_scalars, sums, owners, v: tl.constexpr):
+def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
     """Average into the means of a cell what `sum_squares` has found of it; for one warp, so that no barrier is needed
     between loading and storing them."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
@@ -334,5 +386,17 @@ def combine(parts, all_scalars, sums, owners, v: tl.constexpr):
     for number in range(0, count, 4):
         each = number + tl.arange(0, 4)[:, None]
         total += tl.load(sums + (first + each) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=each < count, other=0.0)
-    mean = averaged(part, all_scalars + owner * SCALARS, mean, tl.sum(total, 0), v)
+    summed = tl.sum(total, 0)
+    if v.clip:
+        scale = scale_of(grad_scale, v)
+        summed *= scale * scale
+        summed = tl.where(summed < INFINITY, summed, 0.0)  # a norm that is not finite leaves no finite square
+    mean = averaged(part, all_scalars + owner * SCALARS, mean, summed, v)
     tl.store(means_of(part) + where, mean, mask=own)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def write_grads(parts, first, last, grads):
+    """The addresses of some gradients into their rows, from row `first`; more than there are rows write the last."""
+    for number in tl.static_range(len(grads)):
+        tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number])

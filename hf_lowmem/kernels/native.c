@@ -62,7 +62,7 @@ typedef struct {
     int64_t groups, inner_groups, outer_group_stride, inner_group_stride;
     int64_t rows, inner_rows, outer_row_stride, inner_row_stride;
     int64_t columns, per_column, start, dtype, rule, rounding, noise_key;
-    double decay, step_size, eps, beta1, beta2;
+    double grad_scale, decay, step_size, eps, beta1, beta2;
 } Part;
 
 /* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
@@ -123,6 +123,14 @@ INLINE float *load(void *data, int64_t dtype, int64_t at, int n, float *buffer) 
     if (dtype == FLOAT32) return (float *)data + at;
     const uint16_t *from = (const uint16_t *)data + at;
     SIMD for (int i = 0; i < n; i++) buffer[i] = from_bfloat16(from[i]);
+    return buffer;
+}
+
+INLINE const float *load_grad(const Part *part, int64_t at, int n, float *buffer) {
+    const float *grad = load((void *)part->grad, part->dtype, at, n, buffer);
+    const float scale = (float)part->grad_scale;
+    if (scale == 1.0f) return grad;
+    SIMD for (int i = 0; i < n; i++) buffer[i] = grad[i] * scale;
     return buffer;
 }
 
@@ -228,7 +236,7 @@ INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
 /* The entries of a run: what divides them is in `scales`, or is `scale` for all. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN], squares[RUN];
-    const float *grad = load((void *)part->grad, part->dtype, at, n, grads);
+    const float *grad = load_grad(part, at, n, grads);
     float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, n, averages);
     fetch_ahead(part->param, part->dtype, at, n); /* the processor stops at every page by itself */
     fetch_ahead(part->grad, part->dtype, at, n);
@@ -292,7 +300,7 @@ INLINE double sum_squares(const Part *part, int64_t group, const Range *range) {
         int64_t from = offset_of(part, group, row);
         for (int64_t column = range->first_column; column < range->last_column; column += RUN) {
             int n = (int)least(RUN, range->last_column - column);
-            const float *grad = load((void *)part->grad, part->dtype, from + column, n, buffer);
+            const float *grad = load_grad(part, from + column, n, buffer);
             float sum = 0;
             _Pragma("omp simd reduction(+ : sum)") for (int i = 0; i < n; i++) sum += finite_or_zero(grad[i] * grad[i]);
             total += sum;
@@ -311,7 +319,7 @@ INLINE void sum_column_squares(const Part *part, int64_t group, const Range *ran
             int64_t from = offset_of(part, group, row);
             for (int64_t column = 0; column < part->columns; column += RUN) {
                 int n = (int)least(RUN, part->columns - column);
-                const float *grad = load((void *)part->grad, part->dtype, from + column, n, buffer);
+                const float *grad = load_grad(part, from + column, n, buffer);
                 float *to = few + column;
                 SIMD for (int i = 0; i < n; i++) to[i] += finite_or_zero(grad[i] * grad[i]);
             }

@@ -54,7 +54,7 @@ class _Part(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "outer_row_stride", "inner_row_stride")),
         *((name, ctypes.c_int64) for name in ("columns", "per_column", "start")),
         *((name, ctypes.c_int64) for name in ("dtype", "rule", "rounding", "noise_key")),
-        *((name, ctypes.c_double) for name in ("decay", "step_size", "eps", "beta1", "beta2")),
+        *((name, ctypes.c_double) for name in ("grad_scale", "decay", "step_size", "eps", "beta1", "beta2")),
     ]
 
 
@@ -111,7 +111,7 @@ def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | N
         return None
     if not (param.is_contiguous() and grad.is_contiguous()):
         return None
-    if rule == ADAMW_FULL and param.dtype == torch.float32 and isinstance(codec, Float32):
+    if rule == ADAMW_FULL and param.dtype == torch.float32 and isinstance(codec, Float32) and slot.clip is None:
         return None  # torch's fused AdamW is as fast
     scalars, moment = form(slot, hyper), slot.plan.moments.get("exp_avg_sq")
     if not isinstance(moment, GroupMean):
@@ -138,6 +138,7 @@ def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars:
         rule,
         _ROUNDINGS[rounding],
         slot.noise_key,
+        1.0 if slot.clip is None else slot.clip.scale.item(),
         scalars.decay,
         scalars.step_size,
         scalars.eps,

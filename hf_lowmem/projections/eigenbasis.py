@@ -70,6 +70,9 @@ class Eigenbasis:
             update = rotate(update, axis, state[f"proj_{axis}"].mT)
         return update
 
+    def takes_gradient(self, state: State) -> bool:
+        return True
+
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         pass
 

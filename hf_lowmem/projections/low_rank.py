@@ -92,13 +92,15 @@ class LowRank:
 
     # -- the basis --------------------------------------------------------------------------------------------------
 
-    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
-        event = self.options.event(state)
-        proj = as_stack(state["proj"])
+    def takes_gradient(self, state: State) -> bool:
         # An expert that never gets a token keeps its stack here: one pass over the gradient at every step.
-        incomplete = state["proj_count"].item() < len(proj)
-        if not event and not incomplete:
+        incomplete = state["proj_count"].item() < len(as_stack(state["proj"]))
+        return incomplete or self.options.event(state) is not None
+
+    def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
+        if not self.takes_gradient(state):
             return
+        event, proj = self.options.event(state), as_stack(state["proj"])
         matrix = as_stack(self._matrix(grad))
         magnitude = torch.linalg.vector_norm(matrix, torch.inf, dim=(1, 2)).float()
         usable = magnitude.isfinite() & (magnitude > 0)

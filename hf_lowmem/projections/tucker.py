@@ -66,11 +66,13 @@ class Tucker:
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
         param.mul_(decay).add_(self.project_back(state, update))
 
+    def takes_gradient(self, state: State) -> bool:
+        return not state["proj_count"].item() or self.options.event(state) is not None
+
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
-        event = self.options.event(state)
-        exists = bool(state["proj_count"].item())
-        if not event and exists:
+        if not self.takes_gradient(state):
             return
+        event, exists = self.options.event(state), bool(state["proj_count"].item())
         magnitude = grad.abs().max().float()
         if not (magnitude.isfinite() and magnitude > 0):
             return

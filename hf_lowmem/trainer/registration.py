@@ -1,12 +1,13 @@
-"""Adds our optim names to transformers. The only file that touches transformers' internals.
+"""Adds our optim names to transformers. The only file that touches transformers' and accelerate's internals.
 
-Three places are changed, and `tests/contract/test_transformers_internals.py` pins each:
+Four places are changed, and `tests/contract/test_transformers_internals.py` pins each:
 
 - `OptimizerNames` gets one member per name. A member pickles as a call of `optim_member`, so a `training_args.bin`
   also loads in a process that has not registered.
 - The handler table gets one entry per name.
 - In `transformers.trainer`, `_parse_optim_args` lets JSON pass, `get_last_checkpoint` passes over checkpoints that
   were cut short, and `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act under our optimizers only.
+- `Accelerator.clip_grad_norm_`, by which a Trainer clips, is left to our optimizers under `fused_clip=true`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from operator import attrgetter
 from typing import Any
 
 import transformers
+from accelerate import Accelerator
 
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
 from hf_lowmem.trainer.callbacks import CALLBACKS
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint
+from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
 
@@ -67,6 +70,7 @@ def register() -> None:
             logger.warning("transformers %s has its own optim %r, which is kept.", transformers.__version__, name)
     _trainer._parse_optim_args = _parse_optim_args
     _trainer.get_last_checkpoint = last_whole_checkpoint
+    Accelerator.clip_grad_norm_ = clip_grad_norm_
     _default_callbacks.extend(callback for callback in CALLBACKS if callback not in _default_callbacks)
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from transformers import Trainer, TrainingArguments, trainer, trainer_optimizer, training_args
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -87,6 +88,25 @@ def test_a_trainer_starts_from_the_default_callbacks_and_hands_them_the_optimize
     data = [{"x": torch.ones(2)}] * 4
     Trainer(Model(2, 2), args, train_dataset=data, callbacks=[Watch()]).train()
     assert seen[:3] == [("pre", [True, True]), ("post", [True, True]), ("log", 1)]
+
+
+def test_a_trainer_clips_by_its_accelerator(tmp_path, monkeypatch):
+    clipped = []
+
+    def clip(self, parameters, max_norm, norm_type=2):
+        clipped.append((len(list(parameters)), max_norm, len(self._optimizers)))
+        return torch.zeros(())
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+
+    class Model(torch.nn.Linear):
+        def forward(self, x, labels=None):
+            return {"loss": super().forward(x).sum()}
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, max_grad_norm=0.5, use_cpu=True, report_to="none")
+    Trainer(Model(2, 2), args, train_dataset=[{"x": torch.ones(2)}] * 4).train()
+    assert clipped == [(2, 0.5, 1)]
+    assert {"parameters", "max_norm", "norm_type"} <= set(inspect.signature(registration.clip_grad_norm_).parameters)
 
 
 def test_the_decay_rule_needs_no_trainer():

@@ -1,0 +1,34 @@
+"""The norm of all gradients, in one pass over them that leaves them as they are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels import KernelKey, Slot, find_kernel
+from hf_lowmem.kernels.gpu import TritonKernel
+
+
+def total_norm(buckets: Iterable[tuple[KernelKey, list[Slot]]], kept: dict[Any, Tensor]) -> Tensor:
+    """The 2-norm of the gradients of all slots, 0-D float32; what their steps can use of the pass goes into `kept`.
+
+    Each square is summed in float32, whatever the gradient's dtype, finite or not.
+    """
+    squares: list[Tensor] = []
+    grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for key, slots in buckets:
+        kernel = find_kernel(key)
+        if isinstance(kernel, TritonKernel):
+            found, slots = kernel.square_sums(slots, kept)
+            squares += found
+        for slot in slots:
+            grads[slot.grad.device, slot.grad.dtype].append(slot.grad)
+    for same in grads.values():
+        squares.append(torch.stack(torch._foreach_norm(same, 2, torch.float32)).square().sum())
+    if not squares:
+        return torch.zeros(())
+    return torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum().sqrt()

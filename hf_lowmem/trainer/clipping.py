@@ -1,0 +1,36 @@
+"""A Trainer's `max_grad_norm` left to our optimizers, where they were built with `fused_clip=true`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.trainer.callbacks import unwrapped
+
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
+_clip_grad_norm_ = Accelerator.clip_grad_norm_
+
+
+def clip_grad_norm_(
+    self: Accelerator, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2
+) -> Any:
+    """`Accelerator.clip_grad_norm_`, but by `LowMemOptimizer.clip_grad_norm_` where that is asked for.
+
+    That is where an optimizer with `fused_clip` steps all of these parameters that have a gradient, and each process
+    has all of their gradients.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if float(norm_type) == 2 and self.distributed_type in REPLICATED:
+        wanted = {id(param) for param in parameters if param.grad is not None}
+        for optimizer in map(unwrapped, self._optimizers):
+            if isinstance(optimizer, LowMemOptimizer) and optimizer.param_groups[0]["fused_clip"]:
+                stepped = (param for group in optimizer.param_groups for param in group["params"])
+                if wanted == {id(param) for param in stepped if param.grad is not None}:
+                    self.unscale_gradients()
+                    return optimizer.clip_grad_norm_(max_norm)
+    return _clip_grad_norm_(self, parameters, max_norm, norm_type=norm_type)

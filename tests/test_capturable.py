@@ -1,0 +1,90 @@
+"""Steps whose numbers stay on the device, so that a CUDA graph can capture them; graphs: test_gpu_kernels.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_runs import run
+from test_optimizer import IDS, VARIANTS
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_lowmem
+from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW, Soap
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+def test_steps_are_those_of_other_optimizers(cls, options, shape, bits, rounding, device, monkeypatch) -> None:
+    options = {**options, "state_bits": bits, "rounding": rounding, **({"min_8bit_size": 0} if bits == 8 else {})}
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    start = start if rounding == "nearest" else start.bfloat16()
+    mine, state = run(cls, {**options, "capturable": True}, start)
+    if device == "cpu":
+        monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    theirs, expected = run(cls, options, start)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    for name, value in state.items():
+        torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_reads_no_number_of_the_device(device) -> None:
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    params = [nn.Parameter(torch.ones(16, 128, device=device, dtype=torch.bfloat16))]
+    lr = torch.tensor(1e-2, device=device)
+    optimizer = SlimAdamW(params, lr=lr, axes=(1,), state_bits=8, rounding="stochastic", capturable=True)
+    for _ in range(3):
+        params[0].grad = torch.ones_like(params[0])
+        with NoReads():
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+    assert optimizer.state[params[0]]["step"].device.type == device
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_checkpoint_may_be_read_by_either_kind(saved: bool, device) -> None:
+    def build(capturable: bool) -> tuple[nn.Parameter, LowMemAdamW]:
+        param = nn.Parameter(torch.ones(8, device=device))
+        param.grad = torch.ones_like(param)
+        return param, LowMemAdamW([param], lr=1e-2, capturable=capturable)
+
+    param, written = build(saved)
+    written.step()
+    other, read = build(not saved)
+    other.data.copy_(param)
+    read.load_state_dict(written.state_dict())
+    assert read.param_groups[0]["capturable"] is not saved
+    assert read.state[other]["step"].device.type == ("cpu" if saved else device)
+    for optimizer in (written, read):
+        optimizer.step()
+    torch.testing.assert_close(param, other)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (CoapAdamW, {"rank": 4}, "capturable=true does not go with an optimizer that projects"),
+        (Soap, {}, "capturable=true does not go with an optimizer that projects"),
+        (SlimAdamW, {"compile": True}, "capturable=true does not go with compile=true"),
+        (SlimAdamW, {"offload_state": True}, "capturable=true does not go with offload_state=true"),
+    ],
+)
+def test_what_needs_the_host_is_refused(cls: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls([nn.Parameter(torch.ones(8, 8))], lr=1e-3, capturable=True, **options)
+
+
+def test_by_name_too() -> None:
+    layer = nn.Linear(16, 16)
+    optimizer = hf_lowmem.build_optimizer(layer, "adam_mini_8bit", lr=1e-3, optim_args="capturable=true")
+    assert all(group["capturable"] for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match="capturable=true does not go with an optimizer that projects"):
+        hf_lowmem.build_optimizer(layer, "soap", lr=1e-3, optim_args="capturable=true")
