@@ -253,7 +253,7 @@ class LowMemOptimizer(Optimizer):
         """The parameters with a gradient, those of a group that a kernel steps together; `advance` counts the step."""
         first = 0
         for group in self.param_groups:
-            buckets: dict[KernelKey, list[Slot]] = defaultdict(list)
+            buckets: dict[tuple[KernelKey, torch.device], list[Slot]] = defaultdict(list)
             members = [
                 (number, param) for number, param in enumerate(group["params"], first) if self._has_grad(param, group)
             ]
@@ -261,8 +261,9 @@ class LowMemOptimizer(Optimizer):
                 torch._foreach_add_([self.state[param]["step"] for _, param in members], 1)
             for number, param in members:
                 slot = self._slot(param, group, number)
-                buckets[key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)].append(slot)
-            for key, slots in buckets.items():
+                key = key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)
+                buckets[key, param.device].append(slot)
+            for (key, _), slots in buckets.items():
                 yield group, key, slots
             first += len(group["params"])
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
-from hf_lowmem.kernels import eager, gpu, native
+from hf_lowmem.kernels import eager, gpu, key_of, native
 
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
 INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
@@ -277,6 +277,18 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     unused.grad = torch.ones_like(unused)
     optimizer.step()
     assert (optimizer.state[used]["step"], optimizer.state[unused]["step"]) == (2, 1)
+
+
+@pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, Signum])
+def test_weights_on_two_devices_share_no_temporary(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on two GPUs: devices of one name to the lookup of kernels."""
+    monkeypatch.setattr("hf_lowmem.optimizer.key_of", lambda rule, plan, device: key_of(rule, plan, "xpu"))
+    params = [nn.Parameter(torch.ones(4, 64, device=device)) for device in ("meta", "cpu")]
+    optimizer = cls(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.testing.assert_close(params[1].detach(), torch.full((4, 64), 0.9), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, Signum])
