@@ -151,9 +151,9 @@ def signum_rule(
 
 
 def root_mean_square(tensor: Tensor, stacked: bool) -> Tensor:
-    """Of the whole tensor, or of each matrix of a stack; broadcastable to it."""
+    """Of the whole tensor, 0-D, or of each matrix of a stack, broadcastable to it."""
     dims = tuple(range(1 if stacked else 0, tensor.ndim))
-    return tensor.square().mean(dims, keepdim=True).sqrt()
+    return tensor.square().mean(dims, keepdim=stacked).sqrt()
 
 
 UpdateRule = Callable[..., Tensor]

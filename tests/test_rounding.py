@@ -35,6 +35,7 @@ VARIANTS: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (CoapAdamW, {}, (64, 32, 3, 3)),
     (CoapAdafactor, {"rank": 8}, (16, 128)),
     (CoapAdafactor, {"rank": 8, "scale_parameter": True}, (16, 128)),
+    (CoapAdafactor, {"scale_parameter": True}, (64, 32, 3, 3)),
     (CoapAdafactor, {"scale_parameter": True, "project": False, "stacked": True}, (3, 8, 64)),
     (Soap, {}, (16, 128)),
     (Soap, {"project": False}, (16, 128)),

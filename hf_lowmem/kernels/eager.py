@@ -53,7 +53,7 @@ def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
 
 def broadcast_tile(stored: Tensor, index: Index) -> Tensor:
     """The part of `stored` that broadcasts against tile `index` of the tensor that `stored` broadcasts against."""
-    return stored[tuple(s if stored.shape[axis] > 1 else slice(None) for axis, s in enumerate(index))]
+    return stored[tuple(s if size > 1 else slice(None) for s, size in zip(index, stored.shape, strict=False))]
 
 
 @dataclass
@@ -324,7 +324,7 @@ def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
         step_size: float | Tensor = hyper.lr
         if hyper.flags["scale_parameter"]:
             dims = matrix_dims(slot)
-            norm = torch.linalg.vector_norm(slot.weight().load(), dim=dims, keepdim=True)
+            norm = torch.linalg.vector_norm(slot.weight().load(), dim=dims, keepdim=slot.plan.stacked)
             count = slot.param.numel() / norm.numel()
             step_size = hyper.lr * (norm / math.sqrt(count)).clamp(min=1e-3)
         decay = 1 - step_size * hyper.weight_decay
