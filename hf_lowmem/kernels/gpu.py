@@ -254,7 +254,8 @@ def warps(variant: Variant) -> int:
 
 def launch(variant: Variant, parts: tuple[Part, ...], scalars: Tensor) -> None:
     kernels, device = triton_kernels(), scalars.device
-    table, tiles, sums, cells = numbered(parts, variant.means, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    table, tiles, sums, cells = numbered(parts, variant.means, device, stream)
     options = dict(num_warps=warps(variant), enable_fp_fusion=True)
     if sums is not None and cells is not None:
         found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=device)
@@ -273,9 +274,12 @@ def compiled_for(variant: Variant) -> Variant:
 
 @lru_cache(maxsize=64)
 def numbered(
-    parts: tuple[Part, ...], means: str, device: torch.device
+    parts: tuple[Part, ...], means: str, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The table of a launch, and the part of each tile, partial sum and cell; the last two where they are needed."""
+    """The table of a launch, and the part of each tile, partial sum and cell; the last two where they are needed.
+
+    They are uploaded on `stream`, the current one: another would not wait for them.
+    """
     tiles = [part.cells * (1 if means in ("tile", "loop") else part.chunks) for part in parts]
     sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
     firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
@@ -283,13 +287,13 @@ def numbered(
         part._replace(first_tile=tile, first_sum=sum_, first_cell=cell)
         for part, (tile, sum_, cell) in zip(parts, firsts, strict=False)
     )
-    owners = [_owners(tuple(counts), device) if means == "before" else None for counts in (sums, cells)]
-    return uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), owners[0], owners[1]
+    owners = [_owners(tuple(counts), device, stream) if means == "before" else None for counts in (sums, cells)]
+    return uploaded(rows, torch.int64, device), _owners(tuple(tiles), device, stream), owners[0], owners[1]
 
 
 @lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses
-def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32: the number of each part, as often as it counts."""
+def _owners(counts: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int32: the number of each part, as often as it counts; found on `stream`, as above."""
     repeats = uploaded(counts, torch.int32, device)
     numbers = torch.arange(len(counts), dtype=torch.int32, device=device)
     return torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
