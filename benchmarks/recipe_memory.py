@@ -204,9 +204,10 @@ def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
             for variant, part in parts:
                 launches[variant].append(part)
         for variant, members in launches.items():
-            tables = gpu.numbered(tuple(members), variant.means, torch.device("meta"))
+            tables = gpu.numbered(tuple(members), variant.means, torch.device("meta"), 0)
             kept += nbytes(table for table in tables if table is not None)
-            found = 0 if tables[2] is None else tables[2].numel() * (variant.line if variant.second == "column" else 1)
+            width = variant.line if variant.second == "column" else 1
+            found = 0 if tables.sums is None else tables.sums.numel() * width
             passing = max(passing, 8 * len(gpu.Scalar._fields) * len(members) + 4 * found)
     return kept + passing
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW
+from hf_lowmem.kernels import Hyper, Slot, eager
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.projections import low_rank, tucker
@@ -668,6 +669,33 @@ def test_any_matrix(
 )
 def test_any_convolution(cls: type, bits: int, ratio: float, shape: tuple[int, ...]) -> None:
     assert_sound(cls, shape, 5, {"state_bits": bits, "min_8bit_size": 0, "rank_ratio": ratio})
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (4 * 50, [3, 2]), (1 << 20, [5])])
+def test_weights_share_inner_steps_up_to_a_tile(limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of rank 4: 24, 24, 16, 24 and 24 times as many; whatever shares a step, the weights are the same."""
+    shapes, taken = [RIGHT, LEFT, (16, 16), RIGHT, LEFT], []
+    monkeypatch.setattr(eager, "tile_size", lambda device: limit)
+    in_subspace = eager.transformers_adamw_in_subspace
+
+    def counted(slots: list[Slot], hyper: Hyper) -> None:
+        taken.append(len(slots))
+        eager.adamw_full(slots, hyper, eager.undecayed_form)
+
+    monkeypatch.setattr(
+        "hf_lowmem.optimizer.find_kernel", lambda key: lambda slots, hyper: in_subspace(slots, hyper, counted)
+    )
+    params = [nn.Parameter(random(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
+    alone = [build(CoapAdamW, param.detach(), rank=4) for param in params]
+    optimizer = CoapAdamW(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, rank=4)
+    for param in params:
+        param.grad = random(*param.shape, seed=9)
+    optimizer.step()
+    assert taken == sizes
+    for param, (single, by_itself) in zip(params, alone, strict=True):
+        single.grad = param.grad
+        by_itself.step()
+        assert torch.equal(param, single)
 
 
 @BOTH

@@ -29,6 +29,17 @@ def test_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_each_stream_uploads_its_own_tables() -> None:
+    """What another stream has uploaded may not have arrived."""
+    part = gpu.Part(*range(len(gpu.Part._fields)))
+    tables = [gpu.numbered((part,), "none", torch.device("cpu"), stream) for stream in (0, 1, 0)]
+    for first, other, again in zip(*tables, strict=True):
+        if first is not None:
+            assert first is again
+            assert first is not other
+            assert torch.equal(first, other)
+
+
 def test_triton_is_imported_only_to_step() -> None:
     check = "import sys; sys.modules['triton'] = None; import hf_lowmem.kernels"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -251,11 +251,20 @@ def undecayed_form(slot: Slot, hyper: Hyper) -> Scalars:
 
 
 def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper, step: Kernel) -> None:
-    """`transformers_adamw_rule` in the space of a projection; `step` is AdamW by `undecayed_form`."""
+    """`transformers_adamw_rule` in the space of a projection; `step` is AdamW by `undecayed_form`.
+
+    It takes as many weights at once as make a tile of projected entries, so that small ones share its launches.
+    """
+    limit, waiting, entries = tile_size(slots[0].param.device), list[tuple[Slot, Slot]](), 0
     for slot in slots:
         inner = in_subspace(slot)
-        step([inner], hyper)
-        add_back(slot, inner.param, 1 - hyper.lr * hyper.weight_decay)
+        waiting.append((slot, inner))
+        entries += inner.param.numel()
+        if entries >= limit or slot is slots[-1]:
+            step([inner for _, inner in waiting], hyper)
+            for outer, inner in waiting:
+                add_back(outer, inner.param, 1 - hyper.lr * hyper.weight_decay)
+            waiting, entries = [], 0
 
 
 def in_subspace(slot: Slot) -> Slot:

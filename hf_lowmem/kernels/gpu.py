@@ -379,7 +379,7 @@ class Tables(NamedTuple):
 def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Tables:
     device = slots[0].param.device
     if not isinstance(slots[0].step, Tensor):
-        return numbered(parts, means, device)
+        return numbered(parts, means, device, current_stream(device))
     # A captured graph keeps its tables, and holds the addresses of its own gradients among the kernels' arguments.
     tables = lasting(tuple(part._replace(grad=0) for part in parts), means, device)
     for first in range(0, len(parts), ADDRESSES):
@@ -390,8 +390,11 @@ def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Ta
 
 
 @lru_cache(maxsize=64)
-def numbered(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
-    """The tables of a launch, uploaded once for as long as no address changes."""
+def numbered(parts: tuple[Part, ...], means: str, device: torch.device, stream: int) -> Tables:
+    """The tables of a launch, uploaded once for as long as no address changes.
+
+    They are uploaded on `stream`, the current one: another would not wait for them.
+    """
     tiles = [part.cells * (1 if means in ("tile", "loop") else part.chunks) for part in parts]
     sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
     firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
@@ -399,14 +402,14 @@ def numbered(parts: tuple[Part, ...], means: str, device: torch.device) -> Table
         part._replace(first_tile=tile, first_sum=sum_, first_cell=cell)
         for part, (tile, sum_, cell) in zip(parts, firsts, strict=False)
     )
-    owners = [_owners(tuple(counts), device) if means == "before" else None for counts in (sums, cells)]
-    return Tables(uploaded(rows, torch.int64, device), _owners(tuple(tiles), device), *owners)
+    owners = [_owners(tuple(counts), device, stream) if means == "before" else None for counts in (sums, cells)]
+    return Tables(uploaded(rows, torch.int64, device), _owners(tuple(tiles), device, stream), *owners)
 
 
 @cache
 def lasting(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
-    """`numbered`, for good: a captured graph may read them."""
-    return numbered.__wrapped__(parts, means, device)
+    """`numbered`, for good: a captured graph may read them, on a stream that has waited for the warm-up's."""
+    return numbered.__wrapped__(parts, means, device, current_stream(device))
 
 
 @cache
@@ -415,11 +418,15 @@ def lasting_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses
-def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32: the number of each part, as often as it counts."""
+def _owners(counts: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int32: the number of each part, as often as it counts; found on `stream`, as above."""
     repeats = uploaded(counts, torch.int32, device)
     numbers = torch.arange(len(counts), dtype=torch.int32, device=device)
     return torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
+
+
+def current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def capturing(device: torch.device) -> bool:
