@@ -227,7 +227,18 @@ INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *v
 
 /* ------------------------------------------------------------------------------------------------------- one run */
 
+/* Intel's processors stop fetching by themselves at every page. AMD's go on, and are slowed down by our fetches. */
+static int fetches = 1;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((constructor)) static void ask_the_processor(void) {
+    __builtin_cpu_init();
+    fetches = !__builtin_cpu_is("amd");
+}
+#endif
+
 INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
+    if (!fetches) return;
     int64_t size = dtype == FLOAT32 ? 4 : dtype == BFLOAT16 ? 2 : 1;
     const char *next = (const char *)data + (at + AHEAD) * size;
     for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(next + byte, 1);
@@ -238,15 +249,15 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
     float params[RUN], grads[RUN], averages[RUN], squares[RUN];
     const float *grad = load_grad(part, at, n, grads);
     float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, n, averages);
-    fetch_ahead(part->param, part->dtype, at, n); /* the processor stops at every page by itself */
+    fetch_ahead(part->param, part->dtype, at, n);
     fetch_ahead(part->grad, part->dtype, at, n);
     fetch_ahead(part->exp_avg.data, part->exp_avg.dtype, at, n);
     if (part->rule == ADAMW_FULL) fetch_ahead(part->exp_avg_sq.data, part->exp_avg_sq.dtype, at, n);
     const float decay = (float)part->decay, step_size = (float)part->step_size, eps = (float)part->eps;
     const float weight1 = (float)(1 - part->beta1);
 
-    SIMD for (int i = 0; i < n; i++) exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
     if (part->rule == ADAMW_FULL) {
+        SIMD for (int i = 0; i < n; i++) exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
         float *exp_avg_sq = load_moment(&part->exp_avg_sq, at, n, squares);
         const float beta2 = (float)part->beta2, weight2 = (float)(1 - part->beta2);
         if (part->exp_avg_sq.dtype == CODES) { /* they hold the root */
@@ -264,13 +275,20 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
         store_moment(&part->exp_avg_sq, at, n, exp_avg_sq);
     } else if (part->rule == SIGNUM) {
         SIMD for (int i = 0; i < n; i++) {
+            exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
             float sign = (float)((exp_avg[i] > 0) - (exp_avg[i] < 0));
             param[i] = param[i] * decay - step_size * (exp_avg[i] == exp_avg[i] ? sign : exp_avg[i]);
         }
     } else if (scales) {
-        SIMD for (int i = 0; i < n; i++) param[i] = param[i] * decay - exp_avg[i] * scales[i];
+        SIMD for (int i = 0; i < n; i++) {
+            exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
+            param[i] = param[i] * decay - exp_avg[i] * scales[i];
+        }
     } else {
-        SIMD for (int i = 0; i < n; i++) param[i] = param[i] * decay - exp_avg[i] * scale;
+        SIMD for (int i = 0; i < n; i++) {
+            exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
+            param[i] = param[i] * decay - exp_avg[i] * scale;
+        }
     }
     store_param(part, at, n, param);
     store_moment(&part->exp_avg, at, n, exp_avg);
