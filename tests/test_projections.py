@@ -685,7 +685,8 @@ def test_weights_share_inner_steps_up_to_a_tile(limit: int, sizes: list[int], mo
         eager.adamw_full(slots, hyper, eager.undecayed_form)
 
     monkeypatch.setattr(
-        "hf_lowmem.optimizer.find_kernel", lambda key: lambda slots, hyper: in_subspace(slots, hyper, counted)
+        "hf_lowmem.optimizer.find_kernel",
+        lambda key: lambda slots, hyper: in_subspace(slots, hyper, counted, eager.add),
     )
     params = [nn.Parameter(random(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
     alone = [build(CoapAdamW, param.detach(), rank=4) for param in params]
