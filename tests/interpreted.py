@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton.runtime import interpreter
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, LowMemAdamW, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import KERNELS, Slot, eager, gpu
@@ -115,6 +115,12 @@ def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monke
         check_gpu_kernel(case, bits, torch.bfloat16, "kahan")
     finally:
         gpu.layout_of.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("dtype", "rounding"), WEIGHTS)
+def test_projected_steps_follow_the_rules(dtype: torch.dtype, rounding: str, bits: int) -> None:
+    check_gpu_kernel((CoapAdamW, {"rank": 16, "transposed": True}, (48, 64)), bits, dtype, rounding)
 
 
 @pytest.mark.parametrize("decay", [0.9, torch.tensor([[[0.5]], [[0.7]], [[0.9]]])], ids=["one", "per matrix"])

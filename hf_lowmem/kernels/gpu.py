@@ -201,7 +201,8 @@ def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
     whole = [param.data_ptr(), grad.data_ptr(), *(_address(state.get(name)) for name in names)]
     kind = "none" if moment is None else "" if isinstance(moment, GroupMean) else "full"
     dtypes = triton_kernels().DTYPES
-    weight, first, rounding = dtypes[param.dtype], dtypes[state["exp_avg"].dtype], slot.plan.rounding.kind
+    weight, first = dtypes[param.dtype], dtypes[state["exp_avg"].dtype]
+    rounding = slot.plan.rounding.kind if param.dtype != torch.float32 else "nearest"  # as `StoredWeight.of`
     parts = []
     for geometry, exp_avg_sq in zip(found, seconds, strict=True):
         second = kind or ("column" if geometry.per_column else "group")
