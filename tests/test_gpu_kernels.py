@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernel_runs import CASES, VARIANTS, by_rule, check_gpu_kernel, run
+from kernel_runs import CASES, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -28,9 +28,11 @@ from triton.runtime import interpreter
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
-from hf_lowmem.kernels import KERNELS, gpu
+from hf_lowmem.kernels import KERNELS, Slot, eager, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
+from hf_lowmem.state import Rounding, StatePlan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -126,6 +128,33 @@ def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monke
         check_gpu_kernel(case, bits, torch.bfloat16, "kahan", DEVICE.type)
     finally:
         gpu.layout_of.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("dtype", "rounding"), WEIGHTS)
+def test_projected_steps_follow_the_rules(dtype: torch.dtype, rounding: str, bits: int) -> None:
+    check_gpu_kernel((CoapAdamW, {"rank": 16, "transposed": True}, (48, 64)), bits, dtype, rounding, DEVICE.type)
+
+
+@pytest.mark.parametrize("decay", [0.9, torch.tensor([[[0.5]], [[0.7]], [[0.9]]])], ids=["one", "per matrix"])
+@pytest.mark.parametrize(("dtype", "rounding"), WEIGHTS)
+def test_an_update_is_added_as_in_tiles(dtype: torch.dtype, rounding: str, decay: float | Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, update = (torch.randn(3, 40, 50, generator=generator).to(DEVICE) for _ in range(2))
+    decay = decay.to(DEVICE) if isinstance(decay, Tensor) else decay
+    plan, found = StatePlan({}, Float32(), rounding=Rounding.of(rounding, dtype)), []
+    for add in (gpu.add, eager.add):
+        state = {name: spec.zeros(DEVICE) for name, spec in plan.rounding.specs(tuple(start.shape)).items()}
+        slot = Slot(start.to(dtype), start, state, plan, 1, 12345)
+        for _ in range(2):
+            add(slot, update, -1e-3, decay)
+        found.append((slot.param, slot.weight().load()))
+    (narrow, mine), (expected, theirs) = found
+    if rounding == "kahan" or dtype == torch.float32:
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    else:  # a float32 on the boundary of two may fall to either side
+        assert (narrow == expected).float().mean() > 0.99
+        torch.testing.assert_close(mine, theirs, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 ODD = [

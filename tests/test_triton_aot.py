@@ -31,6 +31,8 @@ from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
 SIGNATURE |= dict.fromkeys(("grad_scale", "sums", "totals"), "*fp32")
+SIGNATURE |= {"weights": "*bf16", "comps": "*i16", "updates": "*fp32", "decays": "*fp32"}  # of `add`
+SIGNATURE |= {"scale": "fp32", "key": "i32", "entries": "i32"}
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
 
 
@@ -87,7 +89,8 @@ class Report:
         names = kernel.arg_names
         signature = {name: SIGNATURE.get(name, "constexpr") for name in names}
         places = {(names.index(name),): value for name, value in constants.items()}
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in SIGNATURE}
+        even = [name for name, kind in signature.items() if kind.startswith("*") or name == "entries"]
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
         target, options = GPUTarget("cuda", arch, 32), dict(num_warps=warps, enable_fp_fusion=True)
         compiled = triton.compile(ASTSource(kernel, signature, places, aligned), target=target, options=options)
         (folder / "cubin").write_bytes(compiled.asm["cubin"])
@@ -166,6 +169,16 @@ def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None
     assert 128 in sums.accesses("LDG")
     combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=constants(v))
     assert (combine.stack, combine.local) == (0, 0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_adding_an_update_is_one_pass(rounding: str, tmp_path: Path) -> None:
+    report = Report(gpu_kernels.add, tmp_path, 90, 4, ROUNDING=rounding, TILE=gpu.TILE)
+    assert (report.stack, report.local) == (0, 0)
+    assert report.registers <= 128
+    per_thread, comp = gpu.TILE // 128, 32 if rounding == "kahan" else 0
+    assert sum(report.accesses("LDG", "STG")) - 32 == per_thread * (16 + 32 + 16 + comp)  # and the decay
+    assert report.count / per_thread <= 30
 
 
 def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:

@@ -39,14 +39,18 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
     KERNELS[KernelKey("adamw", "GroupMean", _codec, "FullSpace", "cuda")] = gpu.TritonKernel(eager.adamw_mean)
     for _space in ("FullSpace", "Eigenbasis"):
         KERNELS[KernelKey("soap", "Full", _codec, _space, _ANY)] = eager.soap
+        KERNELS[KernelKey("soap", "Full", _codec, _space, "cuda")] = partial(eager.soap, add=gpu.add)
     for _space in ("FullSpace", "LowRank", "Tucker"):
         KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, _ANY)] = eager.adafactor
+        _in_place = partial(eager.adafactor, add=gpu.add)
+        KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, "cuda")] = _in_place
     for _device in (_ANY, "cpu", "cuda"):
         for _rule, _form in _FORMS.items():
             _full = _adamw_full(_codec, _form, _device)
             KERNELS[KernelKey(_rule, "Full", _codec, "FullSpace", _device)] = _full
         _inner = _adamw_full(_codec, eager.undecayed_form, _device)
-        _projected = partial(eager.transformers_adamw_in_subspace, step=_inner)
+        _add = gpu.add if _device == "cuda" else eager.add
+        _projected = partial(eager.transformers_adamw_in_subspace, step=_inner, add=_add)
         for _space in ("LowRank", "Tucker"):
             KERNELS[KernelKey("transformers_adamw", "Full", _codec, _space, _device)] = _projected
 

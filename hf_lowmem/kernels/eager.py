@@ -150,6 +150,7 @@ class Scalars:
 
 
 Form = Callable[[Slot, Hyper], Scalars]
+Add = Callable[[Slot, Tensor, float, "float | Tensor"], None]
 
 
 def adamw_form(slot: Slot, hyper: Hyper) -> Scalars:
@@ -250,8 +251,8 @@ def undecayed_form(slot: Slot, hyper: Hyper) -> Scalars:
     return replace(transformers_adamw_form(slot, hyper), decay=1.0)
 
 
-def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper, step: Kernel) -> None:
-    """`transformers_adamw_rule` in the space of a projection; `step` is AdamW by `undecayed_form`.
+def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper, step: Kernel, add: Add) -> None:
+    """`transformers_adamw_rule` in the space of a projection; `step` is AdamW by `undecayed_form`, `add` as below.
 
     It takes as many weights at once as make a tile of projected entries, so that small ones share its launches.
     """
@@ -263,7 +264,7 @@ def transformers_adamw_in_subspace(slots: Sequence[Slot], hyper: Hyper, step: Ke
         if entries >= limit or slot is slots[-1]:
             step([inner for _, inner in waiting], hyper)
             for outer, inner in waiting:
-                add_back(outer, inner.param, 1 - hyper.lr * hyper.weight_decay)
+                add_back(outer, inner.param, 1 - hyper.lr * hyper.weight_decay, add)
             waiting, entries = [], 0
 
 
@@ -273,7 +274,7 @@ def in_subspace(slot: Slot) -> Slot:
     return slot._replace(param=torch.zeros_like(grad), grad=grad)
 
 
-def add_back(slot: Slot, update: Tensor, decay: float | Tensor) -> None:
+def add_back(slot: Slot, update: Tensor, decay: float | Tensor, add: Add) -> None:
     """The parameter times `decay` plus an update of the subspace."""
     projection = cast(Subspace, slot.plan.projection)
     if slot.param.dtype == torch.float32 and not isinstance(decay, Tensor):
@@ -290,7 +291,7 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
         tile.store(tile.load(scratch).mul_(factor).add_(update[index], alpha=scale))
 
 
-def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
+def soap(slots: Sequence[Slot], hyper: Hyper, add: Add = add) -> None:
     """SOAP's elementwise part in tiles; its rotations are whole products."""
     scratch = Scratch(slots[0].param.device)
     for slot in map(Slot.clipped, slots):
@@ -327,7 +328,7 @@ def soap(slots: Sequence[Slot], hyper: Hyper) -> None:
         add(slot, update, -scalars.step_size, scalars.decay)
 
 
-def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
+def adafactor(slots: Sequence[Slot], hyper: Hyper, add: Add = add) -> None:
     """Adafactor with row and column means: one pass for them, one for the clipping, one for the update."""
     for slot in slots:
         step_size: float | Tensor = hyper.lr
@@ -342,7 +343,7 @@ def adafactor(slots: Sequence[Slot], hyper: Hyper) -> None:
         else:
             inner = in_subspace(slot)
             adafactor_pass(inner, hyper, step_size, 1.0)
-            add_back(slot, inner.param, decay)
+            add_back(slot, inner.param, decay, add)
 
 
 def matrix_dims(slot: Slot) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BLOCK_SIZES, Int8Blockwise
+from hf_lowmem.kernels import eager
 from hf_lowmem.kernels.eager import Form, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
@@ -219,6 +220,24 @@ def scalars_of(slots: Sequence[Slot], hyper: Hyper, form: Form, device: torch.de
     for number, column in enumerate(columns):
         scalars[:, number] = column
     return scalars
+
+
+def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None:
+    """As `eager.add`, in one pass where weight and update are contiguous; a decay is one number or one per matrix."""
+    param, device = slot.param, slot.param.device
+    plain = param.dtype in _WEIGHTS and param.is_contiguous() and update.is_contiguous()
+    kernels = triton_kernels() if plain else None
+    if kernels is None:
+        eager.add(slot, update, scale, decay)
+        return
+    decays = decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, device=device)
+    entries = param.numel() // decays.numel()
+    comps, rounding = slot.state.get(KAHAN_COMP, param), slot.plan.rounding.kind
+    grid = (-(-entries // TILE), decays.numel())
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernels.add[grid](
+            param, comps, update, decays, scale, slot.noise_key, entries, ROUNDING=rounding, TILE=TILE, num_warps=4
+        )
 
 
 def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:

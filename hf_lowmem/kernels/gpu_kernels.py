@@ -272,22 +272,39 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
         update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
     store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
 
-    at, inside, _, _ = tile
-    weights, comp = pointer(part, PARAM, v.weight, v.align) + at, pointer(part, KAHAN_COMP, tl.int16, v.align) + at
-    param = widened(tl.load(weights, mask=inside, other=0))
-    if v.rounding == "kahan":
-        fraction = tl.load(comp, mask=inside, other=0).to(tl.float32) * 2.0**-16
-        param = tl.fma(last_place(param, v.weight), fraction, param)
-    param = tl.fma(param, scalar(scalars, DECAY), -update)
-    if v.rounding == "stochastic":
-        param = rounded_at_random(param, at, tl.load(scalars + NOISE_KEY).to(tl.int32), v.weight)
-    narrow = param.to(v.weight)
-    tl.store(weights, narrow, mask=inside)
-    if v.rounding == "kahan":
+    weights, comps = pointer(part, PARAM, v.weight, v.align), pointer(part, KAHAN_COMP, tl.int16, v.align)
+    key = tl.load(scalars + NOISE_KEY).to(tl.int32)
+    take(weights, comps, tile[0], tile[1], scalar(scalars, DECAY), -update, key, v.weight, v.rounding)
+
+
+@triton.jit
+def take(weights, comps, at, inside, decay, update, key, WEIGHT: tl.constexpr, ROUNDING: tl.constexpr):
+    """param <- decay * param + update, rounded as `rounding.StoredWeight` does."""
+    param = widened(tl.load(weights + at, mask=inside, other=0))
+    if ROUNDING == "kahan":
+        fraction = tl.load(comps + at, mask=inside, other=0).to(tl.float32) * 2.0**-16
+        param = tl.fma(last_place(param, WEIGHT), fraction, param)
+    param = tl.fma(param, decay, update)
+    if ROUNDING == "stochastic":
+        param = rounded_at_random(param, at, key, WEIGHT)
+    narrow = param.to(WEIGHT)
+    tl.store(weights + at, narrow, mask=inside)
+    if ROUNDING == "kahan":
         held = narrow.to(tl.float32)
-        fraction = (param - held) * inverse(last_place(held, v.weight)) * 2.0**16
+        fraction = (param - held) * inverse(last_place(held, WEIGHT)) * 2.0**16
         fraction = tl.minimum(tl.maximum(fraction, -(2.0**15)), 2.0**15 - 1)
-        tl.store(comp, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=inside)
+        tl.store(comps + at, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["key"])
+def add(weights, comps, updates, decays, scale, key, entries, ROUNDING: tl.constexpr, TILE: tl.constexpr):
+    """param <- decay * param + scale * update, for matrices of `entries` entries that have a decay each."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < entries
+    at += tl.program_id(1).to(tl.int64) * entries
+    update = scale * tl.load(updates + at, mask=inside, other=0.0)
+    decay = tl.load(decays + tl.program_id(1))
+    take(weights, comps, at, inside, decay, update, key, weights.dtype.element_ty, ROUNDING)
 
 
 @triton.jit

@@ -74,21 +74,24 @@ class LowRank:
     # -- projecting -------------------------------------------------------------------------------------------------
 
     def project(self, state: State, grad: Tensor) -> Tensor:
-        matrix, basis = self._matrix(grad).float(), state["proj"].float()
-        return matrix @ basis.mT if is_right(matrix) else basis @ matrix
+        matrix, basis = self._matrix(grad), state["proj"]
+        return product(matrix, basis.mT) if is_right(matrix) else product(basis, matrix)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        basis = state["proj"].float()
-        right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
-        return self.options.scale * self._matrix(update @ basis if right else basis.mT @ update)
+        left, right = self._back(state, self.options.scale * update)
+        return left @ right
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        basis = state["proj"].float()
-        left, right = (update, basis) if is_right(self._matrix(param)) else (basis.mT, update)
-        if self.transposed:
-            left, right = right.mT, left.mT
+        left, right = self._back(state, update)
         add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
         add_product(left, right, beta=decay, alpha=self.options.scale)
+
+    def _back(self, state: State, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The two matrices whose product is an update, in the weight's own layout."""
+        basis = state["proj"].float()
+        right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
+        first, second = (update, basis) if right else (basis.mT, update)
+        return (second.mT, first.mT) if self.transposed else (first, second)
 
     # -- the basis --------------------------------------------------------------------------------------------------
 
@@ -136,6 +139,15 @@ class LowRank:
 
 def is_right(matrix: Tensor) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32, in which products of bfloat16 are exact: CUDA takes those without a copy in float32."""
+    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and torch.version.hip is None:
+        multiply = torch.bmm if left.ndim == 3 else torch.mm
+        found: Tensor = multiply(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+        return found
+    return left.float() @ right.float()
 
 
 def pick(stack: Tensor, which: Tensor) -> Tensor:
