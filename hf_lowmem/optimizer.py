@@ -23,7 +23,7 @@ from hf_lowmem.checks import (
 )
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of
-from hf_lowmem.kernels.norms import total_norm
+from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
 from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec
@@ -240,7 +240,7 @@ class LowMemOptimizer(Optimizer):
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             devices = {param.device for group in self.param_groups for param in group["params"]}
-            self._clips = {device: Clip(scale.to(device, non_blocking=True), kept) for device in devices}
+            self._clips = {device: Clip(moved(scale, device), kept) for device in devices}
         self._asked_to_clip = True
         return norm
 

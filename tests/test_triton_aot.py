@@ -139,6 +139,14 @@ def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> No
         assert report.registers <= registers, figures
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clipping_takes_an_instruction_per_entry(shape: str, tmp_path: Path) -> None:
+    for moment, most in ((FLOATS, BOUNDS[shape][0]), (CODES, BOUNDS[shape][2])):
+        v = variant(shape, moment, tl.bfloat16)._replace(clip=True)
+        twice = 2 if v.means == "loop" else 1
+        assert check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v)), v) <= most + twice
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [FLOATS, (tl.bfloat16, None), CODES], ids=lambda moment: str(moment[0]))
 @pytest.mark.parametrize("shape", SHAPES)
@@ -227,6 +235,10 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
         vectors = hf_lowmem.build_optimizer(layers[2], "lowmem_adamw", lr=1e-3)
         layers[2].weight.grad = torch.ones(512).bfloat16()
         vectors.step()
+        captured = SlimAdamW([layers[1].weight], lr=1e-3, axes=(0,), capturable=True)
+        captured.clip_grad_norm_(1.0)
+        captured.step()
     finally:
         gpu.triton_kernels.cache_clear()
-    assert compiled == ["step", "sum_squares", "combine", "step", "step"]
+    assert compiled[:5] == ["step", "sum_squares", "combine", "step", "step"]
+    assert compiled[5:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]

@@ -211,7 +211,7 @@ def torch_fused(slots: Sequence[Slot], step: float, hyper: Hyper, form: Form) ->
         [slot.state["exp_avg"] for slot in slots],
         [slot.state["exp_avg_sq"] for slot in slots],
         [],
-        [torch.tensor(step - 1) for _ in slots],  # torch counts the step itself
+        [torch.tensor(step - 1, dtype=torch.float32, device="cpu") for _ in slots],  # torch counts the step itself
         fused=True,
         amsgrad=False,
         maximize=False,

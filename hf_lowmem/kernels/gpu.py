@@ -230,7 +230,9 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
     if kernels is None:
         eager.add(slot, update, scale, decay)
         return
-    decays = decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, device=device)
+    decays = (
+        decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, dtype=torch.float32, device=device)
+    )
     entries = param.numel() // decays.numel()
     comps, rounding = slot.state.get(KAHAN_COMP, param), slot.plan.rounding.kind
     grid = (-(-entries // TILE), decays.numel())
@@ -359,8 +361,9 @@ def partial_sums(variant: Variant, tables: Tables, totals: bool = False) -> tupl
     """The partial sums of squares that `combine` takes; and, with `totals`, of all entries of each, finite or not."""
     sums = tables.sums
     assert sums is not None
-    found = torch.empty(len(sums) * (variant.line if variant.second == "column" else 1), device=sums.device)
-    total = torch.empty(len(sums), device=sums.device) if totals else found
+    width = variant.line if variant.second == "column" else 1
+    found = torch.empty(len(sums) * width, dtype=torch.float32, device=sums.device)
+    total = torch.empty(len(sums), dtype=torch.float32, device=sums.device) if totals else found
     triton_kernels().sum_squares[(len(sums),)](
         tables.parts,
         found,
@@ -463,5 +466,5 @@ def uploaded(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
             "A CUDA graph of a step needs what the first steps make: with capturable=true, take at least one step of "
             "the same parameters before the capture."
         )
-    on_host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

@@ -30,5 +30,10 @@ def total_norm(buckets: Iterable[tuple[KernelKey, list[Slot]]], kept: dict[Any, 
     for same in grads.values():
         squares.append(torch.stack(torch._foreach_norm(same, 2, torch.float32)).square().sum())
     if not squares:
-        return torch.zeros(())
-    return torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum().sqrt()
+        return torch.zeros((), dtype=torch.float32)
+    return torch.stack([moved(square, squares[0].device) for square in squares]).sum().sqrt()
+
+
+def moved(number: Tensor, device: torch.device) -> Tensor:
+    """A 0-D tensor on another device, which the host waits for only where it will read it."""
+    return number.to(device, non_blocking=device.type != "cpu")
