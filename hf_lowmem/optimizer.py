@@ -173,10 +173,18 @@ class LowMemOptimizer(Optimizer):
 
     def plan(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> StatePlan:
         """The plan of a parameter of `shape` and `dtype` in `group`; a function of these alone."""
-        key = (shape, dtype, *(group[option] for option in (*self.plan_options(), "rounding")))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self.state_plan(shape, dtype, group)
+        return self._plans_of(group)(shape, dtype)
+
+    def _plans_of(self, group: Group) -> Callable[[tuple[int, ...], torch.dtype], StatePlan]:
+        """`plan` for the parameters of one group."""
+        values = tuple(group[option] for option in (*self.plan_options(), "rounding"))
+
+        def plan(shape: tuple[int, ...], dtype: torch.dtype) -> StatePlan:
+            found = self._plans.get((shape, dtype, values))
+            if found is None:
+                found = self._plans[shape, dtype, values] = self.state_plan(tuple(shape), dtype, group)
+            return found
+
         return plan
 
     @classmethod
@@ -258,9 +266,12 @@ class LowMemOptimizer(Optimizer):
                 (number, param) for number, param in enumerate(group["params"], first) if self._has_grad(param, group)
             ]
             if advance and members:
-                torch._foreach_add_([self.state[param]["step"] for _, param in members], 1)
+                steps = [self.state[param]["step"] for _, param in members]
+                # On the host this is a loop, in which a number would be made a tensor each time.
+                torch._foreach_add_(steps, 1 if group["capturable"] else torch.tensor(1.0, device="cpu"))
+            plan_of = self._plans_of(group)
             for number, param in members:
-                slot = self._slot(param, group, number)
+                slot = self._slot(param, group, number, plan_of(param.shape, param.dtype))
                 key = key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)
                 buckets[key, param.device].append(slot)
             for (key, _), slots in buckets.items():
@@ -280,8 +291,8 @@ class LowMemOptimizer(Optimizer):
             )
         return param.grad is not None
 
-    def _slot(self, param: Tensor, group: Group, number: int) -> Slot:
-        state, plan = self.state[param], self.plan(group, tuple(param.shape), param.dtype)
+    def _slot(self, param: Tensor, group: Group, number: int, plan: StatePlan) -> Slot:
+        state = self.state[param]
         self._fit_rounding(param, state, plan)
         step: Any = state["step"] if group["capturable"] else state["step"].item() - self.idle_calls
         key: Any = 0
@@ -293,8 +304,8 @@ class LowMemOptimizer(Optimizer):
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
         # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
-        wanted = plan.rounding.specs(tuple(param.shape))
-        if (KAHAN_COMP in state) != (KAHAN_COMP in wanted):
+        if (KAHAN_COMP in state) != (plan.rounding.kind == "kahan"):
+            wanted = plan.rounding.specs(tuple(param.shape))
             state.pop(KAHAN_COMP, None)
             state.update({name: spec.zeros(param.device) for name, spec in wanted.items()})
             self._rounding_changed["started at zero" if wanted else "left out"] += 1

@@ -8,6 +8,7 @@ not covered (weights that are not contiguous, groups of an unusual shape) are le
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import noise_key
-from hf_lowmem.state import KAHAN_COMP
+from hf_lowmem.state import KAHAN_COMP, StatePlan
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,8 @@ def scalars_of(slots: Sequence[Slot], hyper: Hyper, form: Form, device: torch.de
     """A row of `Scalar` for each slot, on the device; under `capturable` computed there."""
     shares = (1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2)
     if not isinstance(slots[0].step, Tensor):
-        rows = [(*vars(form(slot, hyper)).values(), *shares, slot.noise_key) for slot in slots]
+        forms = {slot.step: tuple(vars(form(slot, hyper)).values()) for slot in {s.step: s for s in slots}.values()}
+        rows = [(*forms[slot.step], *shares, slot.noise_key) for slot in slots]
         return uploaded(rows, torch.float64, device)
     steps = torch.stack([slot.step for slot in slots]).double()
     keys: Any = 0
@@ -244,42 +246,56 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
 
 def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
     """The parts of a slot with their variants, or None where there is no kernel for it."""
-    param, grad, state, codec = slot.param, slot.grad, slot.state, slot.plan.codec
-    if (
-        param.dtype not in _WEIGHTS
-        or grad.dtype != param.dtype
-        or not (param.is_contiguous() and grad.is_contiguous())
-    ):
+    param, grad, state, plan = slot.param, slot.grad, slot.state, slot.plan
+    if grad.dtype != param.dtype or not (param.is_contiguous() and grad.is_contiguous()):
         return None
+    addresses = tuple([_address(state.get(name)) for name in state_names(plan)])
+    dtypes, places = (param.dtype, state["exp_avg"].dtype), (param.data_ptr(), grad.data_ptr())
+    return placed(plan, param.shape, dtypes, slot.clip is not None, places, addresses)
+
+
+@lru_cache(maxsize=1 << 12)
+def state_names(plan: StatePlan) -> tuple[str, ...]:
+    """The tensors whose addresses the kernels are given; the second moments of the parts come last."""
+    moment = plan.moments.get("exp_avg_sq")
+    names = [moment.state_name("exp_avg_sq", s) for s in moment.segments] if isinstance(moment, GroupMean) else []
+    return KAHAN_COMP, "exp_avg", "exp_avg_absmax", "exp_avg_sq_absmax", *(names or ["exp_avg_sq"])
+
+
+@lru_cache(maxsize=1 << 13)  # or the host would take longer over a step than the device
+def placed(
+    plan: StatePlan,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    clip: bool,
+    places: tuple[int, int],
+    addresses: tuple[int, ...],
+) -> list[tuple[Variant, Part]] | None:
+    """`parts_of` a weight and gradient at `places` and state at `addresses`; dtypes of the weight and of exp_avg."""
+    moment, codec = plan.moments.get("exp_avg_sq"), plan.codec
     block = codec.block_size if isinstance(codec, Int8Blockwise) else None
-    if block not in (None, *BLOCK_SIZES):
+    if dtypes[0] not in _WEIGHTS or block not in (None, *BLOCK_SIZES):
         return None
-    moment = slot.plan.moments.get("exp_avg_sq")
-    seconds: list[Tensor | None]
+    found: list[Geometry] | None = [elementwise(math.prod(shape))]
     if isinstance(moment, GroupMean):
-        found = geometries(moment, tuple(param.shape), block or 1)
-        seconds = [state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
-    else:
-        found, seconds = [elementwise(param.numel())], [state["exp_avg_sq"]] if moment else [None]
+        found = geometries(moment, tuple(shape), block or 1)
     if found is None:
         return None
-
-    names = (KAHAN_COMP, "exp_avg", "exp_avg_absmax")
-    whole = [param.data_ptr(), grad.data_ptr(), *(_address(state.get(name)) for name in names)]
-    kind = "none" if moment is None else "" if isinstance(moment, GroupMean) else "full"
-    dtypes = triton_kernels().DTYPES
-    weight, first = dtypes[param.dtype], dtypes[state["exp_avg"].dtype]
+    comp, exp_avg, absmax, second_absmax, *seconds = addresses
+    weight, first = (triton_kernels().DTYPES[dtype] for dtype in dtypes)
     # A projected update is float32 whatever its weight is, whose rounding is not its own.
-    rounding = "nearest" if param.dtype == torch.float32 else slot.plan.rounding.kind
+    rounding = "nearest" if dtypes[0] == torch.float32 else plan.rounding.kind
     parts = []
     for geometry, exp_avg_sq in zip(found, seconds, strict=True):
-        second = kind or ("column" if geometry.per_column else "group")
+        second = "full" if moment else "none"
+        if isinstance(moment, GroupMean):
+            second = "column" if geometry.per_column else "group"
         layout = layout_of(geometry, second, block)
-        addresses = [*whole, _address(exp_avg_sq), _address(state.get("exp_avg_sq_absmax"))]
-        by_tile = [addresses[i] for i in ((0, 1, 2, 3, 5) if second == "full" else (0, 1, 2, 3))]
+        by_tile = (*places, comp, exp_avg, *([exp_avg_sq] if second == "full" else []))
         align = _ALIGN if layout.aligned and not any(address % _ALIGN for address in by_tile) else 1
-        tile = (layout.means, layout.nest, layout.line, layout.lines, align, slot.clip is not None)
-        numbers = (*addresses, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
+        tile = (layout.means, layout.nest, layout.line, layout.lines, align, clip)
+        where = (*places, comp, exp_avg, absmax, exp_avg_sq, second_absmax)
+        numbers = (*where, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
         parts.append((Variant(weight, first, rounding, second, *tile), Part(*numbers)))
     return parts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -84,6 +85,7 @@ class KernelKey(NamedTuple):
 Kernel = Callable[[Sequence[Slot], Hyper], None]
 
 
+@lru_cache(maxsize=1 << 12)
 def key_of(rule: str, plan: StatePlan, device: str) -> KernelKey:
     second = plan.moments.get("exp_avg_sq")
     kind = type(second).__name__ if second else "none"
