@@ -28,9 +28,9 @@ ROUNDINGS = ["nearest", "stochastic", "kahan"]
 built = pytest.mark.skipif(
     native.library() is None and shutil.which("cc") is None, reason="there is no C compiler here"
 )
-pytestmark = built
 
 
+@built
 def test_the_library_is_built() -> None:
     assert native.library() is not None
 
@@ -48,6 +48,7 @@ LARGE: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
 ]
 
 
+@built
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), LARGE, ids=lambda value: str(value).replace(" ", ""))
@@ -73,6 +74,7 @@ def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, mon
         assert off.max() <= 2.0**-6 * largest, name
 
 
+@built
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_groups(data: st.DataObject) -> None:
@@ -91,6 +93,7 @@ def test_any_groups(data: st.DataObject) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
 
 
+@built
 @pytest.mark.parametrize("name", [*NAMES, *(f"{name}_8bit" for name in NAMES)])
 def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
     results, threads = [], torch.get_num_threads()
@@ -111,6 +114,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@built
 def test_stochastic_rounding_draws_the_noise_of_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"axes": (1,), "rounding": "stochastic"}
     start = torch.randn(64, 256).bfloat16()
@@ -119,6 +123,7 @@ def test_stochastic_rounding_draws_the_noise_of_the_rules(monkeypatch: pytest.Mo
     assert (mine == theirs).float().mean() > 0.999  # other noise would differ in a third
 
 
+@built
 def test_a_weight_inside_of_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"axes": (1,), "rounding": "stochastic", "state_bits": 8, "min_8bit_size": 0}
     whole = torch.randn(40, 256).bfloat16()
@@ -127,6 +132,7 @@ def test_a_weight_inside_of_its_storage(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(inside, alone)
 
 
+@built
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["slim_adamw", "adam_mini"])
 def test_every_family_is_covered(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +191,7 @@ def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, monkeypa
     assert caplog.text.count("install a C compiler") == 1
 
 
+@built
 def test_a_library_of_another_source_is_not_loaded(monkeypatch, caplog) -> None:
     monkeypatch.setattr("zlib.crc32", lambda data: 1)
     native.library.cache_clear()
@@ -195,6 +202,7 @@ def test_a_library_of_another_source_is_not_loaded(monkeypatch, caplog) -> None:
         native.library.cache_clear()
 
 
+@built
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
