@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from hf_lowmem.checks import (
 )
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of
+from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
@@ -101,7 +103,8 @@ class LowMemOptimizer(Optimizer):
         self._host_copies = HostCopies()
         self._rounding_changed: Counter[str] = Counter()
         self._clips: dict[torch.device, Clip] = {}  # of the next step
-        self._asked_to_clip = False
+        self._clipped: dict[Tensor, Any] = {}  # weak references to the gradients, by parameter
+        self._clip_captured = self._asked_to_clip = False
         run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
         run |= dict(fused_clip=fused_clip, capturable=capturable)
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **run, **options)
@@ -214,13 +217,13 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._cuda_graph_capture_health_check()
+        self._check_capture()
         self._fetch_state()
         self._warn_of_missed_clipping()
         for group, key, slots in self._buckets(advance=True):
             with torch.autocast(key.device, enabled=False):
                 self._run(key, slots, group)
-        self._clips = {}
+        self._clips, self._clipped = {}, {}
         for change, weights in self._rounding_changed.items():
             logger.info(
                 "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
@@ -232,29 +235,38 @@ class LowMemOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the next step to a total 2-norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
-        They are read once for it and not written: the step scales them as it reads them. So a change of a gradient
-        between the two calls is stepped, but not counted. Call it once before each step that is to clip.
+        They are read once for it, and the step scales them as it reads them. They are written only under SOAP, under
+        COAP when a basis changes, and under `compile`. Call it before each step that is to clip, once all gradients
+        are there; a gradient that another has taken the place of is not clipped. A CUDA graph must capture both calls.
 
         Args:
-            max_norm: infinity finds the norm and clips nothing.
+            max_norm: at least 0; infinity finds the norm and changes nothing.
 
         Returns:
-            The norm before clipping, of all gradients of the optimizer's parameters: 0-D float32, on their device.
+            The norm before clipping, of all gradients of the optimizer's parameters: 0-D float32, on the device of
+            the first.
+
+        Raises:
+            ValueError: `max_norm` is negative or no number.
         """
-        self._fetch_state()
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
+        self._asked_to_clip = True
+        self._host_copies.fetch()
         kept: dict[Any, Tensor] = {}
-        norm = total_norm(((key, slots) for _, key, slots in self._buckets(advance=False)), kept)
-        self._clips = {}
+        buckets = list(self._buckets(advance=False))
+        norm = total_norm(((None if group["compile"] else key, slots) for group, key, slots in buckets), kept)
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            devices = {param.device for group in self.param_groups for param in group["params"]}
-            self._clips = {device: Clip(moved(scale, device), kept) for device in devices}
-        self._asked_to_clip = True
+            clipped = [slot for _, _, slots in buckets for slot in slots]
+            self._clips = {device: Clip(moved(scale, device), kept) for device in {s.param.device for s in clipped}}
+            self._clipped = {slot.param: weakref.ref(slot.grad) for slot in clipped}
+            self._clip_captured = any(map(capturing, self._clips))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; a clipping whose step was not taken is forgotten."""
-        self._clips = {}
+        self._clips, self._clipped = {}, {}
         super().zero_grad(set_to_none)
 
     def _buckets(self, advance: bool) -> Iterator[tuple[Group, KernelKey, list[Slot]]]:
@@ -273,7 +285,8 @@ class LowMemOptimizer(Optimizer):
             for number, param in members:
                 slot = self._slot(param, group, number, plan_of(param.shape, param.dtype))
                 key = key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)
-                buckets[key, param.device].append(slot)
+                if param.numel():
+                    buckets[key, param.device].append(slot)
             for (key, _), slots in buckets.items():
                 yield group, key, slots
             first += len(group["params"])
@@ -300,7 +313,8 @@ class LowMemOptimizer(Optimizer):
             seed = group["rounding_seed"]
             key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
         assert param.grad is not None
-        return Slot(param, param.grad, state, plan, step, key, self._clips.get(param.device))
+        clips = param in self._clipped and self._clipped[param]() is param.grad
+        return Slot(param, param.grad, state, plan, step, key, self._clips.get(param.device) if clips else None)
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
         # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
@@ -311,7 +325,6 @@ class LowMemOptimizer(Optimizer):
             self._rounding_changed["started at zero" if wanted else "left out"] += 1
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
-        slots = [slot for slot in slots if slot.param.numel()]
         slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
         projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
         for _, grad, state, plan, *_ in projected:
@@ -325,7 +338,9 @@ class LowMemOptimizer(Optimizer):
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
         flags = {flag: group[flag] for flag in RULE_FLAGS.get(key.rule, ())}
-        lr = group["lr"] if group["capturable"] else float(group["lr"])
+        lr = group["lr"]
+        if not (group["capturable"] and isinstance(lr, Tensor) and lr.device == slots[0].param.device):
+            lr = float(lr)
         hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] else find_kernel(key)
         if group["capturable"]:  # the other kernels take their numbers from the host
@@ -349,18 +364,27 @@ class LowMemOptimizer(Optimizer):
 
     def _fetch_state(self) -> None:
         self._host_copies.fetch()
-        if self.state and not self._host_copies.used and any(group["offload_state"] for group in self.param_groups):
+        offloads = any(group["offload_state"] for group in self.param_groups)
+        if offloads and not self._host_copies.used and any(state["step"] > 0 for state in self.state.values()):
             self._host_copies.used = True
             logger.warning(
                 "offload_state=true, but the state stays on the device: hf_lowmem.register() adds the callback that "
                 "moves it, or call release_state() after each step."
             )
 
+    def _check_capture(self) -> None:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
+        if self._clips and any(map(capturing, self._clips)) != self._clip_captured:
+            raise RuntimeError(
+                "clip_grad_norm_ was called outside of the CUDA graph that captures its step: capture both in one."
+            )
+
     def _warn_of_missed_clipping(self) -> None:
         if not self._asked_to_clip and any(group["fused_clip"] for group in self.param_groups):
             self._asked_to_clip = True  # to say it once
             logger.warning(
-                "fused_clip=true, but nothing has asked the optimizer to clip: hf_lowmem.register() lets a Trainer's "
+                "fused_clip=true, but the optimizer was not asked to clip: hf_lowmem.register() lets a Trainer's "
                 "max_grad_norm do so, or call optimizer.clip_grad_norm_(max_norm) before each step."
             )
 
@@ -386,7 +410,7 @@ class LowMemOptimizer(Optimizer):
         self._plans = {}
         self._host_copies = HostCopies()
         self._rounding_changed = Counter()
-        self._clips, self._asked_to_clip = {}, False
+        self._clips, self._clipped, self._clip_captured, self._asked_to_clip = {}, {}, False, False
         super().__setstate__(state)
 
     @torch.no_grad()
@@ -418,7 +442,10 @@ class LowMemOptimizer(Optimizer):
                     }
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             kept = ("params", "param_names", *RUN_OPTIONS, *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
+            lr = group["lr"]
             group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
+            if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
+                group["lr"] = lr.fill_(float(group["lr"]))
         self._host_copies.forget()
         self.state.clear()
         self.state.update(loaded)

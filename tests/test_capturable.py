@@ -88,3 +88,13 @@ def test_by_name_too() -> None:
     assert all(group["capturable"] for group in optimizer.param_groups)
     with pytest.raises(ValueError, match="capturable=true does not go with an optimizer that projects"):
         hf_lowmem.build_optimizer(layer, "soap", lr=1e-3, optim_args="capturable=true")
+
+
+def test_a_tensor_of_a_learning_rate_stays_the_same_object() -> None:
+    lr = torch.tensor(1e-2)
+    param = nn.Parameter(torch.ones(4))
+    optimizer = LowMemAdamW([param], lr=lr, capturable=True)
+    saved = LowMemAdamW([param], lr=0.5).state_dict()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == 0.5

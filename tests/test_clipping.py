@@ -103,10 +103,9 @@ def test_a_norm_that_is_not_finite_does_what_it_does_in_torch(cls, options, bad)
     assert mine.isnan().any()
 
 
-@pytest.mark.parametrize(
-    "forget", [lambda optimizer: optimizer.zero_grad(False), lambda optimizer: fused(optimizer, math.inf)]
-)
+@pytest.mark.parametrize("forget", [lambda optimizer: optimizer.zero_grad(False), lambda optimizer: None])
 def test_a_clipping_without_a_step_leaves_nothing_behind(forget) -> None:
+    """New gradients are not those that were clipped, as after a step that a GradScaler skips."""
     weights = []
     for clips in (False, True):
         param = nn.Parameter(torch.ones(4, 64))
@@ -119,6 +118,56 @@ def test_a_clipping_without_a_step_leaves_nothing_behind(forget) -> None:
         optimizer.step()
         weights.append(param.detach())
     assert torch.equal(*weights)
+
+
+def test_asking_for_the_norm_clips_nothing_and_undoes_no_clipping() -> None:
+    weights = []
+    for clips, asks in ((False, True), (True, False), (True, True)):
+        param = nn.Parameter(torch.ones(4, 64))
+        optimizer = SlimAdamW([param], lr=1e-2, eps=1.0, axes=(1,))
+        param.grad = torch.ones(4, 64)
+        if clips:
+            optimizer.clip_grad_norm_(1e-3)
+        if asks:
+            assert optimizer.clip_grad_norm_(math.inf) == 16
+        optimizer.step()
+        weights.append(param.detach())
+    assert weights[0].mean() < 0.996
+    assert torch.equal(weights[1], weights[2])
+    assert weights[1].mean() > 0.999
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_norm_that_is_none_is_refused(max_norm: float) -> None:
+    with pytest.raises(ValueError, match=f"max_norm={max_norm} must be a number of at least 0"):
+        SlimAdamW([nn.Parameter(torch.ones(2))], lr=1e-3).clip_grad_norm_(max_norm)
+
+
+def test_float64_and_empty_weights() -> None:
+    params = [nn.Parameter(torch.ones(4, 64, dtype=torch.float64)), nn.Parameter(torch.ones(0, 3))]
+    optimizer = SlimAdamW(params, lr=1e-3, axes=(0,))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert optimizer.clip_grad_norm_(1.0) == 16
+    optimizer.step()
+
+
+def test_a_scaler_unscales_before_and_skips_a_step_that_overflows() -> None:
+    weights = []
+    for clip in (fused, by_torch):
+        param = nn.Parameter(torch.ones(4, 64))
+        optimizer = SlimAdamW([param], lr=1e-2, eps=1.0, axes=(1,))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for factor in (1.0, math.inf, 1.0):
+            (scaler.scale((param * factor).sum())).backward()
+            scaler.unscale_(optimizer)
+            clip(optimizer, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            param.grad = None
+        weights.append(param.detach())
+        assert optimizer.state[param]["step"] == 2
+    torch.testing.assert_close(*weights)
 
 
 def test_without_gradients_the_norm_is_zero() -> None:
@@ -153,7 +202,7 @@ def test_fused_clip_that_nobody_asks_for_is_said_once(asks: bool, caplog: pytest
             if asks:
                 optimizer.clip_grad_norm_(1.0)
             optimizer.step()
-    assert caplog.text.count("nothing has asked the optimizer to clip") == (0 if asks else 1)
+    assert caplog.text.count("the optimizer was not asked to clip") == (0 if asks else 1)
 
 
 def test_a_wrong_value_is_one_sentence() -> None:

@@ -382,3 +382,13 @@ def test_a_capture_without_a_step_before_it_is_one_sentence(monkeypatch: pytest.
     gpu.lasting.cache_clear()
     with pytest.raises(RuntimeError, match="take at least one step of the same parameters before the capture"):
         optimizer.step()
+
+
+def test_a_clipping_outside_of_the_graph_of_its_step_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = nn.Parameter(torch.zeros(4, 256, device=DEVICE))
+    optimizer = SlimAdamW([param], lr=1e-2, axes=(1,), capturable=True)
+    param.grad = torch.ones_like(param)
+    optimizer.clip_grad_norm_(1.0)
+    monkeypatch.setattr("hf_lowmem.optimizer.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="capture both in one"):
+        optimizer.step()

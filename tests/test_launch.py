@@ -50,7 +50,7 @@ def torchrun(arguments):
         (accelerate, ["-m", "hf_lowmem", "run"], ["slim_adamw_8bit"]),
         (torchrun, ["-m", "hf_lowmem"], ["coap_adamw_8bit", "update_interval=1,reproject_factor=2"]),
         (torchrun, ["-m", "hf_lowmem"], ["slim_adamw_8bit", "rounding=stochastic,rounding_seed=5", "bfloat16"]),
-        (torchrun, ["-m", "hf_lowmem"], ["adam_mini", "rounding=kahan", "bfloat16"]),
+        (torchrun, ["-m", "hf_lowmem"], ["adam_mini", "rounding=kahan,fused_clip=true", "bfloat16"]),
     ],
     ids=["accelerate-run", "torchrun", "stochastic", "kahan"],
 )

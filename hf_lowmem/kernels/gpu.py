@@ -421,7 +421,8 @@ def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Ta
     # A captured graph keeps its tables, and holds the addresses of its own gradients among the kernels' arguments.
     tables = lasting(tuple(part._replace(grad=0) for part in parts), means, device)
     for first in range(0, len(parts), ADDRESSES):
-        grads = [part.grad for part in parts[first : first + ADDRESSES]]
+        # Odd numbers: Triton would compile for each pattern of those that 16 divides.
+        grads = [part.grad | 1 for part in parts[first : first + ADDRESSES]]
         grads += grads[-1:] * (ADDRESSES - len(grads))
         triton_kernels().write_grads[(1,)](tables.parts, first, len(parts) - 1, tuple(grads), num_warps=1)
     return tables
@@ -446,13 +447,23 @@ def numbered(parts: tuple[Part, ...], means: str, device: torch.device, stream: 
 
 @cache
 def lasting(parts: tuple[Part, ...], means: str, device: torch.device) -> Tables:
-    """`numbered`, for good: a captured graph may read them, on a stream that has waited for the warm-up's."""
-    return numbered.__wrapped__(parts, means, device, current_stream(device))
+    """`numbered`, for good: captured graphs may read them, on other streams."""
+    tables = numbered.__wrapped__(parts, means, device, current_stream(device))
+    arrived(device)
+    return tables
 
 
 @cache
 def lasting_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return uploaded(numbers, torch.int64, device)
+    found = uploaded(numbers, torch.int64, device)
+    arrived(device)
+    return found
+
+
+def arrived(device: torch.device) -> None:
+    """Wait for what was uploaded, so that any stream can read it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 @lru_cache(maxsize=64)  # of sizes alone: there are as many as launches, whatever the addresses

@@ -414,6 +414,6 @@ def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first", "last"])
 def write_grads(parts, first, last, grads):
-    """The addresses of some gradients into their rows, from row `first`; more than there are rows write the last."""
+    """The addresses of some gradients, each plus one, into their rows from row `first`; those too many are the last"""
     for number in tl.static_range(len(grads)):
-        tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number])
+        tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number] - 1)

@@ -13,22 +13,24 @@ from hf_lowmem.kernels import KernelKey, Slot, find_kernel
 from hf_lowmem.kernels.gpu import TritonKernel
 
 
-def total_norm(buckets: Iterable[tuple[KernelKey, list[Slot]]], kept: dict[Any, Tensor]) -> Tensor:
+def total_norm(buckets: Iterable[tuple[KernelKey | None, list[Slot]]], kept: dict[Any, Tensor]) -> Tensor:
     """The 2-norm of the gradients of all slots, 0-D float32; what their steps can use of the pass goes into `kept`.
 
-    Each square is summed in float32, whatever the gradient's dtype, finite or not.
+    Squares, finite or not, are summed in float32 or a float64 gradient's own dtype. A key is None where no kernel
+    steps.
     """
     squares: list[Tensor] = []
     grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for key, slots in buckets:
-        kernel = find_kernel(key)
+        kernel = find_kernel(key) if key else None
         if isinstance(kernel, TritonKernel):
             found, slots = kernel.square_sums(slots, kept)
             squares += found
         for slot in slots:
             grads[slot.grad.device, slot.grad.dtype].append(slot.grad)
-    for same in grads.values():
-        squares.append(torch.stack(torch._foreach_norm(same, 2, torch.float32)).square().sum())
+    for (_, dtype), same in grads.items():
+        norms = torch._foreach_norm(same, 2, torch.promote_types(dtype, torch.float32))
+        squares.append(torch.stack(norms).square().sum().float())
     if not squares:
         return torch.zeros((), dtype=torch.float32)
     return torch.stack([moved(square, squares[0].device) for square in squares]).sum().sqrt()

@@ -64,7 +64,11 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
             for param in group["params"]:
                 narrow = param.dtype in (torch.bfloat16, torch.float16)
                 # Nor does the first call of an optimizer that has yet to find its basis.
-                idle = ours and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
+                idle = (
+                    ours
+                    and optimizer.idle_calls
+                    and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
+                )
                 if param.grad is not None and param.numel() and narrow and not idle:
                     at = sampled_places(param)
                     self._before.append((param, at, stored(optimizer, param, at)))

@@ -28,7 +28,7 @@ def clip_grad_norm_(
     if float(norm_type) == 2 and self.distributed_type in REPLICATED:
         wanted = {id(param) for param in parameters if param.grad is not None}
         for optimizer in map(unwrapped, self._optimizers):
-            if isinstance(optimizer, LowMemOptimizer) and optimizer.param_groups[0]["fused_clip"]:
+            if isinstance(optimizer, LowMemOptimizer) and any(group["fused_clip"] for group in optimizer.param_groups):
                 stepped = (param for group in optimizer.param_groups for param in group["params"])
                 if wanted == {id(param) for param in stepped if param.grad is not None}:
                     self.unscale_gradients()
