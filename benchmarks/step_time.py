@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -44,6 +45,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +76,38 @@ def planned_rows(args: argparse.Namespace) -> list[tuple[str, int, str]]:
 
 
 def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong there comes back as `error`."""
-    command = [sys.executable, __file__, "--row", json.dumps(row | {"limit": limit})]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(row["threads"]),
-        "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # a first step compiles, whatever ran before
-    }
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    """`measure` in a process of its own; what went wrong there comes back as `error`.
+
+    On the CPU the process is forked from one that has imported all that rows need; CUDA does not survive a fork.
+    """
+    context = multiprocessing.get_context("forkserver" if row["device"] == "cpu" else "spawn")
+    if row["device"] == "cpu":
+        context.set_forkserver_preload(["measure", "hf_lowmem.trainer.build"])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_row, args=(there, row | {"limit": limit}))
+    process.start()
+    assert process.pid
+    there.close()
     try:
-        output, _ = process.communicate(timeout=limit)
-        failed = {"error": f"failed: exit status {process.returncode}"}
-        found = failed if process.returncode else json.loads(output.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        found = {"error": f"stopped after {limit:.0f} s"}
+        found = here.recv() if here.poll(limit) else {"error": f"stopped after {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        found = {"error": f"failed: exit status {process.exitcode}"}
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with its compilers
-            process.communicate()
+        with suppress(ProcessLookupError):  # with its compilers, if it lives and leads its group already
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
     return {"optim": row["name"], "dtype": row["dtype"], "threads": row["threads"]} | found
+
+
+def send_row(pipe: Connection, row: dict[str, Any]) -> None:
+    """`measured_or_error` in a new process group, which prints nothing."""
+    os.setsid()
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
+    pipe.send(measured_or_error(row))
 
 
 def measured_or_error(row: dict[str, Any]) -> dict[str, Any]:
@@ -141,17 +155,13 @@ def main() -> None:
     parser.add_argument("--baseline-dtype", choices=DTYPES, help="of fused AdamW's weights (default: the row's)")
     parser.add_argument("--threads", default="1,2", help="on the CPU (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs per row, at most (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=80, help="seconds for a row (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=45, help="seconds for a row (default: %(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
         help="default: benchmarks/results/step_time_PRESET_DEVICE.json; a .md and a .png beside it",
     )
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # JSON arguments of `measure`, in a child process
     args = parser.parse_args()
-    if args.row:
-        print(json.dumps(measured_or_error(json.loads(args.row))))
-        return
     if args.pairs < 2:
         parser.error(f"--pairs must be at least 2, got {args.pairs}")
     args.dtype = args.dtype or ("fp32,bf16" if args.device == "cuda" else "fp32")
@@ -167,6 +177,8 @@ def main() -> None:
         "not_installed": sorted({peer.distribution for peer in PEERS.values() if not peer.installed}),
         "rows": [],
     }
+    # A first step compiles, whatever ran before.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     rows, started = planned_rows(args), time.monotonic()
     for number, (dtype, threads, name) in enumerate(rows, start=1):
         row = measure_in_new_process(
