@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runs import by_rule, run
 from model_families import FAMILIES, tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import Hyper, eager, native
 from hf_lowmem.kernels.geometry import geometry
 
@@ -72,6 +73,49 @@ def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, mon
             assert exact.all(), (name, off.max())
         assert exact.float().mean() > 0.95, name
         assert off.max() <= 2.0**-6 * largest, name
+
+
+def stepped(grads: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The last step's change of a zero weight, and the state. Rows end in 1, so each block's scale is 1."""
+    param = nn.Parameter(torch.zeros(len(grads[0]), 256))
+    optimizer = LowMemAdamW(
+        [param], lr=1.0, betas=(0.0, 0.0), eps=1e-30, weight_decay=0.0, state_bits=8, min_8bit_size=0
+    )
+    for grad in grads:
+        param.grad = grad
+        param.detach().zero_()
+        optimizer.step()
+        optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    return param.detach(), optimizer.state[param]
+
+
+@built
+def test_the_code_map_is_one_code_from_nearest_at_most() -> None:
+    """At every boundary between two codes, the floats beside it, and a sweep of all that lies between."""
+    edges = torch.cat([boundaries(True), boundaries(False)])
+    beside = [torch.nextafter(edges, torch.full_like(edges, to)) for to in (-2.0, 2.0)]
+    sweep = torch.logspace(-9, 0, 1 << 15, dtype=torch.float64).float()
+    x = torch.cat([edges, *beside, sweep, -sweep]).clamp(-1, 1)
+    x = nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+    _, state = stepped([nn.functional.pad(x, (0, 1), value=1.0)])  # the moments are the gradient and its square
+    for name, value in {"exp_avg": x, "exp_avg_sq": x.abs()}.items():
+        nearest = torch.bucketize(value, boundaries(name == "exp_avg"), right=True)
+        off = (state[name][:, :255].int() - nearest).abs()
+        assert off.max() <= 1
+
+
+@built
+def test_the_code_map_round_trips_every_code() -> None:
+    codes = torch.arange(256)
+    values = torch.stack([decode_table(signed, torch.device("cpu")) for signed in (True, False)])
+    _, state = stepped([values])
+    assert torch.equal(state["exp_avg"][0].long(), codes)
+    assert torch.equal(state["exp_avg_sq"][1].long(), codes)
+    change, _ = stepped([values, torch.zeros(2, 256)])
+    first = decode_table(True, torch.device("cpu"))[state["exp_avg"].long()]
+    root = decode_table(False, torch.device("cpu"))[state["exp_avg_sq"].long()]
+    quotient = torch.where(root > 0, first / root, 0)
+    torch.testing.assert_close(change / change[0, 255], quotient, rtol=2e-6, atol=1e-9)
 
 
 @built

@@ -10,8 +10,12 @@ Unsigned code c: with a = c + 1 and e = floor(log2 a),
 
 Encoding takes the nearest code, in one of two ways that agree up to float rounding at the boundary of two codes.
 Eager code (`encode_table`) uses one gather and no search: the leading bits of a float name a cell that holds at most
-one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled code
-(`encode_lines`) takes the minimum of straight lines, which vectorizes where a gather does not.
+one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled graphs
+(`encode_lines`) take the minimum of straight lines, which vectorizes where a gather does not. The kernels of `native.c`
+and `gpu_kernels.py` take the minimum of the seven lines that the decades lie on (`TO_COUNT`), for a third of the work:
+every code's value gets that code, and any other number the nearest code or, where two decades meet and just below 1,
+one beside it. The rms error is 1.006 (signed) or 1.003 times the nearest code's for Gaussian blocks of 256, and 1.021
+or 1.012 times for log-normal ones (sigma 2).
 """
 
 from __future__ import annotations
@@ -105,7 +109,13 @@ def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
 
 # Plain numbers, found before anything is compiled: a graph cannot hold the search for them.
 _LINES = {signed: _encode_lines(signed) for signed in (True, False)}
-DECADES = {signed: _decode_lines(signed) for signed in (True, False)}
+TO_VALUE = {signed: _decode_lines(signed) for signed in (True, False)}
+# The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
+TO_COUNT = {
+    signed: tuple((1 / slope, 2.0**-14 - intercept / slope) for slope, intercept in TO_VALUE[signed])
+    for signed in (True, False)
+}
+FIRST_COUNT = {True: -127, False: 1}  # of code 0; with a count's sign, its magnitude is what the lines are of
 TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}  # the smallest float of the code of 1
 
 
@@ -122,10 +132,10 @@ def encode_lines(x: Tensor, signed: bool) -> Tensor:
 
 def decode_lines(codes: Tensor, signed: bool) -> Tensor:
     """float32 values of uint8 codes; equals the table up to one rounding."""
-    count = codes.float() - 127 if signed else codes.float() + 1
+    count = codes.float() + FIRST_COUNT[signed]
     magnitude = count.abs()
     value = torch.zeros_like(count)
-    for slope, intercept in DECADES[signed]:
+    for slope, intercept in TO_VALUE[signed]:
         value = torch.maximum(value, magnitude * slope + intercept)
     value = value.clamp(max=1.0)
     return torch.where(count < 0, -value, value) if signed else value

@@ -24,11 +24,6 @@ static int thread_number(void) { return 0; }
 #else
 #define CLONES
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define SCALAR __attribute__((noinline, optimize("no-tree-vectorize")))
-#else
-#define SCALAR __attribute__((noinline))
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD _Pragma("omp simd")
 
@@ -37,10 +32,9 @@ enum Dtype { FLOAT32, BFLOAT16, CODES };
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 enum Rule { ADAMW_FULL, ADAMW_MEAN, SIGNUM };
 
-/* A code map: the value of each code, and the cells of dynamic_map.py's encode_table. */
+/* A code map, as the slopes and intercepts of dynamic_map.py's lines; code 0 is the count `first_count`. */
 typedef struct {
-    const float *values;
-    const int32_t *cells;
+    float first_count, to_value[7][2], to_count[7][2];
 } Map;
 
 /* A full moment: `absmax` holds the scale of each block of codes. */
@@ -168,40 +162,46 @@ INLINE void store_param(const Part *part, int64_t at, int n, const float *value)
     }
 }
 
-/* Table look-ups of 32-bit words, one after the other: gather instructions take twice as long. */
-SCALAR static void look_up_values(const void *values, const uint8_t *codes, int n, void *out) {
-    const uint32_t *from = values;
-    uint32_t *to = out;
-    for (int i = 0; i < n; i++) to[i] = from[codes[i]];
+INLINE float with_sign_of(float sign, float size) { return float_of(bits_of(size) | (bits_of(sign) & 0x80000000u)); }
+
+/* Lines cost less than tables, which are looked up one entry at a time: gather instructions take longer still. */
+INLINE void decode(const uint8_t *codes, int n, float scale, const Map *map, float *value) {
+    SIMD for (int i = 0; i < n; i++) {
+        float count = (float)codes[i] + map->first_count, size = 0;
+        for (int decade = 0; decade < 7; decade++) {
+            float line = fabsf(count) * map->to_value[decade][0] + map->to_value[decade][1];
+            size = line > size ? line : size;
+        }
+        size = size < 1.0f ? size : 1.0f;
+        value[i] = with_sign_of(count, size) * scale;
+    }
 }
 
-SCALAR static void look_up_cells(const int32_t *cells, const uint32_t *bits, int n, int32_t *out) {
-    for (int i = 0; i < n; i++) out[i] = cells[bits[i] >> 16];
+INLINE void encode(const float *value, int n, float absmax, const Map *map, uint8_t *codes) {
+    const float inverse = 1.0f / (absmax < 0x1p-126f ? 0x1p-126f : absmax);
+    const float first_count = map->first_count;
+    const float rounder = 0x1.8p23f - first_count; /* adding it leaves the code in the low bits */
+    SIMD for (int i = 0; i < n; i++) {
+        float x = finite_or_zero(value[i]) * inverse;
+        float size = fabsf(x) * map->to_count[0][0] + map->to_count[0][1];
+        for (int decade = 1; decade < 7; decade++) {
+            float line = fabsf(x) * map->to_count[decade][0] + map->to_count[decade][1];
+            size = line < size ? line : size;
+        }
+        float count = with_sign_of(x, size);
+        count = count > first_count ? count : first_count;
+        codes[i] = (uint8_t)bits_of(count + rounder);
+    }
 }
 
 /* A run of a moment holds whole blocks. */
 INLINE float *load_moment(const Moment *moment, int64_t at, int n, float *buffer) {
     if (moment->dtype != CODES) return load(moment->data, moment->dtype, at, n, buffer);
     const uint8_t *codes = (const uint8_t *)moment->data + at;
-    look_up_values(moment->map->values, codes, n, buffer);
     int size = (int)moment->block_size;
-    for (int block = 0; block < n; block += size) {
-        float scale = moment->absmax[(at + block) / size];
-        SIMD for (int i = block; i < block + size; i++) buffer[i] *= scale;
-    }
+    for (int block = 0; block < n; block += size)
+        decode(codes + block, size, moment->absmax[(at + block) / size], moment->map, buffer + block);
     return buffer;
-}
-
-INLINE void encode(const float *value, int n, float absmax, const int32_t *cells, uint8_t *codes) {
-    float inverse = 1.0f / (absmax < 0x1p-126f ? 0x1p-126f : absmax);
-    uint32_t bits[RUN];
-    int32_t found[RUN];
-    SIMD for (int i = 0; i < n; i++) bits[i] = bits_of(finite_or_zero(value[i]) * inverse);
-    look_up_cells(cells, bits, n, found);
-    SIMD for (int i = 0; i < n; i++) {
-        int32_t code = (int32_t)((uint32_t)found[i] + bits[i]) ^ ((int32_t)bits[i] >> 31);
-        codes[i] = (uint8_t)(code >> 16);
-    }
 }
 
 INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *value) {
@@ -221,7 +221,7 @@ INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *v
         }
         float absmax = float_of((uint32_t)largest);
         moment->absmax[(at + block) / size] = absmax;
-        encode(value + block, size, absmax, moment->map->cells, codes + block);
+        encode(value + block, size, absmax, moment->map, codes + block);
     }
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import Float32, Int8Blockwise
-from hf_lowmem.codecs.dynamic_map import decode_table, encode_table
+from hf_lowmem.codecs.dynamic_map import FIRST_COUNT, TO_COUNT, TO_VALUE
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
@@ -33,7 +33,7 @@ _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
 
 class _Map(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("cells", ctypes.c_void_p)]
+    _fields_ = [("first_count", ctypes.c_float), *((name, ctypes.c_float * 14) for name in ("to_value", "to_count"))]
 
 
 class _Moment(ctypes.Structure):
@@ -161,6 +161,6 @@ def _address(tensor: Tensor, start: int) -> int:
 
 @cache
 def _map(signed: bool) -> ctypes._Pointer[_Map]:
-    """The code map's tables, which are kept for good."""
-    cpu = torch.device("cpu")
-    return ctypes.pointer(_Map(decode_table(signed, cpu).data_ptr(), encode_table(signed, cpu).data_ptr()))
+    """The code map's lines, kept for as long as the library may read them."""
+    lines = (sum(table[signed], ()) for table in (TO_VALUE, TO_COUNT))
+    return ctypes.pointer(_Map(FIRST_COUNT[signed], *((ctypes.c_float * 14)(*numbers) for numbers in lines)))
