@@ -72,7 +72,7 @@ def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, mon
         if bits == 32 and rounding != "stochastic" and not (cls is Signum and name == "param"):  # a sign may flip
             assert exact.all(), (name, off.max())
         assert exact.float().mean() > 0.95, name
-        assert off.max() <= 2.0**-6 * largest, name
+        assert off.max() <= 2.0**-5 * largest, name  # two codes, in three steps
 
 
 def stepped(grads: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,7 +90,7 @@ def stepped(grads: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @built
-def test_the_code_map_is_one_code_from_nearest_at_most() -> None:
+def test_codes_are_the_nearest_up_to_rounding_at_a_boundary() -> None:
     """At every boundary between two codes, the floats beside it, and a sweep of all that lies between."""
     edges = torch.cat([boundaries(True), boundaries(False)])
     beside = [torch.nextafter(edges, torch.full_like(edges, to)) for to in (-2.0, 2.0)]
@@ -102,6 +102,9 @@ def test_the_code_map_is_one_code_from_nearest_at_most() -> None:
         nearest = torch.bucketize(value, boundaries(name == "exp_avg"), right=True)
         off = (state[name][:, :255].int() - nearest).abs()
         assert off.max() <= 1
+        edges = nn.functional.pad(boundaries(name == "exp_avg"), (1, 1), value=torch.inf)
+        closest = torch.minimum((value - edges[nearest]).abs(), (value - edges[nearest + 1]).abs())
+        assert (closest[off > 0] <= 2.0**-21 * value[off > 0].abs()).all()
 
 
 @built

@@ -8,20 +8,18 @@ Unsigned code c: with a = c + 1 and e = floor(log2 a),
 
     value = 10^(e-7) * (0.9 (a + 0.5) / 2^e - 0.8),                   c = 0 -> 0,   c = 255 -> 1
 
-Encoding takes the nearest code, in one of two ways that agree up to float rounding at the boundary of two codes.
+Encoding takes the nearest code, in one of three ways that agree up to float rounding at the boundary of two codes.
 Eager code (`encode_table`) uses one gather and no search: the leading bits of a float name a cell that holds at most
-one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled graphs
-(`encode_lines`) take the minimum of straight lines, which vectorizes where a gather does not. The kernels of `native.c`
-and `gpu_kernels.py` take the minimum of the seven lines that the decades lie on (`TO_COUNT`), for a third of the work:
-every code's value gets that code, and any other number the nearest code or, where two decades meet and just below 1,
-one beside it. The rms error is 1.006 (signed) or 1.003 times the nearest code's for Gaussian blocks of 256, and 1.021
-or 1.012 times for log-normal ones (sigma 2).
+one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled code
+(`encode_lines`) takes the minimum of straight lines, which vectorizes where a gather does not. `native.c` finds the
+decade and then takes its line alone (`decades`).
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +98,27 @@ def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     return tuple(lines)
 
 
+class Decade(NamedTuple):
+    """The numbers from `start` to the next decade's. Their count is the whole part of a line, but at most `last`."""
+
+    start: float
+    slope: float
+    intercept: float
+    last: int
+
+
+def decades(signed: bool) -> tuple[Decade, ...]:
+    """Of a number's magnitude: the seven decades, of which the first begins at 0, and the top code."""
+    edges = dict(enumerate(boundaries(signed).tolist()[127 if signed else 0 :], start=1 if signed else 2))
+    found: list[Decade] = []
+    for e in range(7) if signed else range(1, 8):
+        first, last = 2**e, 2 ** (e + 1) - 1  # counts; the boundaries between them lie on one line
+        through = min(first + 1, last - 1) if first < last else last + 1
+        slope = (last - through) / (edges[last] - edges[through])
+        found.append(Decade(edges[first] if found else 0.0, slope, last - slope * edges[last], last))
+    return *found, Decade(edges[last + 1], 0.0, last + 1, last + 1)
+
+
 def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     """(slope, intercept) of the line that the n-th codes from zero of each decade lie on."""
     decades = range(7) if signed else range(1, 8)
@@ -109,13 +128,8 @@ def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
 
 # Plain numbers, found before anything is compiled: a graph cannot hold the search for them.
 _LINES = {signed: _encode_lines(signed) for signed in (True, False)}
-TO_VALUE = {signed: _decode_lines(signed) for signed in (True, False)}
-# The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
-TO_COUNT = {
-    signed: tuple((1 / slope, 2.0**-14 - intercept / slope) for slope, intercept in TO_VALUE[signed])
-    for signed in (True, False)
-}
-FIRST_COUNT = {True: -127, False: 1}  # of code 0; with a count's sign, its magnitude is what the lines are of
+DECADES = {signed: _decode_lines(signed) for signed in (True, False)}
+FIRST_COUNT = {True: -127, False: 1}  # of code 0: a code's count is this and the code
 TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}  # the smallest float of the code of 1
 
 
@@ -135,7 +149,7 @@ def decode_lines(codes: Tensor, signed: bool) -> Tensor:
     count = codes.float() + FIRST_COUNT[signed]
     magnitude = count.abs()
     value = torch.zeros_like(count)
-    for slope, intercept in TO_VALUE[signed]:
+    for slope, intercept in DECADES[signed]:
         value = torch.maximum(value, magnitude * slope + intercept)
     value = value.clamp(max=1.0)
     return torch.where(count < 0, -value, value) if signed else value

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_lowmem import rounding
-from hf_lowmem.codecs import dynamic_map
+from hf_lowmem.codecs.dynamic_map import DECADES
 from hf_lowmem.kernels.gpu import Part, Scalar
 
 DTYPES = {
@@ -28,8 +28,11 @@ ABSMAX = tl.constexpr(1)  # after the codes
 FIELDS, SCALARS = tl.constexpr(len(Part._fields)), tl.constexpr(len(Scalar._fields))
 DECAY, STEP_SIZE, EPS, NEW_1, BETA_2, NEW_2, NOISE_KEY = map(tl.constexpr, range(len(Scalar._fields)))
 
-SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = (tl.constexpr(dynamic_map.TO_VALUE[signed]) for signed in (True, False))
-SIGNED_TO_COUNT, UNSIGNED_TO_COUNT = (tl.constexpr(dynamic_map.TO_COUNT[signed]) for signed in (True, False))
+SIGNED_TO_VALUE, UNSIGNED_TO_VALUE = tl.constexpr(DECADES[True]), tl.constexpr(DECADES[False])
+# The inverse lines, a little high: the last takes 1 to just past the middle between its code and the one before.
+ABOVE = 2.0**-14
+SIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - shift / slope) for slope, shift in DECADES[True]))
+UNSIGNED_TO_COUNT = tl.constexpr(tuple((1 / slope, ABOVE - 1 - shift / slope) for slope, shift in DECADES[False]))
 WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, rounding.MIX_2))
 SIGN_BIT = tl.constexpr(-(2**31))
 INFINITY = tl.constexpr(float("inf"))
@@ -58,7 +61,13 @@ def decoded(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(x, SIGNED: tl.constexpr):
-    """uint8 codes of x in [-1, 1], by the lines of `dynamic_map.TO_COUNT`: the nearest or one beside it."""
+    """uint8 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
+
+    Those are 7 lines instead of the 17 or 19 of `dynamic_map.encode_lines`. Every code's value gets that code, and any
+    other number the nearest code or, where two decades meet and just below 1, one beside it: the rms error is 1.006
+    (signed) or 1.003 times the nearest code's for Gaussian blocks of 256, and 1.021 or 1.012 times for log-normal ones
+    (sigma 2).
+    """
     magnitude = tl.abs(x)
     LINES: tl.constexpr = SIGNED_TO_COUNT if SIGNED else UNSIGNED_TO_COUNT
     count = tl.fma(magnitude, LINES[0][0], LINES[0][1])
@@ -68,7 +77,7 @@ def encoded(x, SIGNED: tl.constexpr):
         sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
         count = (count.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         count = tl.maximum(count, -127.0)
-    return (count + (ROUNDER + (127.0 if SIGNED else -1.0))).to(tl.int32, bitcast=True).to(tl.uint8)
+    return (count + (ROUNDER + (127.0 if SIGNED else 0.0))).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ numbers as stored

@@ -27,14 +27,21 @@ static int thread_number(void) { return 0; }
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD _Pragma("omp simd")
 
-enum { RUN = 256, AHEAD = 4 * RUN, UNIT = 1 << 16, FUSED = 1 << 21 };
+enum { LANES = 8, RUN = 256, AHEAD = 4 * RUN, UNIT = 1 << 16, FUSED = 1 << 21 };
 enum Dtype { FLOAT32, BFLOAT16, CODES };
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 enum Rule { ADAMW_FULL, ADAMW_MEAN, SIGNUM };
 
-/* A code map, as the slopes and intercepts of dynamic_map.py's lines; code 0 is the count `first_count`. */
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* A code map in lines, as dynamic_map.py has it: of counts by their exponents, and of values by decades. */
 typedef struct {
-    float first_count, to_value[7][2], to_count[7][2];
+    Floats slopes, intercepts;
+    float starts[LANES];
+    Floats count_slopes, count_intercepts;
+    Ints last_counts;
+    int32_t first_count;
 } Map;
 
 /* A full moment: `absmax` holds the scale of each block of codes. */
@@ -87,6 +94,16 @@ INLINE float float_of(uint32_t bits) {
     memcpy(&x, &bits, 4);
     return x;
 }
+
+#ifdef __clang__
+INLINE Floats pick(Floats table, Ints index) {
+    Floats picked;
+    for (int i = 0; i < LANES; i++) picked[i] = table[index[i] & (LANES - 1)];
+    return picked;
+}
+#else
+#define pick __builtin_shuffle /* of the index modulo LANES */
+#endif
 
 INLINE float finite_or_zero(float x) { return (bits_of(x) & 0x7F800000u) == 0x7F800000u ? 0.0f : x; }
 
@@ -162,36 +179,45 @@ INLINE void store_param(const Part *part, int64_t at, int n, const float *value)
     }
 }
 
-INLINE float with_sign_of(float sign, float size) { return float_of(bits_of(size) | (bits_of(sign) & 0x80000000u)); }
-
-/* Lines cost less than tables, which are looked up one entry at a time: gather instructions take longer still. */
+/* A table of 256 entries would be looked up one by one, as gather instructions take longer still; one of 8 is picked
+ * from at once. Both functions work on LANES entries, up to LANES - 1 past the end: a run has room for them. */
 INLINE void decode(const uint8_t *codes, int n, float scale, const Map *map, float *value) {
-    SIMD for (int i = 0; i < n; i++) {
-        float count = (float)codes[i] + map->first_count, size = 0;
-        for (int decade = 0; decade < 7; decade++) {
-            float line = fabsf(count) * map->to_value[decade][0] + map->to_value[decade][1];
-            size = line > size ? line : size;
-        }
-        size = size < 1.0f ? size : 1.0f;
-        value[i] = with_sign_of(count, size) * scale;
+    const Floats slopes = map->slopes, intercepts = map->intercepts;
+    const int32_t first_count = map->first_count;
+    /* Doubled, so that the exponent of 0, which is 0 modulo 8, is that of 1 and not of 2 and 3. */
+    SIMD for (int i = 0; i < n; i++) value[i] = (float)(2 * (codes[i] + first_count));
+    for (int i = 0; i < n; i += LANES) {
+        Floats *const at = (Floats *)(value + i);
+        const Ints exponent = (Ints)*at >> 23, sign = (Ints)*at & INT32_MIN;
+        *at = (*at * pick(slopes, exponent) + (Floats)((Ints)pick(intercepts, exponent) ^ sign)) * scale;
     }
 }
 
 INLINE void encode(const float *value, int n, float absmax, const Map *map, uint8_t *codes) {
     const float inverse = 1.0f / (absmax < 0x1p-126f ? 0x1p-126f : absmax);
-    const float first_count = map->first_count;
-    const float rounder = 0x1.8p23f - first_count; /* adding it leaves the code in the low bits */
-    SIMD for (int i = 0; i < n; i++) {
-        float x = finite_or_zero(value[i]) * inverse;
-        float size = fabsf(x) * map->to_count[0][0] + map->to_count[0][1];
-        for (int decade = 1; decade < 7; decade++) {
-            float line = fabsf(x) * map->to_count[decade][0] + map->to_count[decade][1];
-            size = line < size ? line : size;
-        }
-        float count = with_sign_of(x, size);
-        count = count > first_count ? count : first_count;
-        codes[i] = (uint8_t)bits_of(count + rounder);
+    const Floats slopes = map->count_slopes, intercepts = map->count_intercepts;
+    const Ints last_counts = map->last_counts;
+    int32_t found[RUN + LANES];
+    for (int i = 0; i < n; i += LANES) {
+        const Floats x = *(const Floats *)(value + i) * inverse, size = (Floats)((Ints)x & INT32_MAX);
+        const Ints sign = (Ints)x >> 31;
+        Ints decade = {0};
+        for (int next = 1; next < LANES; next++) decade -= size >= map->starts[next];
+        Ints count = __builtin_convertvector(size * pick(slopes, decade) + pick(intercepts, decade), Ints);
+        const Ints last = pick(last_counts, decade), below = count < last;
+        count = (count & below) | (last & ~below);
+        *(Ints *)(found + i) = (count ^ sign) - (sign + map->first_count);
     }
+    SIMD for (int i = 0; i < n; i++) codes[i] = (uint8_t)(found[i] > 0 ? found[i] : 0); /* a code of -1 is one below the map */
+}
+
+INLINE float largest_of(const float *value, int n) {
+    int32_t largest = 0; /* the bits of magnitudes are in their order */
+    _Pragma("omp simd reduction(max : largest)") for (int i = 0; i < n; i++) {
+        int32_t bits = (int32_t)(bits_of(value[i]) & 0x7FFFFFFFu);
+        largest = bits > largest ? bits : largest;
+    }
+    return float_of((uint32_t)largest);
 }
 
 /* A run of a moment holds whole blocks. */
@@ -204,7 +230,7 @@ INLINE float *load_moment(const Moment *moment, int64_t at, int n, float *buffer
     return buffer;
 }
 
-INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *value) {
+INLINE void store_moment(const Moment *moment, int64_t at, int n, float *value) {
     if (moment->dtype == FLOAT32) return; /* in place */
     if (moment->dtype == BFLOAT16) {
         uint16_t *to = (uint16_t *)moment->data + at;
@@ -214,12 +240,11 @@ INLINE void store_moment(const Moment *moment, int64_t at, int n, const float *v
     uint8_t *codes = (uint8_t *)moment->data + at;
     int size = (int)moment->block_size;
     for (int block = 0; block < n; block += size) {
-        int32_t largest = 0; /* the bits of magnitudes are in their order */
-        _Pragma("omp simd reduction(max : largest)") for (int i = block; i < block + size; i++) {
-            int32_t bits = (int32_t)(bits_of(finite_or_zero(value[i])) & 0x7FFFFFFFu);
-            largest = bits > largest ? bits : largest;
+        float absmax = largest_of(value + block, size);
+        if (finite_or_zero(absmax) != absmax) {
+            SIMD for (int i = block; i < block + size; i++) value[i] = finite_or_zero(value[i]);
+            absmax = largest_of(value + block, size);
         }
-        float absmax = float_of((uint32_t)largest);
         moment->absmax[(at + block) / size] = absmax;
         encode(value + block, size, absmax, moment->map, codes + block);
     }
@@ -246,7 +271,7 @@ INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
 
 /* The entries of a run: what divides them is in `scales`, or is `scale` for all. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
-    float params[RUN], grads[RUN], averages[RUN], squares[RUN];
+    float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
     float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, n, averages);
     fetch_ahead(part->param, part->dtype, at, n);

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import Float32, Int8Blockwise
-from hf_lowmem.codecs.dynamic_map import FIRST_COUNT, TO_COUNT, TO_VALUE
+from hf_lowmem.codecs.dynamic_map import DECADES, FIRST_COUNT, decades
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
@@ -31,9 +31,15 @@ ADAMW_FULL, ADAMW_MEAN, SIGNUM = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
+_FLOATS, _INTS = ctypes.c_float * 8, ctypes.c_int32 * 8
+
 
 class _Map(ctypes.Structure):
-    _fields_ = [("first_count", ctypes.c_float), *((name, ctypes.c_float * 14) for name in ("to_value", "to_count"))]
+    _fields_ = [
+        *((name, _FLOATS) for name in ("slopes", "intercepts", "starts", "count_slopes", "count_intercepts")),
+        ("last_counts", _INTS),
+        ("first_count", ctypes.c_int32),
+    ]
 
 
 class _Moment(ctypes.Structure):
@@ -162,5 +168,12 @@ def _address(tensor: Tensor, start: int) -> int:
 @cache
 def _map(signed: bool) -> ctypes._Pointer[_Map]:
     """The code map's lines, kept for as long as the library may read them."""
-    lines = (sum(table[signed], ()) for table in (TO_VALUE, TO_COUNT))
-    return ctypes.pointer(_Map(FIRST_COUNT[signed], *((ctypes.c_float * 14)(*numbers) for numbers in lines)))
+    lines = DECADES[signed]
+    if signed:  # counts 0 and 1 share a line, as do 1 and 256 of the other map; the top count is alone on one
+        lines = (sum(lines[0]), 0.0), *lines[1:], (0.0, 1.0)
+    else:
+        lines = (1 / 255, -1 / 255), *lines
+    halved = ((slope / 2, intercept) for slope, intercept in lines)  # counts are doubled
+    tables = *zip(*halved, strict=True), *zip(*decades(signed), strict=True)
+    arrays = [(_FLOATS if isinstance(table[0], float) else _INTS)(*table) for table in tables]
+    return ctypes.pointer(_Map(*arrays, FIRST_COUNT[signed]))
