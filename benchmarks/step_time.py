@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--baseline-dtype", choices=DTYPES, help="of fused AdamW's weights (default: the row's)")
     parser.add_argument("--threads", default="1,2", help="on the CPU (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs per row, at most (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=45, help="seconds for a row (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=35, help="seconds for a row (default: %(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
