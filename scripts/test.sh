@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# All tests on a fresh machine: makes .venv-test, installs the package and its tools there, and runs pytest.
+# The tests on a fresh machine: makes .venv-test, installs the package and its tools there, and runs pytest.
 #
-#     bash scripts/test.sh [PYTEST ARGS]        for example: bash scripts/test.sh -m "not slow" -x
+#     bash scripts/test.sh [PYTEST ARGS]        all but the slow ones; for example: bash scripts/test.sh -x
+#     bash scripts/test.sh -m slow              those that take more than about ten seconds each
 #     bash scripts/test.sh -m gpu               what needs a GPU alone
 #
 # Each of up to four cores takes a file of tests at a time; `-n 0` runs them one after another. PYTHON picks the
@@ -21,9 +22,9 @@ if [[ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]]; then
 fi
 
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-markers=""
+markers="not slow"
 if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-    markers="not gpu"
+    markers="not slow and not gpu"
     echo "There is no CUDA device here: tests marked gpu do not run"
 fi
 cd "$folder"
