@@ -438,6 +438,7 @@ def test_compiled_steps_do_not_recompile_with_the_lr() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     start, grads = torch.randn(16, 128), gradients((16, 128))
     params = [nn.Parameter(start.clone()) for _ in range(2)]
     options = {"axes": (1,), "state_bits": 8, "min_8bit_size": 0}

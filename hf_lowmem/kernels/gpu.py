@@ -352,8 +352,9 @@ def span_of(line: int, lines: int) -> int:
 
 
 def warps(variant: Variant) -> int:
-    """Of a program: 32 entries per thread."""
-    return min(max(variant.line * variant.lines // 1024, 1), 16)
+    """Of a program: 32 entries per thread, or 16 of the floats that would not fit into an A100's registers."""
+    many = variant.rounding == "kahan" and variant.second == "full" and variant.moment.primitive_bitwidth > 8
+    return min(max(variant.line * variant.lines // (512 if many else 1024), 1), 16)
 
 
 def launch(variant: Variant, parts: tuple[Part, ...], slots: tuple[Slot, ...], scalars: Tensor) -> None:
