@@ -23,7 +23,7 @@ from hf_lowmem.checks import (
     check_unsharded,
 )
 from hf_lowmem.composed import compiled_step, composed_step
-from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of
+from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of, warn_of_capturable
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.placement import HostCopies, Transfer
@@ -280,7 +280,9 @@ class LowMemOptimizer(Optimizer):
             if advance and members:
                 steps = [self.state[param]["step"] for _, param in members]
                 # On the host this is a loop, in which a number would be made a tensor each time.
-                torch._foreach_add_(steps, 1 if group["capturable"] else torch.tensor(1.0, device="cpu"))
+                torch._foreach_add_(
+                    steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
+                )
             plan_of = self._plans_of(group)
             for number, param in members:
                 slot = self._slot(param, group, number, plan_of(param.shape, param.dtype))
@@ -344,7 +346,10 @@ class LowMemOptimizer(Optimizer):
         hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] else find_kernel(key)
         if group["capturable"]:  # the other kernels take their numbers from the host
-            slots = kernel.step(slots, hyper) if isinstance(kernel, TritonKernel) else slots
+            if isinstance(kernel, TritonKernel):
+                slots = kernel.step(slots, hyper)
+            else:
+                warn_of_capturable(key.device)
             kernel = None
         if kernel:
             kernel(slots, hyper)

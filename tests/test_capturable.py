@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_lowmem
 from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW, Soap
+from hf_lowmem.kernels import warn_of_capturable
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
@@ -29,6 +30,16 @@ def test_steps_are_those_of_other_optimizers(cls, options, shape, bits, rounding
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
     for name, value in state.items():
         torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-6, atol=1e-9)
+
+
+def test_on_a_cpu_its_cost_is_said_once(caplog) -> None:
+    warn_of_capturable.cache_clear()
+    param = nn.Parameter(torch.ones(4))
+    optimizer = LowMemAdamW([param], lr=1e-2, capturable=True)
+    for _ in range(2):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    assert caplog.text.count("capturable=true makes optimizer steps on cpu several times slower") == 1
 
 
 def test_a_step_reads_no_number_of_the_device(device) -> None:

@@ -6,6 +6,8 @@ import copy
 import io
 import itertools
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import hf_lowmem
 from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.kernels import eager, gpu, key_of, native
 
@@ -350,9 +353,44 @@ def test_lists_are_as_good_as_tuples() -> None:
 def test_tables_are_made_whatever_the_default_device_is() -> None:
     from hf_lowmem.codecs.dynamic_map import decode_table, encode_table
 
-    with torch.device("meta"):
-        fresh = [table.__wrapped__(True, torch.device("cpu")) for table in (decode_table, encode_table)]
-    assert all(not table.is_meta for table in fresh)
+    known = [table(True, torch.device("cpu")) for table in (decode_table, encode_table)]
+    for default in (lambda: torch.device("meta"), lambda: default_dtype(torch.bfloat16)):
+        with default():
+            fresh = [table.__wrapped__(True, torch.device("cpu")) for table in (decode_table, encode_table)]
+        assert all(not table.is_meta and torch.equal(table, old) for table, old in zip(fresh, known, strict=True))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", hf_lowmem.optim_names())
+def test_the_default_dtype_changes_nothing(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts set it to bfloat16 to load a model."""
+    if not compiled:
+        monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    changes = {"coap": "update_interval=2,reproject_factor=2", "soap": "precondition_frequency=2"}
+    args = f"{changes[name[:4]]},target_modules=all-linear" if name[:4] in changes else None
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 64), nn.Conv2d(16, 32, 3, bias=False))
+        with default_dtype(dtype):
+            optimizer = hf_lowmem.build_optimizer(model, name, lr=1e-2, optim_args=args)
+            for step in range(5):
+                for param in model.parameters():
+                    generator = torch.Generator().manual_seed(step)
+                    param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
+                optimizer.step()
+        found.append([*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
 
 
 def test_nothing_to_train() -> None:

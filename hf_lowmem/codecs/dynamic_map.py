@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 CELL_BITS = 16  # low bits of a float32 that lie inside a cell; sign, exponent and 7 mantissa bits name it
 _CPU = torch.device("cpu")
+_FLOATS: Any = dict(dtype=torch.float32, device=_CPU)  # whatever the defaults are
 
 
 @cache
@@ -35,14 +36,14 @@ def decode_table(signed: bool, device: torch.device) -> Tensor:
     The decades are rounded to float32 in the order in which bitsandbytes rounds them, so both tables are equal.
     """
     decades = 7  # 2^e codes in decade e when signed, twice as many when not
-    positive = [torch.zeros(1, device=_CPU)]
+    positive = [torch.zeros(1, **_FLOATS)]
     for e in range(decades):
-        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1, device=_CPU)
+        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1, **_FLOATS)
         positive.append(10.0 ** (e + 1 - decades) * ((edges[:-1] + edges[1:]) / 2))
     ascending = torch.cat(positive)
     if signed:
         ascending = torch.cat([-ascending[1:].flip(0), ascending])
-    return torch.cat([ascending, torch.ones(1, device=_CPU)]).to(device)
+    return torch.cat([ascending, torch.ones(1, **_FLOATS)]).to(device)
 
 
 @cache

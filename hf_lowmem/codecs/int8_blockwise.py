@@ -42,7 +42,7 @@ class Int8Blockwise:
             blocks: Tensor = decode_lines(codes, spec.signed).unflatten(-1, (-1, self.block_size))
             value = (blocks * absmax.unsqueeze(-1)).flatten(-2)
         else:
-            value = torch.empty(codes.shape, device=codes.device)
+            value = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
             dequantize(codes, absmax, spec.signed, out=value, scratch=Scratch(codes.device))
         return value if spec.signed else value.square()
 

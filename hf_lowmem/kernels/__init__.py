@@ -71,4 +71,24 @@ def warn_of_plain_torch(device: str) -> None:
     )
 
 
-__all__ = ["KERNELS", "Clip", "Hyper", "Kernel", "KernelKey", "Slot", "TritonKernel", "find_kernel", "key_of"]
+@cache
+def warn_of_capturable(device: str) -> None:
+    logger.warning(
+        "capturable=true makes optimizer steps on %s several times slower: leave it out where no CUDA graph captures "
+        "them.",
+        device,
+    )
+
+
+__all__ = [
+    "KERNELS",
+    "Clip",
+    "Hyper",
+    "Kernel",
+    "KernelKey",
+    "Slot",
+    "TritonKernel",
+    "find_kernel",
+    "key_of",
+    "warn_of_capturable",
+]

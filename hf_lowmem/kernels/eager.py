@@ -300,7 +300,9 @@ def soap(slots: Sequence[Slot], hyper: Hyper, add: Add = add) -> None:
         exp_avg_sq = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
         grad, indices = at_least_1d(slot.grad), list(tiles(exp_avg.data.shape, tile_limit(slot), exp_avg.data.ndim))
         stored = exp_avg.data.dtype == torch.float32
-        moment = exp_avg.data if stored else torch.empty(exp_avg.data.shape, device=scratch.device)
+        moment = (
+            exp_avg.data if stored else torch.empty(exp_avg.data.shape, dtype=torch.float32, device=scratch.device)
+        )
         for index in indices:
             averaged = exp_avg[index].load(scratch).lerp_(as_float32(grad[index], "grad", scratch), 1 - hyper.beta1)
             if not stored:

@@ -136,7 +136,7 @@ def outer_product(stack: Tensor, axis: int) -> Tensor:
 
 def eigenvectors(gram: Tensor) -> Tensor:
     """Columns Q (experts, size, size) of the gram matrices, by falling eigenvalue."""
-    eye = torch.eye(gram.shape[-1], device=gram.device)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     jittered = gram + _JITTER * gram.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] * eye
     try:
         vectors: Tensor = torch.linalg.eigh(jittered).eigenvectors

@@ -163,7 +163,7 @@ def long_side_first(matrix: Tensor) -> Tensor:
 def first_basis(x: Tensor, rank: int) -> Tensor:
     """P (..., rank, short) from a randomized range finder; the same sketch for every matrix, device and process."""
     generator = torch.Generator().manual_seed(SKETCH_SEED)
-    sketch = torch.randn(x.shape[-1], rank, generator=generator).to(x.device)
+    sketch = torch.randn(x.shape[-1], rank, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     return leading_rows(x, sketch)
 
 
@@ -213,7 +213,7 @@ def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tenso
     row_m, row_mu, h = _cosines((exp_avg @ s * exp_avg).sum(-1), (exp_avg * a).sum(-1), rows)
     f = _residual(rows, aa, s) / (m * n)
     outer = 2 * h / (m * n)
-    eye = torch.eye(s.shape[-1], device=s.device)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     by_grad = outer * (s - 2 * eye) @ a.mT - f / m * (row_m * exp_avg).mT
     by_basis = outer * aa + f / m * (exp_avg.mT @ (row_mu * exp_avg))
     return (factor * by_grad) @ grad + by_basis @ basis
@@ -228,7 +228,7 @@ def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor
     row_m, row_mu, h = _cosines((mm @ basis * basis).sum(-2), (basis * k).sum(-2), rows)
     f = _residual(rows, aa, s) / (m * n)
     outer = 2 * h / (m * n)
-    eye = torch.eye(s.shape[-1], device=s.device)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     fit = outer * ((s - 2 * eye) @ (factor * (a @ grad.mT)) + aa @ basis)
     return fit - f / m * (row_m.mT * k - mm @ (row_mu.mT * basis))
 

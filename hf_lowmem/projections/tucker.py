@@ -165,7 +165,7 @@ def _energy(tensor: Tensor) -> float:
 
 
 def _identity(tensor: Tensor, axis: int) -> Tensor:
-    return torch.eye(tensor.shape[axis], device=tensor.device)
+    return torch.eye(tensor.shape[axis], dtype=torch.float32, device=tensor.device)
 
 
 def leading_left(matrix: Tensor, rank: int) -> Tensor:

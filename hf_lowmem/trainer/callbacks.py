@@ -79,7 +79,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
             return
         optimizer, self._due = unwrapped(optimizer), False
         # Sums over entries, estimated; they stay on the device until they are logged.
-        lost = counted = torch.zeros((), device=looked_at[0][0].device)
+        lost = counted = torch.zeros((), dtype=torch.float32, device=looked_at[0][0].device)
         for param, at, before in looked_at:
             moved = param.grad.take(at) != 0
             same = (stored(optimizer, param, at) == before).all(0) & moved
