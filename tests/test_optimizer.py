@@ -16,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import hf_lowmem
-from hf_lowmem.algorithms import Adalayer, AdamMini, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.algorithms import (
+    Adalayer,
+    AdamMini,
+    CoapAdafactor,
+    CoapAdamW,
+    LowMemAdamW,
+    Signum,
+    SlimAdamW,
+    Soap,
+)
 from hf_lowmem.kernels import eager, gpu, key_of, native
 
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
@@ -370,26 +378,35 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+PROJECTED = {"rank": 4, "update_interval": 2, "reproject_factor": 2}
+
+
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("name", hf_lowmem.optim_names())
-def test_the_default_dtype_changes_nothing(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((LowMemAdamW, {}), (SlimAdamW, {"axes": (1,)}), (Signum, {})),
+        *((CoapAdamW, PROJECTED), (CoapAdafactor, PROJECTED), (Soap, {"precondition_frequency": 2})),
+    ],
+)
+def test_the_default_dtype_changes_nothing(cls, options, bits, compiled, monkeypatch) -> None:
     """Scripts set it to bfloat16 to load a model."""
     if not compiled:
         monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
-    changes = {"coap": "update_interval=2,reproject_factor=2", "soap": "precondition_frequency=2"}
-    args = f"{changes[name[:4]]},target_modules=all-linear" if name[:4] in changes else None
-    found = []
+    generator, found = torch.Generator(), []
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(128, 64), nn.Conv2d(16, 32, 3, bias=False))
+        generator.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (32, 16, 3, 3))]
         with default_dtype(dtype):
-            optimizer = hf_lowmem.build_optimizer(model, name, lr=1e-2, optim_args=args)
-            for step in range(5):
-                for param in model.parameters():
-                    generator = torch.Generator().manual_seed(step)
+            optimizer = cls(params[: 1 if cls is SlimAdamW else 2], state_bits=bits, min_8bit_size=0, **options)
+            for _ in range(5):
+                for param in params:
                     param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
                 optimizer.step()
-        found.append([*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())])
+        states = (tensor for state in optimizer.state.values() for tensor in state.values())
+        found.append([*params, *states])
+    assert any("proj" in name for name in optimizer.state[params[0]]) == (cls in (CoapAdamW, CoapAdafactor, Soap))
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
 
 
