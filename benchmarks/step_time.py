@@ -78,11 +78,11 @@ def planned_rows(args: argparse.Namespace) -> list[tuple[str, int, str]]:
 def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
     """`measure` in a process of its own; what went wrong there comes back as `error`.
 
-    On the CPU the process is forked from one that has imported all that rows need; CUDA does not survive a fork.
+    On the CPU the process is forked from one that has imported what takes long; CUDA does not survive a fork.
     """
     context = multiprocessing.get_context("forkserver" if row["device"] == "cpu" else "spawn")
     if row["device"] == "cpu":
-        context.set_forkserver_preload(["measure", "hf_lowmem.trainer.build"])
+        context.set_forkserver_preload(["hf_lowmem.trainer.build"])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=send_row, args=(there, row | {"limit": limit}))
     process.start()

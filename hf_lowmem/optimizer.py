@@ -237,7 +237,8 @@ class LowMemOptimizer(Optimizer):
 
         They are read once for it, and the step scales them as it reads them. They are written only under SOAP, under
         COAP when a basis changes, and under `compile`. Call it before each step that is to clip, once all gradients
-        are there; a gradient that another has taken the place of is not clipped. A CUDA graph must capture both calls.
+        are there: of several calls the last counts, and a gradient that another has taken the place of is not clipped.
+        A CUDA graph must capture both calls.
 
         Args:
             max_norm: at least 0; infinity finds the norm and changes nothing.
@@ -370,7 +371,7 @@ class LowMemOptimizer(Optimizer):
     def _fetch_state(self) -> None:
         self._host_copies.fetch()
         offloads = any(group["offload_state"] for group in self.param_groups)
-        if offloads and not self._host_copies.used and any(state["step"] > 0 for state in self.state.values()):
+        if offloads and not self._host_copies.used and any(state.get("step", 0) > 0 for state in self.state.values()):
             self._host_copies.used = True
             logger.warning(
                 "offload_state=true, but the state stays on the device: hf_lowmem.register() adds the callback that "
@@ -445,12 +446,14 @@ class LowMemOptimizer(Optimizer):
                         name: tensor.to(specs[name].place(param.device) if name in specs else param.device, copy=True)
                         for name, tensor in saved.items()
                     }
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+        for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             kept = ("params", "param_names", *RUN_OPTIONS, *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
             lr = group["lr"]
             group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
             if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
-                group["lr"] = lr.fill_(float(group["lr"]))
+                rate, earlier = float(group["lr"]), self.param_groups[:number]
+                taken = any(other["lr"] is lr for other in earlier) and float(lr) != rate
+                group["lr"] = torch.full_like(lr, rate) if taken else lr.fill_(rate)
         self._host_copies.forget()
         self.state.clear()
         self.state.update(loaded)

@@ -109,3 +109,13 @@ def test_a_tensor_of_a_learning_rate_stays_the_same_object() -> None:
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] is lr
     assert lr == 0.5
+
+
+def test_groups_that_share_a_learning_rate_load_one_each() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(4))]} for _ in range(3)]
+    optimizer = LowMemAdamW(groups, lr=torch.tensor(1e-2), capturable=True)
+    saved = optimizer.state_dict()
+    for group, lr in zip(saved["param_groups"], (0.5, 0.25, 0.5), strict=True):
+        group["lr"] = lr
+    optimizer.load_state_dict(saved)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.25, 0.5]

@@ -95,7 +95,7 @@ def test_codes_are_the_nearest_up_to_rounding_at_a_boundary() -> None:
     edges = torch.cat([boundaries(True), boundaries(False)])
     beside = [torch.nextafter(edges, torch.full_like(edges, to)) for to in (-2.0, 2.0)]
     sweep = torch.logspace(-9, 0, 1 << 15, dtype=torch.float64).float()
-    x = torch.cat([edges, *beside, sweep, -sweep]).clamp(-1, 1)
+    x = torch.cat([edges, *beside, edges * (1 + 2.0**-20), edges * (1 - 2.0**-20), sweep, -sweep]).clamp(-1, 1)
     x = nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
     _, state = stepped([nn.functional.pad(x, (0, 1), value=1.0)])  # the moments are the gradient and its square
     for name, value in {"exp_avg": x, "exp_avg_sq": x.abs()}.items():

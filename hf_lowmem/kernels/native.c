@@ -180,11 +180,11 @@ INLINE void store_param(const Part *part, int64_t at, int n, const float *value)
 }
 
 /* A table of 256 entries would be looked up one by one, as gather instructions take longer still; one of 8 is picked
- * from at once. Both functions work on LANES entries, up to LANES - 1 past the end: a run has room for them. */
+ * from at once. Both functions work on LANES entries of `value`, which has room for LANES - 1 past its end. */
 INLINE void decode(const uint8_t *codes, int n, float scale, const Map *map, float *value) {
     const Floats slopes = map->slopes, intercepts = map->intercepts;
     const int32_t first_count = map->first_count;
-    /* Doubled, so that the exponent of 0, which is 0 modulo 8, is that of 1 and not of 2 and 3. */
+    /* Doubled: 0 and 2.0f both have an exponent of 0 modulo 8, so counts 0 and 1 share a line. */
     SIMD for (int i = 0; i < n; i++) value[i] = (float)(2 * (codes[i] + first_count));
     for (int i = 0; i < n; i += LANES) {
         Floats *const at = (Floats *)(value + i);
@@ -197,7 +197,7 @@ INLINE void encode(const float *value, int n, float absmax, const Map *map, uint
     const float inverse = 1.0f / (absmax < 0x1p-126f ? 0x1p-126f : absmax);
     const Floats slopes = map->count_slopes, intercepts = map->count_intercepts;
     const Ints last_counts = map->last_counts;
-    int32_t found[RUN + LANES];
+    int32_t found[RUN];
     for (int i = 0; i < n; i += LANES) {
         const Floats x = *(const Floats *)(value + i) * inverse, size = (Floats)((Ints)x & INT32_MAX);
         const Ints sign = (Ints)x >> 31;
@@ -208,7 +208,8 @@ INLINE void encode(const float *value, int n, float absmax, const Map *map, uint
         count = (count & below) | (last & ~below);
         *(Ints *)(found + i) = (count ^ sign) - (sign + map->first_count);
     }
-    SIMD for (int i = 0; i < n; i++) codes[i] = (uint8_t)(found[i] > 0 ? found[i] : 0); /* a code of -1 is one below the map */
+    /* The magnitude of -1 is that of the top code, which has no negative. */
+    SIMD for (int i = 0; i < n; i++) codes[i] = (uint8_t)(found[i] > 0 ? found[i] : 0);
 }
 
 INLINE float largest_of(const float *value, int n) {
