@@ -46,6 +46,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def main() -> None:
         help="default: benchmarks/results/step_time_PRESET_DEVICE.json; a .md and a .png beside it",
     )
     args = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        parser.error("matplotlib draws the chart and is not installed: pip install -c constraints.txt '.[plots]'")
     if args.pairs < 2:
         parser.error(f"--pairs must be at least 2, got {args.pairs}")
     args.dtype = args.dtype or ("fp32,bf16" if args.device == "cuda" else "fp32")

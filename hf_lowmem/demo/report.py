@@ -66,6 +66,8 @@ def print_table(runs: list[Run], console: Console) -> None:
     """The summary, narrow enough for 80 columns."""
     title = f"\nLlama, {runs[0].parameters:,} parameters; optimizer state as measured after the last step"
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption = "Times compare optimizers only where the machine has nothing else to do."
+    table.caption_justify, table.caption_style = "left", ""
     table.add_column("\noptim", no_wrap=True)
     for heading in (
         "state\nMiB",

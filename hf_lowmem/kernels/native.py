@@ -92,7 +92,7 @@ def library() -> ctypes._NamedFuncPointer | None:
     built = ctypes.CDLL(spec.origin) if spec and spec.origin else None
     if built is None or not _is_of_this_source(built):
         logger.warning(
-            "Optimizer steps on the CPU take several times longer than they could: the compiled kernels are %s.",
+            "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s.",
             "missing: install a C compiler, such as gcc, and then hf_lowmem again"
             if built is None
             else "of another version: install hf_lowmem again",

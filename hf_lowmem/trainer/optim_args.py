@@ -96,7 +96,7 @@ def typed_options(recipe_cls: type[Recipe], options: Mapping[str, Any], name: st
     legal = [field.name for field in fields(recipe_cls)]
     for key in options:
         if key not in legal:
-            nearest = get_close_matches(key, legal, n=1, cutoff=0.5)
+            nearest = get_close_matches(key, legal, n=1, cutoff=0.6)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise ValueError(f"optim_args has no key {key!r} for {name!r}{hint}; legal keys: {', '.join(legal)}.")
     return {key: _typed(key, value, annotations[key]) for key, value in options.items()}
