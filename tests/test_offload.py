@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_lowmem
+from hf_lowmem.algorithms import LowMemAdamW
 from hf_lowmem.placement import HostCopies
 from hf_lowmem.trainer.callbacks import generates_before_update
 
@@ -232,3 +233,12 @@ def test_state_leaves_before_steps_that_generate(arguments: dict[str, int], expe
     args = SimpleNamespace(**arguments)
     per_step = arguments.get("gradient_accumulation_steps", 1)
     assert [generates_before_update(args, done * per_step) for done in range(4)] == expected
+
+
+def test_an_entry_of_the_state_that_was_only_looked_at_is_no_state() -> None:
+    param = nn.Parameter(torch.ones(8))
+    optimizer = LowMemAdamW([param], lr=1e-2, offload_state=True)
+    assert not optimizer.state[param]  # which adds it
+    param.grad = torch.ones(8)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
