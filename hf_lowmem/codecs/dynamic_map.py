@@ -12,7 +12,7 @@ Encoding takes the nearest code, in one of three ways that agree up to float rou
 Eager code (`encode_table`) uses one gather and no search: the leading bits of a float name a cell that holds at most
 one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled code
 (`encode_lines`) takes the minimum of straight lines, which vectorizes where a gather does not. `native.c` finds the
-decade and then takes its line alone (`decades`).
+decade and then takes its line alone (`count_lines`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
     return tuple(lines)
 
 
-class Decade(NamedTuple):
+class CountLine(NamedTuple):
     """The numbers from `start` to the next decade's. Their count is the whole part of a line, but at most `last`."""
 
     start: float
@@ -108,16 +108,16 @@ class Decade(NamedTuple):
     last: int
 
 
-def decades(signed: bool) -> tuple[Decade, ...]:
+def count_lines(signed: bool) -> tuple[CountLine, ...]:
     """Of a number's magnitude: the seven decades, of which the first begins at 0, and the top code."""
     edges = dict(enumerate(boundaries(signed).tolist()[127 if signed else 0 :], start=1 if signed else 2))
-    found: list[Decade] = []
+    found: list[CountLine] = []
     for e in range(7) if signed else range(1, 8):
         first, last = 2**e, 2 ** (e + 1) - 1  # counts; the boundaries between them lie on one line
         through = min(first + 1, last - 1) if first < last else last + 1
         slope = (last - through) / (edges[last] - edges[through])
-        found.append(Decade(edges[first] if found else 0.0, slope, last - slope * edges[last], last))
-    return *found, Decade(edges[last + 1], 0.0, last + 1, last + 1)
+        found.append(CountLine(edges[first] if found else 0.0, slope, last - slope * edges[last], last))
+    return *found, CountLine(edges[last + 1], 0.0, last + 1, last + 1)
 
 
 def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import Float32, Int8Blockwise
-from hf_lowmem.codecs.dynamic_map import DECADES, FIRST_COUNT, decades
+from hf_lowmem.codecs.dynamic_map import DECADES, FIRST_COUNT, count_lines
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
@@ -174,6 +174,6 @@ def _map(signed: bool) -> ctypes._Pointer[_Map]:
     else:
         lines = (1 / 255, -1 / 255), *lines
     halved = ((slope / 2, intercept) for slope, intercept in lines)  # counts are doubled
-    tables = *zip(*halved, strict=True), *zip(*decades(signed), strict=True)
+    tables = *zip(*halved, strict=True), *zip(*count_lines(signed), strict=True)
     arrays = [(_FLOATS if isinstance(table[0], float) else _INTS)(*table) for table in tables]
     return ctypes.pointer(_Map(*arrays, FIRST_COUNT[signed]))
