@@ -196,8 +196,8 @@ def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
     for group in optimizer.param_groups:
         launches: dict[gpu.Variant, list[gpu.Part]] = defaultdict(list)
         for param in group["params"]:
-            planned = optimizer.plan(group, tuple(param.shape), param.dtype)
-            slot = Slot(param, torch.empty_like(param), optimizer.init_state(param, group), planned, step=1)
+            planned = optimizer.plan_of(param)
+            slot = Slot(param, torch.empty_like(param), optimizer.init_state(param), planned, step=1)
             parts = parts_of(slot) if planned.projection is FULL_SPACE else None
             if parts is None:
                 return torch_temporaries(model, optim, optim_args)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
 from hf_lowmem.state import KAHAN_COMP, TensorSpec
 
 Group = Mapping[str, Any]
+FLOATS = {torch.float32, torch.float64}
 LEAST = {
     **dict.fromkeys(("min_8bit_size", "rounding_seed"), 0),
     **dict.fromkeys(("rows_per_block", "rank", "update_interval", "reproject_factor"), 1),
@@ -34,6 +37,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
     """Check the hyperparameters and options present in `values`, each by itself."""
+    lr = values.get("lr")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")  # torch's own words
     for name in ("lr", "eps", "weight_decay"):
         if name in values and not 0.0 <= values[name] < float("inf"):
             raise ValueError(f"{name}={values[name]} is not a finite number of at least 0.")
@@ -68,11 +74,145 @@ def check_one_rank(values: Mapping[str, Any]) -> None:
 
 
 def check_param(param: Tensor) -> None:
+    """Refuse a parameter whose entries no optimizer of this package can step."""
     if param.is_complex():
         raise ValueError(
             f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "
             "train torch.view_as_real of it, or give it to another optimizer."
         )
+    if param.layout is not torch.strided:
+        raise ValueError(
+            f"Parameters of layout {param.layout} are not supported (shape {tuple(param.shape)}): "
+            "train a dense copy of it, or give it to another optimizer."
+        )
+
+
+# Flags of torch's optimizers that this package's do not have; True would change the steps, or how they are taken.
+TORCH_FLAGS = ("maximize", "amsgrad", "differentiable", "foreach", "fused", "nesterov")
+SYNONYMS = {
+    **{"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay", "beta": "betas"},
+    **{"beta1": "betas", "beta2": "betas", "b1": "betas", "b2": "betas"},
+}
+
+
+def check_group_keys(group: Group, options: Iterable[str], owner: str) -> None:
+    """Refuse flags of torch's optimizers that are on, and keys that look like a misspelt option.
+
+    All other keys are the user's own tags.
+
+    Args:
+        group: a parameter group as it comes in.
+        options: the options that a group may have.
+        owner: the optimizer's name for the message.
+    """
+    known = {*options, "params", "param_names"}
+    for flag in TORCH_FLAGS:
+        if flag not in known and isinstance(group.get(flag), (bool, int)) and group[flag]:
+            raise ValueError(
+                f"A parameter group has {flag}={group[flag]}, which {owner} does not support: leave it out of the group."
+            )
+    if group.get("decoupled_weight_decay") is False:
+        raise ValueError(
+            f"A parameter group has decoupled_weight_decay=False, but {owner} decouples weight decay as AdamW does: "
+            "leave it out of the group."
+        )
+    for key in group:
+        meant = None if key in known else nearest_option(str(key), known)
+        if meant:
+            raise ValueError(
+                f"A parameter group has {key}={group[key]!r}, which is no option of {owner}, though {meant!r} is: "
+                f"write {meant}=..., or give a tag of your own another name."
+            )
+
+
+def nearest_option(key: str, options: Iterable[str]) -> str | None:
+    """The option that `key` is a misspelling of, or None."""
+    bare = {option.replace("_", ""): option for option in options}
+    word = "".join(letter for letter in key.lower() if letter.isalnum())
+    if word in bare:
+        return bare[word]
+    if SYNONYMS.get(key.lower()) in bare.values():
+        return SYNONYMS[key.lower()]
+    for option in bare.values():
+        if len(option) >= 4 and len(key) >= 4 and one_edit_apart(key.lower(), option):
+            return option
+    close = get_close_matches(key.lower(), [option for option in bare.values() if len(option) >= 8], n=1, cutoff=0.9)
+    return close[0] if close else None
+
+
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one letter more, less or other, or two letters swapped, make `b` of `a`."""
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[start:], b[start:]
+    end = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[: len(a) - end], b[: len(b) - end]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
+
+
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's storage holds its entries as they are, so that a kernel may take their address.
+
+    Wrapper subclasses, sparse layouts, the negative bit of a view and storage that was freed or cut say no.
+    """
+    if type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_neg() or tensor.is_conj():
+        return False
+    return tensor.is_meta or not tensor.numel() or _end(tensor) <= tensor.untyped_storage().nbytes()
+
+
+def _end(tensor: Tensor) -> int:
+    """The byte of the storage at which the tensor's last entry ends."""
+    if tensor.is_contiguous():
+        last = tensor.numel()
+    else:
+        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last) * tensor.itemsize
+
+
+def check_grad(param: Tensor, grad: Tensor, owner: str) -> None:
+    """Refuse a gradient that does not belong to the weight as it is now.
+
+    Raises:
+        RuntimeError: the gradient is sparse, or has another shape or device than the weight.
+    """
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{owner} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
+            "use sparse=False in the embedding."
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"A gradient of shape {tuple(grad.shape)} on {grad.device} does not fit its weight of shape "
+            f"{tuple(param.shape)} on {param.device}, which has been replaced since the backward pass: call "
+            "optimizer.zero_grad() and take a new backward pass."
+        )
+
+
+def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:
+    """Refuse state that is not laid out as declared for the weight as it is now.
+
+    Raises:
+        RuntimeError: the weight or its state has changed its shape, dtype, strides or device since it was made.
+    """
+    for key, spec in specs.items():
+        tensor = state.get(key)
+        if tensor is None or tensor.shape != spec.shape:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise RuntimeError(
+                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} is "
+                "expected: if the weight was resized, call optimizer.resize_state() before the next step."
+            )
+        place = spec.place(param.device)
+        if tensor.dtype != spec.dtype or tensor.device != place or not tensor.is_contiguous() or not is_dense(tensor):
+            raise RuntimeError(
+                f"The optimizer state {key!r} of {name} is {tensor.dtype} on {tensor.device} with strides "
+                f"{tensor.stride()}, expected contiguous {spec.dtype} on {place}: load it with load_state_dict, and "
+                "do not replace it."
+            )
 
 
 def check_capturable(group: Group, projects: bool) -> None:
@@ -84,6 +224,7 @@ def check_capturable(group: Group, projects: bool) -> None:
 
 
 def check_unsharded(param: Tensor) -> None:
+    """Refuse a DTensor: its rows are on several ranks."""
     if hasattr(param, "placements"):
         raise ValueError(
             f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: "
@@ -91,8 +232,8 @@ def check_unsharded(param: Tensor) -> None:
         )
 
 
-def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_options: Iterable[str]) -> None:
-    """Refuse a checkpoint whose groups were made by another algorithm, other rules or another model."""
+def check_groups(current: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Refuse a checkpoint whose groups were made by another algorithm or for another model."""
     algorithm = current[0]["algorithm"]
     written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
     if written_by != {algorithm}:
@@ -100,29 +241,29 @@ def check_groups(current: Sequence[Group], saved: Sequence[Group], layout_option
             f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
             "resume with the same optim name, or without the checkpoint's optimizer state."
         )
-    hint = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
-    for number, (mine, theirs) in enumerate(zip(current, saved, strict=False)):
-        for option in layout_options:
-            if theirs.get(option) != mine[option]:
-                found, expected = theirs.get(option), mine[option]
-                raise ValueError(f"Checkpoint group {number} has {option}={found!r}, expected {expected!r}: {hint}.")
-        names, saved_names = mine.get("param_names"), theirs.get("param_names")
-        if names and saved_names and names != saved_names:
-            differing = sorted(set(names) ^ set(saved_names)) or list(names)
-            raise ValueError(
-                f"Checkpoint group {number} holds other parameters, {differing[0]!r} among the differing ones: {hint}."
-            )
+    check_group_sizes(current, saved)
+
+
+HINT = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
+
+
+def check_group_sizes(current: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Refuse groups that hold another number of parameters."""
+    if len(current) != len(saved):
+        raise ValueError(f"The checkpoint has {len(saved)} parameter groups, expected {len(current)}: {HINT}.")
+    for number, (mine, theirs) in enumerate(zip(current, saved, strict=True)):
         if len(mine["params"]) != len(theirs["params"]):
             raise ValueError(
                 f"Checkpoint group {number} holds {len(theirs['params'])} parameters, expected {len(mine['params'])}: "
-                f"{hint}."
+                f"{HINT}."
             )
-    if len(current) != len(saved):
-        raise ValueError(f"The checkpoint has {len(saved)} parameter groups, expected {len(current)}: {hint}.")
 
 
 def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape: tuple[int, ...]) -> None:
-    """Refuse saved state that is not laid out as declared for a parameter of `shape`."""
+    """Refuse saved state that is not laid out as declared for a parameter of `shape`.
+
+    A float32 tensor may take a float64 one's place and the other way round: the weight's dtype may have changed.
+    """
     hint = "Resume with the same optim name, rules and state_bits."
     if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
         raise ValueError(
@@ -131,8 +272,12 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
     for name, spec in specs.items():
         if name not in saved:
             continue
-        found = (tuple(saved[name].shape), saved[name].dtype)
-        if found != (spec.shape, spec.dtype):
+        value = saved[name]
+        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), type(value))
+        kinds = {spec.dtype, float, int} if not spec.shape else {spec.dtype}
+        if spec.dtype in FLOATS:
+            kinds |= FLOATS
+        if found[0] != spec.shape or found[1] not in kinds:
             raise ValueError(
                 f"Checkpoint state {name!r} has shape {found[0]} and {found[1]}, expected {spec.shape} and "
                 f"{spec.dtype}. {hint}"

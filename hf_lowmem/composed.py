@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,16 +12,39 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels import Hyper, Slot
+from hf_lowmem.moments import Full
 from hf_lowmem.rounding import StoredWeight
-from hf_lowmem.state import Projection, State, StatePlan
-from hf_lowmem.update_rules import RULES
+from hf_lowmem.state import FULL_SPACE, Projection, State, StatePlan
+from hf_lowmem.update_rules import ELEMENTWISE, RULES
+
+
+TILE = 1 << 18  # entries that an elementwise rule is run on at a time, so that its temporaries stay small
 
 
 def composed_step(rule: str, slot: Slot, hyper: Hyper) -> None:
-    """Step one parameter by its rule, in float32."""
-    weight, grad = slot.weight(), slot.grad if slot.clip is None else slot.grad.float() * slot.clip.scale
+    """Step one parameter by its rule, in the plan's arithmetic: float32, or float64 for float64 weights."""
     step = slot.step.double() if isinstance(slot.step, Tensor) else slot.step
-    weight.store(_new_param(rule, slot.plan, weight, grad, slot.state, step, **hyper.numbers, **hyper.flags))
+    whole = slot.weight()
+    for rows in _tiles(rule, slot):
+        weight, grad = whole[rows], slot.grad[rows].to(slot.plan.arithmetic)
+        if slot.clip is not None:
+            grad = grad * slot.clip.scale
+        state = {name: tensor[rows] if tensor.ndim else tensor for name, tensor in slot.state.items()}
+        weight.store(_new_param(rule, slot.plan, weight, grad, state, step, **hyper.numbers, **hyper.flags))
+
+
+def _tiles(rule: str, slot: Slot) -> Iterator[tuple[slice, ...]]:
+    """Slices of axis 0 where each entry's step depends on its own state alone, else the whole weight."""
+    shape = slot.param.shape
+    by_entry = rule in ELEMENTWISE and slot.plan.projection is FULL_SPACE
+    by_entry &= all(isinstance(moment, Full) for moment in slot.plan.moments.values())
+    by_entry &= all(tensor.shape[:1] == shape[:1] for tensor in slot.state.values() if tensor.ndim)
+    if not shape or not by_entry:
+        yield ()
+        return
+    rows = max(TILE // max(math.prod(shape[1:]), 1), 1)
+    for start in range(0, shape[0], rows):
+        yield (slice(start, start + rows),)
 
 
 def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
@@ -42,7 +66,7 @@ def _new_param(
     rule: str, plan: StatePlan, weight: StoredWeight, grad: Tensor, state: State, step: Any, **hyper: Any
 ) -> Tensor:
     space = _BoundProjection(plan.projection, state, plan.stacked)
-    new_param: Tensor = RULES[rule](weight.load(), grad.float(), plan.bind(state), space, step, **hyper)
+    new_param: Tensor = RULES[rule](weight.load(), grad.to(plan.arithmetic), plan.bind(state), space, step, **hyper)
     return new_param
 
 

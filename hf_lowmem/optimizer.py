@@ -6,29 +6,38 @@ import copy
 import logging
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.checks import (
+    FLOATS,
     check_capturable,
+    check_grad,
+    check_group_keys,
     check_groups,
     check_hyperparameters,
     check_param,
     check_state,
+    check_stored,
     check_unsharded,
+    is_dense,
+    nearest_option,
 )
 from hf_lowmem.composed import compiled_step, composed_step
 from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of, warn_of_capturable
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
+from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple, check_layouts
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
-from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec
+from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = logging.getLogger(__name__)
@@ -38,16 +47,36 @@ Group = dict[str, Any]
 RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state", "fused_clip", "capturable")
 
 
-def as_tuple(value: Any) -> Any:
-    """Lists as tuples, nested ones too: group values are compared, hashed and saved."""
-    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
+class Member(NamedTuple):
+    """One parameter to step: its place among all of the optimizer's, its gradient as a dense tensor, and its plan."""
+
+    number: int
+    param: Tensor
+    grad: Tensor
+    plan: StatePlan
 
 
-class Roles(Protocol):
-    """Which options each parameter of a model gets: the seam between a model's roles and the optimizer's groups."""
+class Checked(NamedTuple):
+    """What was true of a parameter and its state when they were last compared with the plan."""
 
-    def of(self, param: Tensor) -> tuple[str, dict[str, Any]] | None:
-        """(name, options) of a parameter, or None if it is not known; the options become plain values of its group."""
+    layout: ParamLayout
+    schedule: tuple[Any, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    pointer: int
+    tensors: tuple[tuple[Tensor, int], ...]
+    plan: StatePlan
+
+    def still_holds(self, param: Tensor, state: State) -> bool:
+        """Whether weight and state are the same tensors at the same addresses, so that nothing need be compared."""
+        if self.shape != param.shape or self.dtype is not param.dtype or len(state) != len(self.tensors):
+            return False
+        if not is_plain(param) or self.pointer != param.data_ptr():
+            return False
+        return all(
+            mine is theirs and mine.data_ptr() == pointer
+            for mine, (theirs, pointer) in zip(state.values(), self.tensors, strict=True)
+        )
 
 
 class LowMemOptimizer(Optimizer):
@@ -56,7 +85,7 @@ class LowMemOptimizer(Optimizer):
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; weight decay is decoupled.
-        roles: options per parameter; each incoming group is split by them. Options given in a group win.
+        roles: layout options per parameter, kept beside the groups; those that a group brings win.
         rounding: how a weight narrower than float32 takes an update: "nearest", "stochastic", or "kahan", which keeps
             what was cut off in `kahan_comp`, int16 of the weight's shape.
         rounding_seed: of the noise of "stochastic", which also depends on the parameter's place and its step.
@@ -93,25 +122,39 @@ class LowMemOptimizer(Optimizer):
         capturable: bool = False,
         **options: Any,
     ) -> None:
-        legal = {*self.plan_options(), *RULE_FLAGS.get(self.rule, ()), "compile"}
-        if unknown := set(options) - legal:
+        known = self._known_options()
+        if unknown := set(options) - known:
+            meant = nearest_option(name := min(unknown), known)
             raise TypeError(
-                f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(sorted(legal))}."
+                f"{type(self).__name__} has no option {name!r}{f', did you mean {meant!r}?' if meant else ';'} it has "
+                f"{', '.join(sorted(known))}."
             )
         self._roles = roles
+        self._layouts: list[GroupLayouts] = []
+        self._layout_defaults = {
+            option: as_tuple(options.pop(option, default)) for option, default in self.layout_options.items()
+        }
+        self._forget_caches()
+        run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
+        run |= dict(fused_clip=fused_clip, capturable=capturable, compile=False)
+        betas = as_tuple(betas)
+        defaults = (
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **self.schedule_options) | run | options
+        )
+        check_hyperparameters({**self._layout_defaults, **defaults})
+        super().__init__(params, {**defaults, "algorithm": self.algorithm})
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("The optimizer got no parameter to train: unfreeze some, or pass a non-empty group.")
+
+    def _forget_caches(self) -> None:
+        """Start with what belongs to the next step, and to this process, empty."""
         self._plans: dict[tuple, StatePlan] = {}
+        self._checked: dict[Tensor, Checked] = {}
         self._host_copies = HostCopies()
         self._rounding_changed: Counter[str] = Counter()
         self._clips: dict[torch.device, Clip] = {}  # of the next step
         self._clipped: dict[Tensor, Any] = {}  # weak references to the gradients, by parameter
         self._clip_captured = self._asked_to_clip = False
-        run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
-        run |= dict(fused_clip=fused_clip, capturable=capturable)
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **run, **options)
-        check_hyperparameters(defaults)
-        super().__init__(params, {**defaults, "algorithm": self.algorithm})
-        if not self.param_groups:
-            raise ValueError("The optimizer got no parameter to train: unfreeze some, or pass a non-empty group.")
 
     # -- what a subclass defines ------------------------------------------------------------------------------------
 
@@ -125,6 +168,11 @@ class LowMemOptimizer(Optimizer):
         """All options that `make_plan` takes, with their defaults."""
         return {**cls.layout_options, **cls.schedule_options}
 
+    @classmethod
+    def _known_options(cls) -> set[str]:
+        """All options that the constructor and the groups take, beside torch's own hyperparameters."""
+        return {*cls.plan_options(), *RULE_FLAGS.get(cls.rule, ()), *RUN_OPTIONS}
+
     def rule_of(self, plan: StatePlan, group: Group) -> str:
         """The rule that steps a parameter with this plan."""
         return self.rule
@@ -132,23 +180,44 @@ class LowMemOptimizer(Optimizer):
     # -- groups -----------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, split by the options that the roles give its parameters."""
-        group = dict(param_group)
-        params = group.pop("params")
-        named = [params] if isinstance(params, Tensor) else list(params)
-        if self._roles is None:
-            if named:
-                self._add_checked({**group, "params": named})
-            return
-        split: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
-        unplanned = []
-        for number, entry in enumerate(named, start=sum(len(g["params"]) for g in self.param_groups)):
-            name, param = entry if isinstance(entry, tuple) else (f"unnamed.{number}", entry)
-            planned = self._roles.of(param)
-            if planned is None:
+        """Add a group, as torch does; the layout options of its parameters are kept beside it.
+
+        Raises:
+            TypeError: `param_group` is no dict, or its parameters are a set or no tensors.
+            ValueError: a hyperparameter out of range, an option that is misspelt or does not fit a parameter, a flag
+                of torch's optimizers that this one does not support, or a parameter that is in another group.
+        """
+        if isinstance(param_group, dict):
+            hyperparameters = ("lr", "betas", "eps", "weight_decay", "algorithm")
+            check_group_keys(param_group, (*hyperparameters, *self._known_options()), type(self).__name__)
+            param_group["algorithm"] = self.algorithm
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            check_hyperparameters(group)
+            self._layouts.append(self._layouts_of(group))
+            schedule = self._schedule(group)
+            for param, layout in zip(group["params"], self._layouts[-1].layouts, strict=True):
+                check_param(param)
+                plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
+                check_capturable(group, bool(self.idle_calls) or plan.projection is not FULL_SPACE)
+        except Exception:
+            self.param_groups.pop()
+            del self._layouts[len(self.param_groups) :]
+            raise
+
+    def _layouts_of(self, group: Group) -> GroupLayouts:
+        """The layout of each parameter of a new group: the optimizer's defaults, its role's options, the group's."""
+        own = self._own_options(group)
+        names = group.get("param_names") or [""] * len(group["params"])
+        layouts, unplanned = [], []
+        for param, name in zip(group["params"], names, strict=True):
+            planned = self._roles.of(param) if self._roles else None
+            if self._roles and planned is None:
                 unplanned.append(tuple(param.shape))
-            name, options = planned or (name, {})
-            split[tuple(sorted(options.items()))].append((name, param))
+            role_name, chosen = planned or ("", {})
+            options = {**self._layout_defaults, **chosen, **own}
+            layouts.append(ParamLayout(role_name or name, tuple(sorted(options.items()))))
         if unplanned:
             logger.warning(
                 "%d parameters are not those of the model that the roles were read from (shapes %s%s): they get the "
@@ -157,62 +226,87 @@ class LowMemOptimizer(Optimizer):
                 ", ".join(map(str, unplanned[:3])),
                 ", ..." if len(unplanned) > 3 else "",
             )
-        for chosen, members in split.items():
-            self._add_checked({**dict(chosen), **group, "params": members})
+        return GroupLayouts(
+            layouts, {option: as_tuple(group[option]) for option in self.layout_options.keys() & group.keys()}
+        )
 
-    def _add_checked(self, group: dict[str, Any]) -> None:
-        group.update({option: as_tuple(group[option]) for option in self.plan_options() if option in group})
-        check_hyperparameters(group)
-        super().add_param_group(group)
-        added = self.param_groups[-1]
-        try:
-            for param in added["params"]:
-                check_param(param)
-                plan = self.plan(added, tuple(param.shape), param.dtype)
-                check_capturable(added, bool(self.idle_calls) or plan.projection is not FULL_SPACE)
-        except Exception:
-            self.param_groups.pop()
-            raise
+    def _own_options(self, group: Group) -> dict[str, Any]:
+        """The layout options that a group brings, which win over the roles'."""
+        return {option: as_tuple(group[option]) for option in self.layout_options if option in group}
 
     def plan(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> StatePlan:
-        """The plan of a parameter of `shape` and `dtype` in `group`; a function of these alone."""
-        return self._plans_of(group)(shape, dtype)
+        """The plan that a parameter of `shape` and `dtype` has in `group` where no role says otherwise."""
+        options = tuple(sorted({**self._layout_defaults, **self._own_options(group)}.items()))
+        return self._plan(options, self._schedule(group), tuple(shape), dtype)
 
-    def _plans_of(self, group: Group) -> Callable[[tuple[int, ...], torch.dtype], StatePlan]:
-        """`plan` for the parameters of one group."""
-        values = tuple(group[option] for option in (*self.plan_options(), "rounding"))
+    def plan_of(self, param: Tensor) -> StatePlan:
+        """The plan of one of the optimizer's parameters.
 
-        def plan(shape: tuple[int, ...], dtype: torch.dtype) -> StatePlan:
-            found = self._plans.get((shape, dtype, values))
-            if found is None:
-                found = self._plans[shape, dtype, values] = self.state_plan(tuple(shape), dtype, group)
-            return found
+        Raises:
+            KeyError: the optimizer does not have it.
+        """
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for member, layout in zip(group["params"], layouts.layouts, strict=True):
+                if member is param:
+                    return self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
+        raise KeyError(f"The optimizer has no parameter {tuple(param.shape)} that is this one.")
 
-        return plan
+    def _schedule(self, group: Group) -> tuple[Any, ...]:
+        """The values of a group that plans depend on and that may change at any step."""
+        return tuple([group[option] for option in (*self.schedule_options, "rounding")])
+
+    def _plan(
+        self,
+        options: tuple[tuple[str, Any], ...],
+        schedule: tuple[Any, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> StatePlan:
+        key = (options, schedule, shape, dtype)
+        found = self._plans.get(key)
+        if found is None:
+            values = dict(options) | dict(zip((*self.schedule_options, "rounding"), schedule, strict=True))
+            found = self._plans[key] = self.state_plan(shape, dtype, values)
+        return found
 
     @classmethod
     def state_plan(cls, shape: tuple[int, ...], dtype: torch.dtype, values: Mapping[str, Any]) -> StatePlan:
         """The state of a parameter under a group's values."""
         plan = cls.make_plan(shape, **{option: values[option] for option in cls.plan_options()})
-        return replace(plan, rounding=Rounding.of(values["rounding"], dtype))
+        return replace(plan, rounding=Rounding.of(values["rounding"], dtype), arithmetic=arithmetic_of(dtype))
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
-    def init_state(self, param: Tensor, group: Group) -> State:
-        """Allocate the declared state of one parameter, all zero."""
+    def init_state(self, param: Tensor) -> State:
+        """Allocate the declared state of one of the optimizer's parameters, all zero."""
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for member, layout in zip(group["params"], layouts.layouts, strict=True):
+                if member is param:
+                    return self._init_state(param, layout, self._schedule(group), group)
+        raise KeyError(f"The optimizer has no parameter {tuple(param.shape)} that is this one.")
+
+    def _init_state(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> State:
         check_unsharded(param)
-        specs = self._specs(param, group)
-        state = {name: spec.zeros(param.device) for name, spec in specs.items()}
+        plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
+        state = {name: spec.zeros(param.device) for name, spec in self._specs(param, plan, group).items()}
         self.state[param] = state
         return state
 
-    def _specs(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        specs = self.plan(group, tuple(param.shape), param.dtype).specs(tuple(param.shape))
+    @staticmethod
+    def _specs(param: Tensor, plan: StatePlan, group: Group) -> dict[str, TensorSpec]:
+        specs = plan.specs(tuple(param.shape))
         return {**specs, "step": replace(STEP, on_host=not group["capturable"])}
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step. A parameter without a gradient is left alone: no decay, and its `step` does not advance."""
+        """Take one step. A parameter without a gradient is left alone: no decay, and its `step` does not advance.
+
+        Under torch.compile the step is left out of the compiled region and taken as it is.
+
+        Raises:
+            RuntimeError: a weight, its gradient or its state do not fit each other; nothing has been stepped then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -220,9 +314,14 @@ class LowMemOptimizer(Optimizer):
         self._check_capture()
         self._fetch_state()
         self._warn_of_missed_clipping()
+        stepped: list[Tensor] = []
         for group, key, slots in self._buckets(advance=True):
-            with torch.autocast(key.device, enabled=False):
-                self._run(key, slots, group)
+            with _no_autocast(key.device):
+                for bucket in [slots] if is_plain(slots[0].param) else [[slot] for slot in slots]:
+                    self._run(key, bucket, group)
+            stepped += [slot.param for slot in slots]
+        # Kernels write through addresses, which autograd does not see.
+        torch.autograd.graph.increment_version(stepped)
         self._clips, self._clipped = {}, {}
         for change, weights in self._rounding_changed.items():
             logger.info(
@@ -231,13 +330,14 @@ class LowMemOptimizer(Optimizer):
         self._rounding_changed.clear()
         return loss
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the next step to a total 2-norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
         They are read once for it, and the step scales them as it reads them. They are written only under SOAP, under
         COAP when a basis changes, and under `compile`. Call it before each step that is to clip, once all gradients
-        are there: of several calls the last counts, and a gradient that another has taken the place of is not clipped.
+        are there: of several calls the last counts, and a gradient replaced after this call is not clipped.
         A CUDA graph must capture both calls.
 
         Args:
@@ -255,13 +355,13 @@ class LowMemOptimizer(Optimizer):
         self._asked_to_clip = True
         self._host_copies.fetch()
         kept: dict[Any, Tensor] = {}
-        buckets = list(self._buckets(advance=False))
+        buckets = self._buckets(advance=False)
         norm = total_norm(((None if group["compile"] else key, slots) for group, key, slots in buckets), kept)
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             clipped = [slot for _, _, slots in buckets for slot in slots]
             self._clips = {device: Clip(moved(scale, device), kept) for device in {s.param.device for s in clipped}}
-            self._clipped = {slot.param: weakref.ref(slot.grad) for slot in clipped}
+            self._clipped = {slot.param: weakref.ref(slot.param.grad) for slot in clipped}
             self._clip_captured = any(map(capturing, self._clips))
         return norm
 
@@ -270,54 +370,96 @@ class LowMemOptimizer(Optimizer):
         self._clips, self._clipped = {}, {}
         super().zero_grad(set_to_none)
 
-    def _buckets(self, advance: bool) -> Iterator[tuple[Group, KernelKey, list[Slot]]]:
-        """The parameters with a gradient, those of a group that a kernel steps together; `advance` counts the step."""
-        first = 0
-        for group in self.param_groups:
-            buckets: dict[tuple[KernelKey, torch.device], list[Slot]] = defaultdict(list)
-            members = [
-                (number, param) for number, param in enumerate(group["params"], first) if self._has_grad(param, group)
-            ]
-            if advance and members:
-                steps = [self.state[param]["step"] for _, param in members]
+    def _buckets(self, advance: bool) -> list[tuple[Group, KernelKey, list[Slot]]]:
+        """The parameters with a gradient, all checked, by what a kernel steps together; `advance` counts the step."""
+        if len(self.param_groups) != len(self._layouts):
+            raise RuntimeError(
+                f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were added: "
+                "add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
+            )
+        for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            layouts.check(group, number, self.layout_options)
+        firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
+        members = [self._members(*entry) for entry in zip(self.param_groups, self._layouts, firsts, strict=False)]
+        found = []
+        for group, with_grad in zip(self.param_groups, members, strict=True):
+            if advance and with_grad:
+                steps = [self.state[member.param]["step"] for member in with_grad]
                 # On the host this is a loop, in which a number would be made a tensor each time.
                 torch._foreach_add_(
                     steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
                 )
-            plan_of = self._plans_of(group)
-            for number, param in members:
-                slot = self._slot(param, group, number, plan_of(param.shape, param.dtype))
-                key = key_of(self.rule_of(slot.plan, group), slot.plan, param.device.type)
+            buckets: dict[tuple[KernelKey, torch.device, bool], list[Slot]] = defaultdict(list)
+            for member in with_grad:
+                param, plan = member.param, member.plan
                 if param.numel():
-                    buckets[key, param.device].append(slot)
-            for (key, _), slots in buckets.items():
-                yield group, key, slots
-            first += len(group["params"])
+                    key = key_of(self.rule_of(plan, group), plan, param.device.type)
+                    buckets[key, param.device, is_plain(param)].append(self._slot(member, group))
+            found += [(group, key, slots) for (key, *_), slots in buckets.items()]
+        return found
 
-    def _has_grad(self, param: Tensor, group: Group) -> bool:
-        # Every trainable parameter gets its state at the first step, gradient or not: all ranks hold the same keys.
-        if param.grad is None and not param.requires_grad:
-            return False
-        if not self.state.get(param):
-            self.init_state(param, group)
-        if param.grad is not None and param.grad.is_sparse:
+    def _members(self, group: Group, layouts: GroupLayouts, first: int) -> list[Member]:
+        """The parameters of a group that have a gradient; each trainable one has its state afterwards."""
+        schedule, found = self._schedule(group), []
+        for number, (param, layout) in enumerate(zip(group["params"], layouts.layouts, strict=True), first):
+            grad = param.grad
+            if grad is None and not param.requires_grad:
+                continue
+            # Every trainable parameter gets its state, gradient or not, so that all ranks hold the same keys.
+            state = self.state.get(param) or self._init_state(param, layout, schedule, group)
+            if grad is None:
+                continue
+            checked = self._checked.get(param)
+            if (
+                checked is None
+                or checked.layout is not layout
+                or checked.schedule != schedule
+                or not checked.still_holds(param, state)
+            ):
+                checked = self._check(param, layout, schedule, group)
+            check_grad(param, grad, type(self).__name__)
+            found.append(Member(number, param, grad if is_dense(grad) else densified(grad), checked.plan))
+        return found
+
+    def _check(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> Checked:
+        """Compare a weight and its state with their plan, and fit what a change of options or of dtype leaves to fit."""
+        check_unsharded(param)
+        name = layout.name or "A parameter"
+        last, state = self._checked.get(param), self.state[param]
+        if last is not None and last.shape != param.shape:
             raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
-                "use sparse=False in the embedding."
+                f"{name} has shape {tuple(param.shape)}, but its optimizer state was made for {tuple(last.shape)}: if "
+                "the weight was resized, call optimizer.resize_state() before the next step."
             )
-        return param.grad is not None
-
-    def _slot(self, param: Tensor, group: Group, number: int, plan: StatePlan) -> Slot:
-        state = self.state[param]
+        if is_plain(param) and not is_dense(param):
+            raise RuntimeError(
+                f"{name} of shape {tuple(param.shape)} has no storage that holds all of its entries as they are: "
+                "train a plain tensor."
+            )
+        plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
+        specs = self._specs(param, plan, group)
         self._fit_rounding(param, state, plan)
+        for key, spec in specs.items():
+            # The weight's dtype may have changed since the state was made or saved.
+            if key in state and {state[key].dtype, spec.dtype} == FLOATS:
+                state[key] = state[key].to(spec.dtype)
+        check_stored(param, state, specs, name)
+        tensors = tuple((tensor, tensor.data_ptr()) for tensor in state.values())
+        pointer = param.data_ptr() if is_plain(param) else 0
+        checked = Checked(layout, schedule, param.shape, param.dtype, pointer, tensors, plan)
+        self._checked[param] = checked
+        return checked
+
+    def _slot(self, member: Member, group: Group) -> Slot:
+        number, param, grad, plan = member
+        state = self.state[param]
         step: Any = state["step"] if group["capturable"] else state["step"].item() - self.idle_calls
         key: Any = 0
         if plan.rounding.kind == "stochastic":
             seed = group["rounding_seed"]
             key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
-        assert param.grad is not None
         clips = param in self._clipped and self._clipped[param]() is param.grad
-        return Slot(param, param.grad, state, plan, step, key, self._clips.get(param.device) if clips else None)
+        return Slot(param, grad, state, plan, step, key, self._clips.get(param.device) if clips else None)
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
         # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
@@ -328,6 +470,12 @@ class LowMemOptimizer(Optimizer):
             self._rounding_changed["started at zero" if wanted else "left out"] += 1
 
     def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
+        """Step the slots of a bucket; a weight that is a wrapper subclass is stepped by itself, as a dense copy."""
+        (wrapper, plan), staged = (slots[0].param, slots[0].plan), not is_plain(slots[0].param)
+        if staged:
+            # A weight that rounds to nearest keeps float32's digits for the wrapper's own rounding.
+            dtype = plan.arithmetic if plan.rounding.kind == "nearest" else wrapper.dtype
+            slots = [slots[0]._replace(param=densified(wrapper, dtype))]
         slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
         projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
         for _, grad, state, plan, *_ in projected:
@@ -337,6 +485,8 @@ class LowMemOptimizer(Optimizer):
             self._update(key, active, group)
         for _, grad, state, plan, *_ in projected:
             plan.projection.after_step(grad, state, plan.bind(state), group["betas"][1])
+        if staged:
+            wrapper.copy_(slots[0].param)
 
     def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
         beta1, beta2 = group["betas"]
@@ -345,7 +495,7 @@ class LowMemOptimizer(Optimizer):
         if not (group["capturable"] and isinstance(lr, Tensor) and lr.device == slots[0].param.device):
             lr = float(lr)
         hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
-        kernel = None if group["compile"] else find_kernel(key)
+        kernel = None if group["compile"] or not is_plain(slots[0].param) else find_kernel(key)
         if group["capturable"]:  # the other kernels take their numbers from the host
             if isinstance(kernel, TritonKernel):
                 slots = kernel.step(slots, hyper)
@@ -402,21 +552,46 @@ class LowMemOptimizer(Optimizer):
         """What `release_state` and the steps after it have moved, both ways, since the last call of this method."""
         return self._host_copies.transferred()
 
+    @torch.no_grad()
+    def resize_state(self) -> None:
+        """Fit the state to weights whose first axis has become longer or shorter, as of an extended vocabulary.
+
+        Rows that were there keep their state, and new ones start at zero. Call it after the weights were resized and
+        before the next step; it does nothing where all state fits.
+
+            model.resize_token_embeddings(len(tokenizer))
+            optimizer.resize_state()
+
+        Raises:
+            RuntimeError: the state cannot be carried over: another axis has changed, or the weight is projected.
+        """
+        self._host_copies.fetch()
+        resized: dict[Tensor, State] = {}
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for param, layout in zip(group["params"], layouts.layouts, strict=True):
+                if self.state.get(param):
+                    plan = self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
+                    specs = self._specs(param, plan, group)
+                    resized[param] = resized_state(param, self.state[param], specs, layout.name or "A parameter")
+        for param, state in resized.items():
+            self.state[param] = state
+            self._checked.pop(param, None)
+
     def state_dict(self) -> dict[str, Any]:
-        """Hyperparameters and state, as plain numbers and tensors."""
+        """Hyperparameters and state, as plain numbers and tensors.
+
+        Beside torch's own keys, `layouts` has the name and the layout options of each parameter, by group.
+        """
         self.synchronize_state()
-        return super().state_dict()
+        return {**super().state_dict(), "layouts": [layouts.saved() for layouts in self._layouts]}
 
     def __getstate__(self) -> dict[str, Any]:
         self._host_copies.fetch()
-        return super().__getstate__()
+        return {**super().__getstate__(), "_layouts": self._layouts, "_layout_defaults": self._layout_defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._roles = None  # parameters are other objects after a copy; the groups hold all that is needed
-        self._plans = {}
-        self._host_copies = HostCopies()
-        self._rounding_changed = Counter()
-        self._clips, self._clipped, self._clip_captured, self._asked_to_clip = {}, {}, False, False
+        self._roles = None  # parameters are other objects after a copy; the layouts hold all that is needed
+        self._forget_caches()
         super().__setstate__(state)
 
     @torch.no_grad()
@@ -431,31 +606,85 @@ class LowMemOptimizer(Optimizer):
         Raises:
             ValueError: the state was written by another algorithm, or under other rules, sizes or `state_bits`.
         """
+        state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         saved_groups = state_dict["param_groups"]
-        check_groups(self.param_groups, saved_groups, self.layout_options)
+        check_groups(self.param_groups, saved_groups)
+        named = ([{"name": name} for name in group.get("param_names", ())] for group in saved_groups)
+        check_layouts(self._layouts, state_dict.get("layouts") or named)
         loaded: dict[Tensor, State] = {}
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            for param, key in zip(group["params"], saved_group["params"], strict=True):
-                saved = state_dict["state"].get(key)
-                if saved:
-                    specs = self._specs(param, group)
+        for group, layouts, saved_group in zip(self.param_groups, self._layouts, saved_groups, strict=True):
+            for param, layout, key in zip(group["params"], layouts.layouts, saved_group["params"], strict=True):
+                if saved := state_dict["state"].get(key):
+                    plan = self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
+                    specs = self._specs(param, plan, group)
                     check_state(saved, specs, tuple(param.shape))
-                    loaded[param] = {
-                        name: tensor.to(specs[name].place(param.device) if name in specs else param.device, copy=True)
-                        for name, tensor in saved.items()
-                    }
+                    loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
+        kept = {"params", *RUN_OPTIONS, *self.plan_options(), *RULE_FLAGS.get(self.rule, ())}
         for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            kept = ("params", "param_names", *RUN_OPTIONS, *self.schedule_options, *RULE_FLAGS.get(self.rule, ()))
-            lr = group["lr"]
-            group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}))
+            lr, keeps = group["lr"], kept | ({"param_names"} & group.keys())
+            group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in keeps}))
             if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
                 rate, earlier = float(group["lr"]), self.param_groups[:number]
                 taken = any(other["lr"] is lr for other in earlier) and float(lr) != rate
                 group["lr"] = torch.full_like(lr, rate) if taken else lr.fill_(rate)
         self._host_copies.forget()
+        self._checked.clear()
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no wrapper subclass, whose entries only its own functions can read and write."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def densified(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A plain, contiguous copy of a tensor of any kind.
+
+    Raises:
+        RuntimeError: the tensor's class cannot be read as a dense tensor.
+    """
+    dense = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+    try:
+        return dense.copy_(tensor)
+    except Exception as error:
+        raise RuntimeError(
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} cannot be read as a dense tensor ({error}): "
+            "give it to another optimizer."
+        ) from error
+
+
+def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
+    """A saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
+    if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
+        return value.to(param.device, copy=True)  # type: ignore[no-any-return]
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
+    return tensor.copy_(torch.as_tensor(value))
+
+
+def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
+    """The state of a weight whose first axis has changed: rows that it still has are kept, new ones are zero."""
+    found: State = {}
+    for key, old in state.items():
+        spec = specs.get(key)
+        if spec is None or old.shape == spec.shape:
+            found[key] = old
+            continue
+        by_row = spec.param_dims[:1] == (0,) and old.shape[1:] == spec.shape[1:] and old.dtype == spec.dtype
+        if not by_row or "proj_count" in specs:
+            raise RuntimeError(
+                f"The optimizer state {key!r} of {name} has shape {tuple(old.shape)} and {old.dtype}, which cannot be "
+                f"carried over to {spec.shape} and {spec.dtype}: build the optimizer anew."
+            )
+        rows = min(old.shape[0], spec.shape[0])
+        found[key] = spec.zeros(param.device)
+        found[key][:rows] = old[:rows]
+    return found
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.nn.modules.conv import _ConvNd
 
 from hf_lowmem.fused_layouts import Part, gate_up_parts, key_value_parts, qkv_parts
+from hf_lowmem.names import canonical_name
 
 __all__ = ["ROLES", "ParamRole", "Part", "assign_roles", "canonical_name"]
 
@@ -90,22 +91,6 @@ def assign_roles(model: nn.Module) -> list[tuple[nn.Parameter, ParamRole]]:
     tied &= _weights_answering(model, "get_output_embeddings", (nn.Embedding, nn.Linear))
     roles = ((param, _assign(model, name, param, identity)) for name, param in model.named_parameters())
     return [(p, replace(role, tied=id(p) in tied and role.role == "token_embedding")) for p, role in roles]
-
-
-_WRAPPER = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-_DDP = re.compile(r"^(?:module\.)+")
-_PEFT_MODEL = re.compile(r"(?<![^.])base_model\.model\.")
-_SAVED_COPY = re.compile(r"(?<=\.)modules_to_save\.default\.")
-_DEFAULT_ADAPTER = re.compile(r"(?<=\.)((?:lora_\w+|trainable_tokens_delta))\.default(?=\.|$)")
-
-
-def canonical_name(name: str) -> str:
-    """The parameter's name without FSDP, torch.compile, checkpointing, DDP and PEFT wrappers.
-
-    Only the adapter called `default` loses its name, so that the factors of two adapters keep different names.
-    """
-    name = _PEFT_MODEL.sub("", _DDP.sub("", _WRAPPER.sub("", name)))
-    return _DEFAULT_ADAPTER.sub(r"\1", _SAVED_COPY.sub("", name))
 
 
 _ADAPTER_LEAVES = {

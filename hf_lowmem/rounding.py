@@ -50,8 +50,8 @@ class StoredWeight:
 
     @classmethod
     def of(cls, param: Tensor, rounding: Rounding, state: State, noise_key: Any) -> StoredWeight:
-        """A whole parameter; one in float32 (a projected update is) needs no rounding."""
-        if param.dtype == torch.float32:
+        """A whole parameter; one in float32 or float64 (a projected update is) needs no rounding."""
+        if param.dtype in (torch.float32, torch.float64):
             return cls(param)
         key = noise_key if rounding.kind == "stochastic" else None
         return cls(param, state[KAHAN_COMP] if rounding.kind == "kahan" else None, key, param.storage_offset())
@@ -64,8 +64,8 @@ class StoredWeight:
         return self.map(lambda tensor: tensor[index]) if index else self
 
     def load(self, scratch: Scratch | None = None) -> Tensor:
-        """As float32: in place where it is stored so, else a temporary to hand to `store`."""
-        if self.data.dtype == torch.float32:
+        """As float32: in place where it is stored so (or as float64), else a temporary to hand to `store`."""
+        if self.data.dtype in (torch.float32, torch.float64):
             return self.data
         value = scratch.get("param", self.data.shape).copy_(self.data) if scratch else self.data.float()
         if self.kahan_comp is not None:

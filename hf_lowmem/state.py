@@ -42,10 +42,21 @@ class TensorSpec:
         return torch.device("cpu") if self.on_host else device
 
     def zeros(self, device: torch.device) -> Tensor:
+        """A contiguous tensor of this declaration, for a parameter on `device`."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.place(device))
 
 
 STEP = TensorSpec((), (), on_host=True)
+
+
+def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights of `dtype` are stepped in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype of its arithmetic: float32, or float64 where it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Codec(Protocol):
@@ -196,10 +207,11 @@ class Rounding:
 
 @dataclass(frozen=True, eq=False)
 class StatePlan:
-    """The state of one parameter: its moments by name, the codec that stores the full ones, the projection, and how
-    the weight is rounded.
+    """The state of one parameter: its moments by name, the codec that stores the full ones, the projection, how the
+    weight is rounded, and the dtype of the arithmetic.
 
-    `stacked` says that axis 0 counts matrices, which share no statistic.
+    `stacked` says that axis 0 counts matrices, which share no statistic. `arithmetic` is float64 for float64 weights,
+    whose float32 state is declared as float64 too, and float32 for all others.
     """
 
     moments: Mapping[str, Moment]
@@ -207,16 +219,21 @@ class StatePlan:
     projection: Projection = FULL_SPACE
     stacked: bool = False
     rounding: Rounding = Rounding()
+    arithmetic: torch.dtype = torch.float32
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Every state tensor of a parameter of `shape`, `step` included."""
-        declared = {"step": STEP, **self.projection.specs(shape), **self.rounding.specs(shape)}
+        declared = {**self.projection.specs(shape), **self.rounding.specs(shape)}
         for name, moment in self.moments.items():
             space, param_dims = self.projection.space(shape, name)
             for key, spec in moment.specs(name, space, self.codec).items():
                 dims = tuple(None if dim is None else param_dims[dim] for dim in spec.param_dims)
                 declared[key] = replace(spec, param_dims=dims)
-        return declared
+        return {"step": STEP, **{name: self._in_arithmetic(spec) for name, spec in declared.items()}}
+
+    def _in_arithmetic(self, spec: TensorSpec) -> TensorSpec:
+        counts = spec.on_host or spec.dtype != torch.float32
+        return spec if counts else replace(spec, dtype=self.arithmetic)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(spec.nbytes for spec in self.specs(shape).values())

@@ -165,6 +165,9 @@ RULES: dict[str, UpdateRule] = {
     "signum": signum_rule,
 }
 
+# The rules under which an entry's step depends on nothing but the entry's own gradient and moments.
+ELEMENTWISE = ("adamw", "transformers_adamw", "signum")
+
 # The hyperparameters that only one rule has: flags, plain values of the group.
 RULE_FLAGS: dict[str, tuple[str, ...]] = {
     "transformers_adamw": ("correct_bias",),

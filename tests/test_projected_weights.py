@@ -183,7 +183,7 @@ def test_a_basis_captures_a_gradient_of_its_rank(family: str, optim: str) -> Non
             seen.add(name)
             basis = state["proj"]
             assert (basis @ basis.mT - torch.eye(RANK)).abs().max() < 1e-5, name
-            projection = optimizer.plan(group, tuple(param.shape)).projection
+            projection = optimizer.plan_of(param).projection
             small = projection.project(state, param.grad)
             assert tuple(small.shape) == LAYERS[family][name][1]
             torch.testing.assert_close(projection.project_back(state, small), param.grad, rtol=1e-3, atol=1e-3)

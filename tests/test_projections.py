@@ -254,7 +254,7 @@ def test_schedule(cls: type, shape: tuple[int, ...], monkeypatch: pytest.MonkeyP
     for function in ("decompose", "corrected_factors"):
         count(tucker, function)
     param, optimizer = build(cls, random(*shape), stacked=len(shape) == 3, **SOON)
-    before, changed = bases(optimizer.init_state(param, optimizer.param_groups[0])), []
+    before, changed = bases(optimizer.init_state(param)), []
     for call, grad in enumerate(gradients(shape, 14), start=1):
         (after,) = [bases(state) for state in train(param, optimizer, [grad])]
         if not same(before, after):

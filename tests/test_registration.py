@@ -43,9 +43,9 @@ def arguments(tmp_path, **kwargs):
 
 
 def described(optimizer):
-    """The class and the groups of an optimizer, parameters by identity."""
+    """The class, the groups and the layouts of an optimizer, parameters by identity."""
     groups = [{**group, "params": [id(param) for param in group["params"]]} for group in optimizer.param_groups]
-    return type(optimizer), groups
+    return type(optimizer), groups, optimizer.state_dict()["layouts"]
 
 
 @pytest.mark.parametrize("name", NAMES)

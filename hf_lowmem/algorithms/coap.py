@@ -14,7 +14,7 @@ from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
 from hf_lowmem.checks import check_one_rank
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, RowColMean
-from hf_lowmem.optimizer import LowMemOptimizer, Roles
+from hf_lowmem.optimizer import Group, LowMemOptimizer, Roles
 from hf_lowmem.param_groups import Treatment
 from hf_lowmem.projections import BasisOptions, LowRank, Tucker
 from hf_lowmem.roles import ParamRole
@@ -101,13 +101,12 @@ class Coap(LowMemOptimizer):
         moments = {"exp_avg": Full(), "exp_avg_sq": cls.second_moment(space)}
         return StatePlan(moments, codec, projection, stacked=options["stacked"])
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; a rank or a ratio of its own replaces the default of either."""
-        own = {name: param_group[name] for name in ("rank", "rank_ratio") if param_group.get(name) is not None}
-        check_one_rank(own)
-        super().add_param_group(
-            {**param_group, **dict.fromkeys({"rank", "rank_ratio"} - set(own), None)} if own else param_group
-        )
+    def _own_options(self, group: Group) -> dict[str, Any]:
+        """Those of the group; a rank or a ratio of its own replaces the default of either."""
+        own = super()._own_options(group)
+        given = {name: own[name] for name in ("rank", "rank_ratio") if own.get(name) is not None}
+        check_one_rank(given)
+        return {**own, **dict.fromkeys({"rank", "rank_ratio"} - set(given), None)} if given else own
 
     @classmethod
     def second_moment(cls, space: tuple[int, ...]) -> Moment:

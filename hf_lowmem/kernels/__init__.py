@@ -1,7 +1,7 @@
-"""Fused steps, found by exact key.
+"""Fused steps, found by what a plan is made of.
 
 A kernel takes parameters that share a key and updates them and their state in place. It computes what `update_rules`
-defines; without one the rule itself runs, and the tests compare the two for every key.
+defines; the rule itself runs where there is none, which is logged once, and the tests compare the two for every key.
 """
 
 import logging
@@ -56,10 +56,13 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
 
 
 def find_kernel(key: KernelKey) -> Kernel | None:
-    """The kernel for `key`, one written for its device before one that runs on any; None if there is none."""
-    if key.device not in ("cpu", "cuda"):
+    """The kernel for `key`, one written for its device before one that runs on any; None, logged once, without one."""
+    if key.device not in ("cpu", "cuda", "meta"):
         warn_of_plain_torch(key.device)
-    return KERNELS.get(key) or KERNELS.get(key._replace(device=_ANY))
+    kernel = KERNELS.get(key) or KERNELS.get(key._replace(device=_ANY))
+    if kernel is None:
+        warn_of_no_kernel(key)
+    return kernel
 
 
 @cache
@@ -68,6 +71,20 @@ def warn_of_plain_torch(device: str) -> None:
         "Optimizer steps on %s are taken in plain torch and take several times longer than they could: there are "
         "kernels for CUDA and the CPU only.",
         device,
+    )
+
+
+@cache
+def warn_of_no_kernel(key: KernelKey) -> None:
+    logger.warning(
+        "Optimizer steps by the rule %r with exp_avg_sq as %s, %s storage and %s%s on %s are taken as the rule is "
+        "written, which is several times slower and takes temporaries of a weight's size: there is no kernel for them.",
+        key.rule,
+        key.second_moment,
+        key.codec,
+        key.projection,
+        f" ({key.others})" if key.others else "",
+        key.device,
     )
 
 
@@ -91,4 +108,5 @@ __all__ = [
     "find_kernel",
     "key_of",
     "warn_of_capturable",
+    "warn_of_no_kernel",
 ]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from hf_lowmem.moments import Full
 from hf_lowmem.rounding import StoredWeight, noise_key
 from hf_lowmem.state import State, StatePlan
 
@@ -73,13 +75,19 @@ class Slot(NamedTuple):
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is written for: the rule, and the kinds of second moment (or "none"), of codec and of space."""
+    """What a kernel is written for: the rule, the kinds of both moments, of codec and of space, and the device.
+
+    A moment that the rule does not have is "none". `others` is empty for the plans that kernels are written for: a full
+    first moment called exp_avg, a second one called exp_avg_sq, and float32 arithmetic. For any other plan it says what
+    is different, so that no kernel is found.
+    """
 
     rule: str
     second_moment: str
     codec: str
     projection: str
     device: str
+    others: str = ""
 
 
 Kernel = Callable[[Sequence[Slot], Hyper], None]
@@ -87,6 +95,15 @@ Kernel = Callable[[Sequence[Slot], Hyper], None]
 
 @lru_cache(maxsize=1 << 12)
 def key_of(rule: str, plan: StatePlan, device: str) -> KernelKey:
-    second = plan.moments.get("exp_avg_sq")
-    kind = type(second).__name__ if second else "none"
-    return KernelKey(rule, kind, type(plan.codec).__name__, type(plan.projection).__name__, device)
+    """What a kernel for this plan is found by."""
+    moments = dict(plan.moments)
+    first, second = moments.pop("exp_avg", None), moments.pop("exp_avg_sq", None)
+    others = [f"{name}: {type(moment).__name__}" for name, moment in moments.items()]
+    if first != Full():
+        others.append(f"exp_avg: {first}")
+    if isinstance(second, Full) and second.signed:
+        others.append(f"exp_avg_sq: {second}")
+    if plan.arithmetic != torch.float32:
+        others.append(str(plan.arithmetic))
+    kind = "none" if second is None else type(second).__name__
+    return KernelKey(rule, kind, type(plan.codec).__name__, type(plan.projection).__name__, device, ", ".join(others))

@@ -1,0 +1,92 @@
+"""The options that decide what each parameter's state looks like, kept beside an optimizer's groups by position.
+
+A group of a user may hold weights of many roles, so these options are not the group's. Positions survive where objects
+do not: copies, pickles, and sharding, which puts other tensors into the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from hf_lowmem.checks import HINT
+from hf_lowmem.names import canonical_name
+
+
+class Roles(Protocol):
+    """Which options each parameter of a model gets: the seam between a model's roles and an optimizer."""
+
+    def of(self, param: Tensor) -> tuple[str, dict[str, Any]] | None:
+        """(name, options) of a parameter, or None if it is not known."""
+
+
+class ParamLayout(NamedTuple):
+    """The name of one parameter, "" if it is not known, and its layout options as (option, value) pairs."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists as tuples, nested ones too: options are compared, hashed and saved."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+class GroupLayouts:
+    """The layouts of one group's parameters, in the group's order.
+
+    Args:
+        layouts: of each parameter.
+        own: the layout options that the group itself brought.
+    """
+
+    def __init__(self, layouts: Sequence[ParamLayout], own: Mapping[str, Any]) -> None:
+        self.layouts = list(layouts)
+        self.own = dict(own)
+
+    def check(self, group: Mapping[str, Any], number: int, options: Iterable[str]) -> None:
+        """Refuse group `number` if it was changed otherwise than by `add_param_group`; `options` are those of layouts.
+
+        Raises:
+            RuntimeError: the group has more or fewer parameters than it came with, or other layout options.
+        """
+        if len(group["params"]) != len(self.layouts):
+            raise RuntimeError(
+                f"Parameter group {number} holds {len(group['params'])} parameters where {len(self.layouts)} were "
+                "added: add parameters by optimizer.add_param_group, and build the optimizer anew to remove some."
+            )
+        for option in options:
+            if (option in group or option in self.own) and as_tuple(group.get(option)) != self.own.get(option):
+                raise RuntimeError(
+                    f"{option} of parameter group {number} was changed from {self.own.get(option)!r} to "
+                    f"{group.get(option)!r}, but the layout of a parameter's state is fixed when it is added: build the "
+                    "optimizer anew."
+                )
+
+    def saved(self) -> list[dict[str, Any]]:
+        """As plain values for a state dict."""
+        return [{"name": layout.name, **dict(layout.options)} for layout in self.layouts]
+
+
+def check_layouts(current: Iterable[GroupLayouts], saved: Iterable[Iterable[Mapping[str, Any]]]) -> None:
+    """Refuse a checkpoint of other parameters, or one whose state was laid out by other options.
+
+    Raises:
+        ValueError: with the first parameter that differs.
+    """
+    for number, (group, theirs) in enumerate(zip(current, saved, strict=False)):
+        for layout, entry in zip(group.layouts, theirs, strict=False):
+            name = canonical_name(str(entry.get("name") or ""))
+            if layout.name and name and canonical_name(layout.name) != name:
+                raise ValueError(
+                    f"Checkpoint group {number} holds the parameter {name!r} where {layout.name!r} is expected: {HINT}."
+                )
+            for option, value in layout.options:
+                found = as_tuple(entry.get(option))
+                if option in entry and found != value:
+                    which = f" for {layout.name}" if layout.name else ""
+                    raise ValueError(
+                        f"Checkpoint group {number} has {option}={found!r}, expected {value!r}{which}: {HINT}."
+                    )
