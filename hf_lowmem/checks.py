@@ -1,8 +1,8 @@
-"""Bad input, told in one sentence: hyperparameters, parameters, and checkpoints that do not fit."""
+"""Bad input, told in one sentence: hyperparameters, groups, parameters, and what a step finds of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
-from hf_lowmem.state import KAHAN_COMP, TensorSpec
+from hf_lowmem.dense import is_dense
+from hf_lowmem.state import TensorSpec
 
 Group = Mapping[str, Any]
-FLOATS = {torch.float32, torch.float64}
 LEAST = {
     **dict.fromkeys(("min_8bit_size", "rounding_seed"), 0),
     **dict.fromkeys(("rows_per_block", "rank", "update_interval", "reproject_factor"), 1),
@@ -109,7 +109,7 @@ def check_group_keys(group: Group, options: Iterable[str], owner: str) -> None:
     for flag in TORCH_FLAGS:
         if flag not in known and isinstance(group.get(flag), (bool, int)) and group[flag]:
             raise ValueError(
-                f"A parameter group has {flag}={group[flag]}, which {owner} does not support: leave it out of the group."
+                f"A parameter group has {flag}={group[flag]}, which {owner} does not support: leave it out."
             )
     if group.get("decoupled_weight_decay") is False:
         raise ValueError(
@@ -149,30 +149,6 @@ def one_edit_apart(a: str, b: str) -> bool:
     return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's storage holds its entries as they are, so that a kernel may take their address.
-
-    Wrapper subclasses, sparse layouts, the negative bit of a view and storage that was freed or cut say no.
-    """
-    if type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or tensor.layout is not torch.strided:
-        return False
-    if tensor.is_neg() or tensor.is_conj():
-        return False
-    return tensor.is_meta or not tensor.numel() or _end(tensor) <= tensor.untyped_storage().nbytes()
-
-
-def _end(tensor: Tensor) -> int:
-    """The byte of the storage at which the tensor's last entry ends."""
-    if tensor.is_contiguous():
-        last = tensor.numel()
-    else:
-        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + last) * tensor.itemsize
-
-
 def check_grad(param: Tensor, grad: Tensor, owner: str) -> None:
     """Refuse a gradient that does not belong to the weight as it is now.
 
@@ -203,8 +179,8 @@ def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str,
         if tensor is None or tensor.shape != spec.shape:
             found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
             raise RuntimeError(
-                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} is "
-                "expected: if the weight was resized, call optimizer.resize_state() before the next step."
+                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} "
+                "is expected: if the weight was resized, call optimizer.resize_state() before the next step."
             )
         place = spec.place(param.device)
         if tensor.dtype != spec.dtype or tensor.device != place or not tensor.is_contiguous() or not is_dense(tensor):
@@ -230,55 +206,3 @@ def check_unsharded(param: Tensor) -> None:
             f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: "
             "train with DDP or in one process."
         )
-
-
-def check_groups(current: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse a checkpoint whose groups were made by another algorithm or for another model."""
-    algorithm = current[0]["algorithm"]
-    written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
-    if written_by != {algorithm}:
-        raise ValueError(
-            f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
-            "resume with the same optim name, or without the checkpoint's optimizer state."
-        )
-    check_group_sizes(current, saved)
-
-
-HINT = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
-
-
-def check_group_sizes(current: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse groups that hold another number of parameters."""
-    if len(current) != len(saved):
-        raise ValueError(f"The checkpoint has {len(saved)} parameter groups, expected {len(current)}: {HINT}.")
-    for number, (mine, theirs) in enumerate(zip(current, saved, strict=True)):
-        if len(mine["params"]) != len(theirs["params"]):
-            raise ValueError(
-                f"Checkpoint group {number} holds {len(theirs['params'])} parameters, expected {len(mine['params'])}: "
-                f"{HINT}."
-            )
-
-
-def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape: tuple[int, ...]) -> None:
-    """Refuse saved state that is not laid out as declared for a parameter of `shape`.
-
-    A float32 tensor may take a float64 one's place and the other way round: the weight's dtype may have changed.
-    """
-    hint = "Resume with the same optim name, rules and state_bits."
-    if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
-        raise ValueError(
-            f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
-        )
-    for name, spec in specs.items():
-        if name not in saved:
-            continue
-        value = saved[name]
-        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), type(value))
-        kinds = {spec.dtype, float, int} if not spec.shape else {spec.dtype}
-        if spec.dtype in FLOATS:
-            kinds |= FLOATS
-        if found[0] != spec.shape or found[1] not in kinds:
-            raise ValueError(
-                f"Checkpoint state {name!r} has shape {found[0]} and {found[1]}, expected {spec.shape} and "
-                f"{spec.dtype}. {hint}"
-            )

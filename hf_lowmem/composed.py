@@ -17,7 +17,6 @@ from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.state import FULL_SPACE, Projection, State, StatePlan
 from hf_lowmem.update_rules import ELEMENTWISE, RULES
 
-
 TILE = 1 << 18  # entries that an elementwise rule is run on at a time, so that its temporaries stay small
 
 

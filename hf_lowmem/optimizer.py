@@ -10,33 +10,31 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.checks import (
-    FLOATS,
     check_capturable,
     check_grad,
     check_group_keys,
-    check_groups,
     check_hyperparameters,
     check_param,
-    check_state,
     check_stored,
     check_unsharded,
-    is_dense,
     nearest_option,
 )
 from hf_lowmem.composed import compiled_step, composed_step
+from hf_lowmem.dense import densified, is_dense, is_plain
 from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of, warn_of_capturable
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
-from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple, check_layouts
+from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
+from hf_lowmem.saved_state import FLOATS, check_groups, check_layouts, check_state, copied, resized_state
 from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.update_rules import RULE_FLAGS
 
@@ -45,6 +43,14 @@ logger = logging.getLogger(__name__)
 Group = dict[str, Any]
 # Of any group; a resumed run may change them.
 RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state", "fused_clip", "capturable")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """The function left out of what torch.compile traces: kernels write through addresses, which it cannot see."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 class Member(NamedTuple):
@@ -297,7 +303,7 @@ class LowMemOptimizer(Optimizer):
         specs = plan.specs(tuple(param.shape))
         return {**specs, "step": replace(STEP, on_host=not group["capturable"])}
 
-    @torch.compiler.disable
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. A parameter without a gradient is left alone: no decay, and its `step` does not advance.
@@ -330,7 +336,7 @@ class LowMemOptimizer(Optimizer):
         self._rounding_changed.clear()
         return loss
 
-    @torch.compiler.disable
+    @not_compiled
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the next step to a total 2-norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
@@ -374,8 +380,8 @@ class LowMemOptimizer(Optimizer):
         """The parameters with a gradient, all checked, by what a kernel steps together; `advance` counts the step."""
         if len(self.param_groups) != len(self._layouts):
             raise RuntimeError(
-                f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were added: "
-                "add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
+                f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were added:"
+                " add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
             )
         for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
             layouts.check(group, number, self.layout_options)
@@ -422,7 +428,7 @@ class LowMemOptimizer(Optimizer):
         return found
 
     def _check(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> Checked:
-        """Compare a weight and its state with their plan, and fit what a change of options or of dtype leaves to fit."""
+        """Compare a weight and its state with their plan; what a change of options or dtype has left is fitted."""
         check_unsharded(param)
         name = layout.name or "A parameter"
         last, state = self._checked.get(param), self.state[param]
@@ -635,55 +641,6 @@ class LowMemOptimizer(Optimizer):
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no wrapper subclass, whose entries only its own functions can read and write."""
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def densified(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A plain, contiguous copy of a tensor of any kind.
-
-    Raises:
-        RuntimeError: the tensor's class cannot be read as a dense tensor.
-    """
-    dense = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
-    try:
-        return dense.copy_(tensor)
-    except Exception as error:
-        raise RuntimeError(
-            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} cannot be read as a dense tensor ({error}): "
-            "give it to another optimizer."
-        ) from error
-
-
-def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
-    """A saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
-    if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
-        return value.to(param.device, copy=True)  # type: ignore[no-any-return]
-    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
-    return tensor.copy_(torch.as_tensor(value))
-
-
-def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
-    """The state of a weight whose first axis has changed: rows that it still has are kept, new ones are zero."""
-    found: State = {}
-    for key, old in state.items():
-        spec = specs.get(key)
-        if spec is None or old.shape == spec.shape:
-            found[key] = old
-            continue
-        by_row = spec.param_dims[:1] == (0,) and old.shape[1:] == spec.shape[1:] and old.dtype == spec.dtype
-        if not by_row or "proj_count" in specs:
-            raise RuntimeError(
-                f"The optimizer state {key!r} of {name} has shape {tuple(old.shape)} and {old.dtype}, which cannot be "
-                f"carried over to {spec.shape} and {spec.dtype}: build the optimizer anew."
-            )
-        rows = min(old.shape[0], spec.shape[0])
-        found[key] = spec.zeros(param.device)
-        found[key][:rows] = old[:rows]
-    return found
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from hf_lowmem.checks import HINT
-from hf_lowmem.names import canonical_name
-
 
 class Roles(Protocol):
     """Which options each parameter of a model gets: the seam between a model's roles and an optimizer."""
@@ -61,32 +58,10 @@ class GroupLayouts:
             if (option in group or option in self.own) and as_tuple(group.get(option)) != self.own.get(option):
                 raise RuntimeError(
                     f"{option} of parameter group {number} was changed from {self.own.get(option)!r} to "
-                    f"{group.get(option)!r}, but the layout of a parameter's state is fixed when it is added: build the "
-                    "optimizer anew."
+                    f"{group.get(option)!r}, but the layout of a parameter's state is fixed when it is added: build "
+                    "the optimizer anew."
                 )
 
     def saved(self) -> list[dict[str, Any]]:
         """As plain values for a state dict."""
         return [{"name": layout.name, **dict(layout.options)} for layout in self.layouts]
-
-
-def check_layouts(current: Iterable[GroupLayouts], saved: Iterable[Iterable[Mapping[str, Any]]]) -> None:
-    """Refuse a checkpoint of other parameters, or one whose state was laid out by other options.
-
-    Raises:
-        ValueError: with the first parameter that differs.
-    """
-    for number, (group, theirs) in enumerate(zip(current, saved, strict=False)):
-        for layout, entry in zip(group.layouts, theirs, strict=False):
-            name = canonical_name(str(entry.get("name") or ""))
-            if layout.name and name and canonical_name(layout.name) != name:
-                raise ValueError(
-                    f"Checkpoint group {number} holds the parameter {name!r} where {layout.name!r} is expected: {HINT}."
-                )
-            for option, value in layout.options:
-                found = as_tuple(entry.get(option))
-                if option in entry and found != value:
-                    which = f" for {layout.name}" if layout.name else ""
-                    raise ValueError(
-                        f"Checkpoint group {number} has {option}={found!r}, expected {value!r}{which}: {HINT}."
-                    )

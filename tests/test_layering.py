@@ -16,11 +16,11 @@ LAYERS = [
     {"param_groups"},
     {"rules", "roles", "fused_layouts"},
     {"optimizer"},
-    {"checks", "composed", "param_layouts"},
+    {"checks", "composed", "param_layouts", "saved_state"},
     {"kernels"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names"},
+    {"state", "scratch", "names", "dense"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 EDGE_ONLY = {"transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
-from hf_lowmem.optimizer import LowMemOptimizer, Roles
+from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.param_groups import FULL, Recipe, Treatment
+from hf_lowmem.param_layouts import Roles
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment, StatePlan
 

@@ -11,8 +11,9 @@ from hf_lowmem.algorithms.adamw import STORAGE
 from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full
-from hf_lowmem.optimizer import Group, LowMemOptimizer, Roles
+from hf_lowmem.optimizer import Group, LowMemOptimizer
 from hf_lowmem.param_groups import Treatment
+from hf_lowmem.param_layouts import Roles
 from hf_lowmem.projections import Eigenbasis
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, StatePlan

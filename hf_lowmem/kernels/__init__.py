@@ -44,6 +44,7 @@ for _codec in ("Float32", "BFloat16", "Int8Blockwise"):
         KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, _ANY)] = eager.adafactor
         _in_place = partial(eager.adafactor, add=gpu.add)
         KERNELS[KernelKey("adafactor", "RowColMean", _codec, _space, "cuda")] = _in_place
+    KERNELS[KernelKey("adafactor", "Full", _codec, "FullSpace", _ANY)] = eager.adafactor_of_vectors
     for _device in (_ANY, "cpu", "cuda"):
         for _rule, _form in _FORMS.items():
             _full = _adamw_full(_codec, _form, _device)
@@ -78,7 +79,7 @@ def warn_of_plain_torch(device: str) -> None:
 def warn_of_no_kernel(key: KernelKey) -> None:
     logger.warning(
         "Optimizer steps by the rule %r with exp_avg_sq as %s, %s storage and %s%s on %s are taken as the rule is "
-        "written, which is several times slower and takes temporaries of a weight's size: there is no kernel for them.",
+        "written, which takes several times longer and more temporary memory: there is no kernel for them.",
         key.rule,
         key.second_moment,
         key.codec,

@@ -19,6 +19,7 @@ from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.scratch import Scratch, known_finite
 from hf_lowmem.state import FULL_SPACE, Subspace
+from hf_lowmem.update_rules import root_mean_square
 
 Index = tuple[slice, ...]
 View = Callable[[Tensor], Tensor]
@@ -387,6 +388,30 @@ def adafactor_pass(slot: Slot, hyper: Hyper, step_size: float | Tensor, decay: f
         shrink = broadcast_tile(decay, index) if isinstance(decay, Tensor) else decay
         param, exp_avg = tile.load(scaled, shrink, hyper.beta1, scratch)
         tile.store(param.sub_(exp_avg), exp_avg, scratch)
+
+
+def adafactor_of_vectors(slots: Sequence[Slot], hyper: Hyper) -> None:
+    """`adafactor_rule` where the second moment has one number per entry, as that of biases and norms does."""
+    scratch = Scratch(slots[0].param.device)
+    for slot in slots:
+        weight, step_size = Weight.of(slot, at_least_1d), hyper.lr
+        exp_avg_sq = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
+        if hyper.flags["scale_parameter"]:
+            step_size = hyper.lr * root_mean_square(weight.param.load(), False).clamp(min=1e-3)
+        grad, loaded, beta2 = (
+            weight.load_grad(scratch),
+            exp_avg_sq.load(scratch),
+            1 - slot.step ** hyper.flags["decay_rate"],
+        )
+        rooted = exp_avg_sq.absmax is not None  # codes hold the square root
+        if rooted:
+            loaded.square_()
+        loaded.mul_(beta2).add_(grad.square() + 1e-30, alpha=1 - beta2)
+        update = grad * loaded.rsqrt()
+        update.mul_(step_size / (root_mean_square(update, False) / hyper.flags["clip_threshold"]).clamp(min=1.0))
+        param, exp_avg = weight.load(update, 1 - step_size * hyper.weight_decay, hyper.beta1, scratch)
+        exp_avg_sq.store(loaded.sqrt_() if rooted else loaded, scratch)
+        weight.store(param.sub_(exp_avg), exp_avg, scratch)
 
 
 def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:

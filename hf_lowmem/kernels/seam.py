@@ -75,11 +75,11 @@ class Slot(NamedTuple):
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is written for: the rule, the kinds of both moments, of codec and of space, and the device.
+    """What a kernel is written for: the rule, the kinds of second moment, of codec and of space, and the device.
 
-    A moment that the rule does not have is "none". `others` is empty for the plans that kernels are written for: a full
-    first moment called exp_avg, a second one called exp_avg_sq, and float32 arithmetic. For any other plan it says what
-    is different, so that no kernel is found.
+    A second moment that the rule does not have is "none". `others` is empty for plans that kernels are written for: a
+    full first moment called exp_avg, a second one called exp_avg_sq, and float32 arithmetic. For any other plan it says
+    what is different, so that no kernel is found.
     """
 
     rule: str

@@ -1,0 +1,48 @@
+"""Which tensors have storage of their own, so that a kernel may take the address of their entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no wrapper subclass, whose entries only its own functions can read and write."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's storage holds its entries as they are, so that a kernel may take their address.
+
+    Wrapper subclasses, sparse layouts, the negative bit of a view and storage that was freed or cut say no.
+    """
+    if not is_plain(tensor) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_neg() or tensor.is_conj():
+        return False
+    return tensor.is_meta or not tensor.numel() or _end(tensor) <= tensor.untyped_storage().nbytes()
+
+
+def _end(tensor: Tensor) -> int:
+    """The byte of the storage at which the tensor's last entry ends."""
+    if tensor.is_contiguous():
+        last = tensor.numel()
+    else:
+        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((tensor.storage_offset() + last) * tensor.itemsize)
+
+
+def densified(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A plain, contiguous copy of a tensor of any kind.
+
+    Raises:
+        RuntimeError: the tensor's class cannot be read as a dense tensor.
+    """
+    dense = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+    try:
+        return dense.copy_(tensor)
+    except Exception as error:
+        raise RuntimeError(
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} cannot be read as a dense tensor ({error}): "
+            "give it to another optimizer."
+        ) from error

@@ -1,0 +1,118 @@
+"""State that comes from a checkpoint, or from a weight of another size: compared with what is declared, and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.names import canonical_name
+from hf_lowmem.param_layouts import GroupLayouts, as_tuple
+from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
+
+Group = Mapping[str, Any]
+FLOATS = {torch.float32, torch.float64}
+
+
+def check_groups(current: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Refuse a checkpoint whose groups were made by another algorithm or for another model."""
+    algorithm = current[0]["algorithm"]
+    written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
+    if written_by != {algorithm}:
+        raise ValueError(
+            f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
+            "resume with the same optim name, or without the checkpoint's optimizer state."
+        )
+    check_group_sizes(current, saved)
+
+
+HINT = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
+
+
+def check_group_sizes(current: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Refuse groups that hold another number of parameters."""
+    if len(current) != len(saved):
+        raise ValueError(f"The checkpoint has {len(saved)} parameter groups, expected {len(current)}: {HINT}.")
+    for number, (mine, theirs) in enumerate(zip(current, saved, strict=True)):
+        if len(mine["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"Checkpoint group {number} holds {len(theirs['params'])} parameters, expected {len(mine['params'])}: "
+                f"{HINT}."
+            )
+
+
+def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape: tuple[int, ...]) -> None:
+    """Refuse saved state that is not laid out as declared for a parameter of `shape`.
+
+    A float32 tensor may take a float64 one's place and the other way round: the weight's dtype may have changed.
+    """
+    hint = "Resume with the same optim name, rules and state_bits."
+    if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
+        raise ValueError(
+            f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
+        )
+    for name, spec in specs.items():
+        if name not in saved:
+            continue
+        value = saved[name]
+        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), type(value))
+        kinds = {spec.dtype, float, int} if not spec.shape else {spec.dtype}
+        if spec.dtype in FLOATS:
+            kinds |= FLOATS
+        if found[0] != spec.shape or found[1] not in kinds:
+            raise ValueError(
+                f"Checkpoint state {name!r} has shape {found[0]} and {found[1]}, expected {spec.shape} and "
+                f"{spec.dtype}. {hint}"
+            )
+
+
+def check_layouts(current: Iterable[GroupLayouts], saved: Iterable[Iterable[Mapping[str, Any]]]) -> None:
+    """Refuse a checkpoint of other parameters, or one whose state was laid out by other options.
+
+    Raises:
+        ValueError: with the first parameter that differs.
+    """
+    for number, (group, theirs) in enumerate(zip(current, saved, strict=False)):
+        for layout, entry in zip(group.layouts, theirs, strict=False):
+            name = canonical_name(str(entry.get("name") or ""))
+            if layout.name and name and canonical_name(layout.name) != name:
+                raise ValueError(
+                    f"Checkpoint group {number} holds the parameter {name!r}, expected {layout.name!r}: {HINT}."
+                )
+            for option, value in layout.options:
+                found = as_tuple(entry.get(option))
+                if option in entry and found != value:
+                    which = f" for {layout.name}" if layout.name else ""
+                    raise ValueError(
+                        f"Checkpoint group {number} has {option}={found!r}, expected {value!r}{which}: {HINT}."
+                    )
+
+
+def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
+    """A saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
+    if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
+        return value.to(param.device, copy=True)  # type: ignore[no-any-return]
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
+    return tensor.copy_(torch.as_tensor(value))
+
+
+def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
+    """The state of a weight whose first axis has changed: rows that it still has are kept, new ones are zero."""
+    found: State = {}
+    for key, old in state.items():
+        spec = specs.get(key)
+        if spec is None or old.shape == spec.shape:
+            found[key] = old
+            continue
+        by_row = spec.param_dims[:1] == (0,) and old.shape[1:] == spec.shape[1:] and old.dtype == spec.dtype
+        if not by_row or "proj_count" in specs:
+            raise RuntimeError(
+                f"The optimizer state {key!r} of {name} has shape {tuple(old.shape)} and {old.dtype}, which cannot be "
+                f"carried over to {spec.shape} and {spec.dtype}: build the optimizer anew."
+            )
+        rows = min(old.shape[0], spec.shape[0])
+        found[key] = spec.zeros(param.device)
+        found[key][:rows] = old[:rows]
+    return found
