@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
-from hf_lowmem.dense import is_dense
+from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
 from hf_lowmem.state import TensorSpec
 
 Group = Mapping[str, Any]
@@ -149,12 +149,14 @@ def one_edit_apart(a: str, b: str) -> bool:
     return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
-def check_grad(param: Tensor, grad: Tensor, owner: str) -> None:
-    """Refuse a gradient that does not belong to the weight as it is now.
+def check_grad(param: Tensor, owner: str) -> Tensor:
+    """The gradient of a weight, as a dense copy where its storage does not hold its entries as they are.
 
     Raises:
-        RuntimeError: the gradient is sparse, or has another shape or device than the weight.
+        RuntimeError: the gradient is sparse, has another shape or device than the weight, or has lost its storage.
     """
+    grad = param.grad
+    assert grad is not None
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{owner} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
@@ -166,6 +168,14 @@ def check_grad(param: Tensor, grad: Tensor, owner: str) -> None:
             f"{tuple(param.shape)} on {param.device}, which has been replaced since the backward pass: call "
             "optimizer.zero_grad() and take a new backward pass."
         )
+    if is_dense(grad):
+        return grad
+    if is_plain(grad) and not is_stored(grad):
+        raise RuntimeError(
+            f"The storage of a gradient of shape {tuple(grad.shape)} has been freed or cut: call "
+            "optimizer.zero_grad() and take a new backward pass."
+        )
+    return densified(grad)
 
 
 def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:

@@ -11,16 +11,19 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's storage holds its entries as they are, so that a kernel may take their address.
-
-    Wrapper subclasses, sparse layouts, the negative bit of a view and storage that was freed or cut say no.
-    """
-    if not is_plain(tensor) or tensor.layout is not torch.strided:
-        return False
-    if tensor.is_neg() or tensor.is_conj():
-        return False
+def is_stored(tensor: Tensor) -> bool:
+    """Whether a plain tensor's storage holds all of its entries: storage may have been freed or cut."""
     return tensor.is_meta or not tensor.numel() or _end(tensor) <= tensor.untyped_storage().nbytes()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the storage holds the tensor's entries as they are, so that a kernel may take their address.
+
+    Wrapper subclasses, sparse layouts, the negative and conjugate bits of a view, and missing storage say no.
+    """
+    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        return False
+    return is_stored(tensor)
 
 
 def _end(tensor: Tensor) -> int:

@@ -423,8 +423,7 @@ class LowMemOptimizer(Optimizer):
                 or not checked.still_holds(param, state)
             ):
                 checked = self._check(param, layout, schedule, group)
-            check_grad(param, grad, type(self).__name__)
-            found.append(Member(number, param, grad if is_dense(grad) else densified(grad), checked.plan))
+            found.append(Member(number, param, check_grad(param, type(self).__name__), checked.plan))
         return found
 
     def _check(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> Checked:
@@ -481,7 +480,7 @@ class LowMemOptimizer(Optimizer):
         if staged:
             # A weight that rounds to nearest keeps float32's digits for the wrapper's own rounding.
             dtype = plan.arithmetic if plan.rounding.kind == "nearest" else wrapper.dtype
-            slots = [slots[0]._replace(param=densified(wrapper, dtype))]
+            slots = [slots[0]._replace(param=densified(wrapper, dtype), grad=slots[0].grad.to(dtype))]
         slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
         projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
         for _, grad, state, plan, *_ in projected:

@@ -78,8 +78,8 @@ class KernelKey(NamedTuple):
     """What a kernel is written for: the rule, the kinds of second moment, of codec and of space, and the device.
 
     A second moment that the rule does not have is "none". `others` is empty for plans that kernels are written for: a
-    full first moment called exp_avg, a second one called exp_avg_sq, and float32 arithmetic. For any other plan it says
-    what is different, so that no kernel is found.
+    full first moment called exp_avg, a second one called exp_avg_sq, and float32 arithmetic. For any other plan it
+    says what is different, so that no kernel is found.
     """
 
     rule: str

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_lowmem.dense import is_plain
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.state import KAHAN_COMP
 
@@ -69,7 +70,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
                     and optimizer.idle_calls
                     and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
                 )
-                if param.grad is not None and param.numel() and narrow and not idle:
+                if param.grad is not None and param.numel() and narrow and is_plain(param) and not idle:
                     at = sampled_places(param)
                     self._before.append((param, at, stored(optimizer, param, at)))
 

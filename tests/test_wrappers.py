@@ -1,0 +1,168 @@
+"""Weights and gradients that are wrapper subclasses of tensors, and so have no storage of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+import hf_lowmem
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+
+
+class Wrapped(Tensor):
+    """A tensor inside another, in the way of quantized training: every function runs on what is inside."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.held = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, held: dict[str, Tensor], *_: Any) -> Wrapped:
+        return cls(held["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = func(*tree_map_only(cls, lambda t: t.held, args), **tree_map_only(cls, lambda t: t.held, kwargs or {}))
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(plain)
+        return args[0] if func is torch.ops.aten.copy_.default and isinstance(args[0], cls) else plain
+
+
+class Unreadable(Wrapped):
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            raise NotImplementedError("no copies")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+CASES = [
+    (LowMemAdamW, {}),
+    (LowMemAdamW, {"state_bits": 8, "min_8bit_size": 0}),
+    (LowMemAdamW, {"rounding": "kahan"}),
+    (SlimAdamW, {"axes": (1,)}),
+    (SlimAdamW, {"axes": (0,), "rounding": "stochastic"}),
+    (AdamMini, {"axes": (1,), "rows_per_block": 4}),
+    (Signum, {"state_bits": 16}),
+    (CoapAdamW, {"rank": 4}),
+    (Soap, {}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("wrap_grads", [False, True])
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_wrapped_weights_are_trained_as_plain_ones(cls: type, options: dict, wrap_grads: bool, dtype) -> None:
+    torch.manual_seed(0)
+    starts = [torch.randn(64, 64).to(dtype) for _ in range(2)]
+    grads = [[torch.randn(64, 64).to(dtype) for _ in starts] for _ in range(3)]
+    found = []
+    for wrap in (Wrapped, lambda tensor: tensor):
+        params = [nn.Parameter(wrap(start.clone())) for start in starts]
+        optimizer = cls(params, lr=1e-2, weight_decay=0.1, **options)
+        for step in grads:
+            for param, grad in zip(params, step, strict=True):
+                param.grad = Wrapped(grad.clone()) if wrap_grads and wrap is Wrapped else grad.clone()
+            if not wrap_grads:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        assert all(type(t) is Tensor for state in optimizer.state.values() for t in state.values())
+        found.append([getattr(p, "held", p.data) for p in params])
+    assert not torch.equal(found[0][0], starts[0])
+    for mine, theirs in zip(*found, strict=True):
+        if dtype == torch.bfloat16 and "rounding" not in options:  # float32 kernels, whose sums are in another order
+            torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=2**-12)
+            assert (mine != theirs).float().mean() < 0.02
+        else:
+            assert torch.equal(mine, theirs)
+
+
+def test_a_trainers_meter_leaves_them_alone() -> None:
+    from hf_lowmem.trainer.callbacks import LostUpdates
+
+    class State:
+        global_step = 1
+
+    param = nn.Parameter(Wrapped(torch.ones(64, dtype=torch.bfloat16)))
+    param.grad = torch.ones(64, dtype=torch.bfloat16)
+    optimizer, meter = LowMemAdamW([param], lr=1e-8), LostUpdates()
+    meter.on_pre_optimizer_step(None, State(), None, optimizer=optimizer)
+    optimizer.step()
+    meter.on_optimizer_step(None, State(), None, optimizer=optimizer)
+
+
+def test_a_wrapper_that_cannot_be_read_is_refused() -> None:
+    param = nn.Parameter(Unreadable(torch.ones(64, 64)))
+    optimizer = SlimAdamW([param], axes=(1,))
+    param.grad = torch.ones(64, 64)
+    with pytest.raises(RuntimeError, match=r"Unreadable of shape \(64, 64\) cannot be read.*another optimizer"):
+        optimizer.step()
+    assert torch.equal(param.held, torch.ones(64, 64))
+
+
+def test_a_subclass_with_storage_of_its_own_takes_the_kernels() -> None:
+    class Tagged(nn.Parameter):
+        pass
+
+    found = []
+    for kind in (Tagged, nn.Parameter):
+        torch.manual_seed(0)
+        param = kind(torch.randn(64, 64))
+        param.grad = torch.randn(64, 64)
+        SlimAdamW([param], lr=1e-2, axes=(1,)).step()
+        found.append(param.detach())
+    assert torch.equal(*found)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "lowmem_adamw", "coap_adamw", "soap"])
+def test_sharded_weights_are_refused_after_loading_too(optim: str, loads: bool, placement, mesh) -> None:
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    plain = hf_lowmem.build_optimizer(layers[0], optim, lr=1e-3)
+    layers[0](torch.ones(1, 64)).sum().backward()
+    plain.step()
+    for name, param in list(layers[1].named_parameters()):
+        where = [placement] if param.ndim > 1 else [Replicate()]
+        setattr(layers[1], name, nn.Parameter(distribute_tensor(param.detach(), mesh, where)))
+    optimizer = hf_lowmem.build_optimizer(layers[1], optim, lr=1e-3)
+    if loads:
+        optimizer.load_state_dict(plain.state_dict())
+    for param in layers[1].parameters():
+        assert isinstance(param, DTensor)
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"Sharded parameters \(DTensor"):
+        optimizer.step()
+
+
+def test_plain_weights_that_become_sharded_are_refused(mesh) -> None:
+    """As fully_shard swaps them inside the groups, after the optimizer was built and stepped."""
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = hf_lowmem.build_optimizer(layer, "slim_adamw", lr=1e-3)
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    sharded = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    sharded.grad = torch.ones_like(sharded)
+    optimizer.param_groups[0]["params"][0] = sharded
+    with pytest.raises(ValueError, match=r"Sharded parameters \(DTensor"):
+        optimizer.step()
