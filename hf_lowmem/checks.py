@@ -209,10 +209,28 @@ def check_capturable(group: Group, projects: bool) -> None:
         raise ValueError(f"capturable=true does not go with {reason}: leave one of them out.")
 
 
-def check_unsharded(param: Tensor) -> None:
-    """Refuse a DTensor: its rows are on several ranks."""
-    if hasattr(param, "placements"):
-        raise ValueError(
-            f"Sharded parameters (DTensor, shape {tuple(param.shape)}) are not supported yet: "
-            "train with DDP or in one process."
-        )
+# What marks a parameter as a piece of weights, so that no scheme need be imported: attributes, and names of classes.
+PIECES = {
+    "placements": "a DTensor",
+    "_fsdp_flattened": "of FSDP1",
+    "_is_flat_param": "of FSDP1",
+    "ds_id": "of DeepSpeed ZeRO-3",
+    "FlatParameter": "a flat parameter",
+    "ShardedTensor": "a ShardedTensor",
+}
+
+
+def check_whole(param: Tensor, name: str = "") -> None:
+    """Refuse a piece of a weight, or several weights in one vector: the rows and heads that state follows are gone.
+
+    Args:
+        name: the parameter's, for the sentence.
+    """
+    classes = {cls.__name__ for cls in type(param).__mro__}
+    for mark, scheme in PIECES.items():
+        if mark in classes or hasattr(param, mark):
+            which = f"parameter {name!r}" if name else "parameter"
+            raise ValueError(
+                f"Sharded weights are not supported yet: the {which} of shape {tuple(param.shape)} is {scheme}; "
+                "train with DDP or in one process."
+            )

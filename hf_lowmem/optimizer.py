@@ -23,7 +23,7 @@ from hf_lowmem.checks import (
     check_hyperparameters,
     check_param,
     check_stored,
-    check_unsharded,
+    check_whole,
     nearest_option,
 )
 from hf_lowmem.composed import compiled_step, composed_step
@@ -205,6 +205,7 @@ class LowMemOptimizer(Optimizer):
             schedule = self._schedule(group)
             for param, layout in zip(group["params"], self._layouts[-1].layouts, strict=True):
                 check_param(param)
+                check_whole(param, layout.name)
                 plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
                 check_capturable(group, bool(self.idle_calls) or plan.projection is not FULL_SPACE)
         except Exception:
@@ -292,7 +293,7 @@ class LowMemOptimizer(Optimizer):
         raise KeyError(f"The optimizer has no parameter {tuple(param.shape)} that is this one.")
 
     def _init_state(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> State:
-        check_unsharded(param)
+        check_whole(param, layout.name)
         plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
         state = {name: spec.zeros(param.device) for name, spec in self._specs(param, plan, group).items()}
         self.state[param] = state
@@ -428,7 +429,7 @@ class LowMemOptimizer(Optimizer):
 
     def _check(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> Checked:
         """Compare a weight and its state with their plan; what a change of options or dtype has left is fitted."""
-        check_unsharded(param)
+        check_whole(param, layout.name)
         name = layout.name or "A parameter"
         last, state = self._checked.get(param), self.state[param]
         if last is not None and last.shape != param.shape:

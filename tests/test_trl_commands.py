@@ -252,7 +252,7 @@ MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
     (
         "dpo",
         "--dataset_name hub/id {model} --resume_from_checkpoint True --output_dir no",
-        "--resume_from_checkpoint True: there is no checkpoint in --output_dir no.",
+        "--resume_from_checkpoint True: there is no whole checkpoint in --output_dir no.",
     ),
     pytest.param(
         "dpo",

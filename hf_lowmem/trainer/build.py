@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.state import is_initialized
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
+from hf_lowmem.checks import check_whole
 from hf_lowmem.param_groups import Recipe, plan_roles
 from hf_lowmem.planner import Explanation, explain_plan
 from hf_lowmem.trainer.optim_args import recipe_for
@@ -89,6 +92,7 @@ def optimizer_cls_and_kwargs(
     kwargs = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **recipe.shared_options()}
     roles = None
     if model is not None:
+        check_weights(model)
         roles = plan_roles(model, recipe)
         log_summary(explain_plan(roles, recipe), recipe)
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
@@ -112,14 +116,43 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
 
 
 def refuse_sharding(args: Any) -> None:
-    """Raise ValueError if these TrainingArguments, or the launcher, shard the weights: rows would be gone."""
-    optim = getattr(args.optim, "value", args.optim)
-    for name, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
-        if chosen or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+    """Raise ValueError if the run of these arguments shards the weights: rows would be gone.
+
+    Args:
+        args: `TrainingArguments`, or the plain values of a command line whose run is yet to be launched.
+    """
+    for scheme, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp), ("MEGATRON_LM", None)):
+        variable = f"ACCELERATE_USE_{scheme.upper()}"
+        asked = bool(chosen) or os.environ.get(variable, "").lower() in ("true", "1")
+        if _shards(scheme, asked, bool(chosen), getattr(args, "distributed_state", None)):
+            remedy = f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
             raise ValueError(
-                f"optim={optim!r} does not support {name} yet, which hands it pieces of weights: "
-                "train with DDP or in one process."
+                f"optim={getattr(args.optim, 'value', args.optim)!r} does not support {scheme} yet, which hands it "
+                f"pieces of weights: {remedy}, and train with DDP or in one process."
             )
+
+
+def _shards(scheme: str, asked: bool, by_arguments: bool, state: Any) -> bool:
+    """What accelerate will do; `state` is its own of this process, None before there is one.
+
+    The variable stays set after a run that asked for FSDP, and one process is not sharded whatever is asked, except by
+    DeepSpeed.
+    """
+    if state is None:
+        return by_arguments or (asked and "LOCAL_RANK" in os.environ)  # this process has been launched
+    kind = state.distributed_type
+    if kind == scheme.upper():
+        return True
+    if is_initialized() and kind != DistributedType.XLA:  # the Trainer has its Accelerator, which has decided
+        return False
+    return asked and (scheme == "DeepSpeed" or kind not in (DistributedType.NO, DistributedType.MULTI_CPU))
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ValueError if a trained parameter of `model` is a piece of a weight, such as FSDP leaves to a process."""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            check_whole(param, name)
 
 
 def show_summary() -> None:

@@ -1,14 +1,19 @@
-"""Which checkpoints were written to the end."""
+"""Which checkpoints were written to the end, and hold what the Trainer resumes from."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import zipfile
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+NEVER_BLANK = ("vocab.txt", "merges.txt", ".metadata")  # beside weights and tokenizer models
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
@@ -23,48 +28,127 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
     Raises:
         FileNotFoundError: when `output_dir` does not exist.
     """
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).iterdir()]
-    steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
-    for step in sorted(steps, reverse=True):
-        reason = _why_incomplete(steps[step])
+    for folder in _newest_first(Path(output_dir)):
+        reason = _why_incomplete(folder)
         if reason is None:
-            return str(steps[step])
-        logger.warning("Passing over the incomplete checkpoint %s: %s.", steps[step], reason)
+            return str(folder)
+        logger.warning("Passing over the incomplete checkpoint %s: %s.", folder, reason)
     return None
+
+
+def refuse_incomplete(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a checkpoint that is named by its path cannot be resumed from, with one that can.
+
+    Args:
+        checkpoint: the folder, as the user wrote it.
+    """
+    folder = Path(checkpoint)
+    reason = _why_incomplete(folder) if folder.is_dir() else "there is no such folder"
+    if reason is None:
+        return
+    beside = folder.absolute().parent
+    others = _newest_first(beside) if beside.is_dir() else []
+    whole = next((other for other in others if other.name != folder.name and not _why_incomplete(other)), None)
+    remedy = f"resume from {whole}, the newest whole one beside it" if whole else "no checkpoint beside it is whole"
+    raise ValueError(f"The checkpoint {os.fspath(checkpoint)!r} cannot be resumed from: {reason}; {remedy}.")
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.iterdir()]
+    steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def _why_incomplete(folder: Path) -> str | None:
     """What shows that a checkpoint was not written to the end, or None where nothing does."""
     if not (folder / "trainer_state.json").is_file():
         return "trainer_state.json, which is written last, is missing"
-    for path in sorted(folder.rglob("*")):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if not any(path.suffix in WEIGHTS and not TRAINER_FILES.fullmatch(path.name) for path in files):
+        return "it holds no weights"
+    if reason := _why_unpaired({path.name for path in folder.iterdir()}):
+        return reason
+    for path in files:
         name = path.relative_to(folder)
-        if path.suffix in (".pt", ".pth", ".bin") and not _is_whole_torch_file(path):
-            return f"{name} is cut short"
-        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-            return f"{name} is cut short"
+        if reason := _why_torn(path):
+            return f"{name} {reason}"
         if path.suffix == ".distcp" and not (path.parent / ".metadata").is_file():
             return f"{path.parent.relative_to(folder)} has no .metadata, which is written last"
-        if path.name == "trainer_state.json" or path.name.endswith(".index.json"):
-            try:
-                content = json.loads(path.read_bytes())
-            except ValueError:
-                return f"{name} is cut short"
-            missing = set(content.get("weight_map", {}).values()) - {file.name for file in path.parent.iterdir()}
-            if missing:
+        if path.name.endswith(".index.json"):
+            shards = json.loads(path.read_bytes()).get("weight_map", {}).values()
+            if missing := set(shards) - {file.name for file in path.parent.iterdir()}:
                 return f"{min(missing)}, which {name} lists, is missing"
     return None
 
 
-def _is_whole_torch_file(path: Path) -> bool:
-    """torch writes zip files, whose directory comes last; what does not start as a zip file is not judged."""
+def _why_unpaired(names: set[str]) -> str | None:
+    """The Trainer loads the optimizer and the scheduler together, or neither of them without a word.
+
+    Both are missing where `save_only_model` was set, or where the user wants them to start anew.
+    """
+    optimizer = any("optimizer" in name or name.startswith("global_step") for name in names)  # FSDP, DeepSpeed
+    if "scheduler.pt" in names and not optimizer:
+        return "optimizer.pt is missing (to start the optimizer and its schedule anew, delete scheduler.pt too)"
+    if "optimizer.pt" in names and "scheduler.pt" not in names:
+        return "scheduler.pt is missing (to start the optimizer and its schedule anew, delete optimizer.pt too)"
+    return None
+
+
+def _why_torn(path: Path) -> str | None:
+    """What is wrong with a file, by its format; files of other formats are not judged."""
+    judged = path.suffix in (*WEIGHTS, ".model", ".json") or path.name in NEVER_BLANK
+    if judged and _is_blank(path):
+        return "holds nothing but zeros" if path.stat().st_size else "is empty"
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return _why_torn_torch_file(path)
+    whole = True
+    if path.suffix == ".safetensors":
+        whole = _is_whole_safetensors(path)
+    elif path.suffix == ".json":
+        whole = _is_whole_json(path)
+    return None if whole else "is cut short"
+
+
+def _is_blank(path: Path, start: int = 0) -> bool:
+    """Whether all bytes from `start` on are zero, as where a machine died before a file's pages reached the disk."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _is_whole_json(path: Path) -> bool:
+    """Lines of JSON under that name are whole too, but what the Trainer reads must be an object."""
+    try:
+        content, _ = json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8").lstrip())
+    except ValueError:
+        return False
+    read_as_object = path.name == "trainer_state.json" or path.name.endswith(("config.json", ".index.json"))
+    return isinstance(content, dict) or not read_as_object
+
+
+def _why_torn_torch_file(path: Path) -> str | None:
+    """torch writes zip files, whose directory comes last; what does not start as a zip file is not judged.
+
+    Contents are checked by the sums that torch writes, which takes as long as loading the file (about a second per
+    GiB): torch itself loads a file whose pages were lost as zeros. A sum of zero is none.
+    """
     with path.open("rb") as file:
         start = file.read(2)
-    return zipfile.is_zipfile(path) if start in (b"PK", b"P", b"") else True
+    if not zipfile.is_zipfile(path):
+        return "is cut short" if start in (b"PK", b"P") else "starts with zeros" if start[0] == 0 else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                with archive.open(record) as content:
+                    while record.CRC and content.read(1 << 20):
+                        pass
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError):
+        return "is damaged: its contents are not what was written"
+    return None
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """A safetensors file gives the length of its header, then where each tensor ends."""
+    """A safetensors file gives the length of its header, then where each tensor ends; its numbers are not all zero."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -75,4 +159,5 @@ def _is_whole_safetensors(path: Path) -> bool:
         except ValueError:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    data = max(ends, default=0)
+    return size == 8 + length + data and not (data and _is_blank(path, 8 + length))

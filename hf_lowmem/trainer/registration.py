@@ -1,18 +1,21 @@
 """Adds our optim names to transformers. The only file that touches transformers' and accelerate's internals.
 
-Four places are changed, and `tests/contract/test_transformers_internals.py` pins each:
+Five places are changed, and `tests/contract/test_transformers_internals.py` pins each:
 
 - `OptimizerNames` gets one member per name. A member pickles as a call of `optim_member`, so a `training_args.bin`
   also loads in a process that has not registered.
 - The handler table gets one entry per name.
 - In `transformers.trainer`, `_parse_optim_args` lets JSON pass, `get_last_checkpoint` passes over checkpoints that
   were cut short, and `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act under our optimizers only.
+- `Trainer.train` first looks at a checkpoint that is named by its path.
 - `Accelerator.clip_grad_norm_`, by which a Trainer clips, is left to our optimizers under `fused_clip=true`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
@@ -23,7 +26,7 @@ from accelerate import Accelerator
 
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
 from hf_lowmem.trainer.callbacks import CALLBACKS
-from hf_lowmem.trainer.checkpoints import last_whole_checkpoint
+from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
 from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
@@ -53,6 +56,7 @@ _handlers = _internal("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS")
 _transformers_parse = _internal("transformers.trainer", "_parse_optim_args")
 _internal("transformers.trainer", "get_last_checkpoint")
 _default_callbacks = _internal("transformers.trainer", "DEFAULT_CALLBACKS")
+_transformers_train = _internal("transformers.trainer", "Trainer.train")
 
 
 def register() -> None:
@@ -70,6 +74,7 @@ def register() -> None:
             logger.warning("transformers %s has its own optim %r, which is kept.", transformers.__version__, name)
     _trainer._parse_optim_args = _parse_optim_args
     _trainer.get_last_checkpoint = last_whole_checkpoint
+    _trainer.Trainer.train = _train
     Accelerator.clip_grad_norm_ = clip_grad_norm_
     _default_callbacks.extend(callback for callback in CALLBACKS if callback not in _default_callbacks)
 
@@ -116,3 +121,11 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
         return dict(_transformers_parse(optim_args))
     except (ValueError, AttributeError):
         return {key: str(value) for key, value in read_optim_args(optim_args).items()}
+
+
+@functools.wraps(_transformers_train)
+def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer.train`, before which a checkpoint that cannot be resumed from is refused in one sentence."""
+    if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+        refuse_incomplete(resume_from_checkpoint)
+    return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)

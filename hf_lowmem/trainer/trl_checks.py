@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import cached_file
 from trl.scripts.utils import DatasetConfig
 
 from hf_lowmem.trainer.build import refuse_sharding
+from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
 from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
 from hf_lowmem.trainer.optim_args import recipe_for
 
@@ -179,8 +179,9 @@ def _check_resume(given: Any) -> None:
     if str(asked).lower() != "true":
         if not Path(asked).is_dir():
             raise ValueError(f"--resume_from_checkpoint {asked}: there is no such folder.")
-    elif folder is None or not (Path(folder).is_dir() and get_last_checkpoint(folder)):
-        raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {folder}.")
+        refuse_incomplete(asked)
+    elif folder is None or not (Path(folder).is_dir() and last_whole_checkpoint(folder)):
+        raise ValueError(f"--resume_from_checkpoint True: there is no whole checkpoint in --output_dir {folder}.")
 
 
 def _first_row(path: str) -> dict[str, Any]:

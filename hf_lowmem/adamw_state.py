@@ -1,0 +1,87 @@
+"""The state of torch's AdamW read into a plan's moments, and written from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.state import State, StatePlan
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LEFT_OUT = "max_exp_avg_sq"  # amsgrad's, which no plan has
+QUANTIZED = {"state1", "state2", "__bnb_optimizer_quant_state__"}  # by bitsandbytes, also where it keeps 32 bits
+ANEW = "delete optimizer.pt and scheduler.pt from the checkpoint's folder to start the optimizer and its schedule anew"
+
+
+def is_adamw(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether saved parameter groups look like those of torch's AdamW, or of an optimizer with its hyperparameters."""
+    return all("algorithm" not in group and {"betas", "eps"} <= set(group) for group in groups)
+
+
+def check_takes_adamw(rule: str, optim: str) -> None:
+    """Raise ValueError where an optimizer's moments are not averages of the gradient and of its square.
+
+    Args:
+        rule: the optimizer's update rule.
+        optim: its optim name, for the sentence.
+    """
+    if rule != "adamw":
+        raise ValueError(
+            f"The checkpoint's optimizer state was written by AdamW, whose moments optim={optim!r} cannot take over: "
+            f"{ANEW}."
+        )
+
+
+@torch.no_grad()
+def from_adamw(saved: Mapping[str, Any], plan: StatePlan, shape: tuple[int, ...]) -> State:
+    """The state that `plan` declares for a parameter of `shape`, from the one that AdamW saved for it.
+
+    Moments are averaged over the plan's groups and stored as the plan says. amsgrad's maximum is left out, and the
+    error of Kahan's rounding starts at zero.
+
+    Args:
+        saved: `exp_avg` and `exp_avg_sq` of the parameter's shape, in any float dtype; `step`, a number or a tensor.
+        plan: one of the AdamW family, see `check_takes_adamw`.
+        shape: the parameter's.
+
+    Returns:
+        Tensors of their own, on the device of `exp_avg`; `step` on the CPU.
+
+    Raises:
+        ValueError: the state is not AdamW's, or another parameter's.
+    """
+    if QUANTIZED & set(saved):
+        raise ValueError(f"The checkpoint's optimizer state is quantized by bitsandbytes, which is not read: {ANEW}.")
+    if set(saved) - {LEFT_OUT} != {"step", *MOMENTS}:
+        raise ValueError(f"The checkpoint's optimizer state {sorted(saved)} is not AdamW's step and moments: {ANEW}.")
+    for name in MOMENTS:
+        if tuple(saved[name].shape) != tuple(shape):
+            raise ValueError(
+                f"The checkpoint's AdamW state {name!r} has shape {tuple(saved[name].shape)}, but its parameter has "
+                f"{tuple(shape)}: resume with the same model."
+            )
+    device = saved["exp_avg"].device
+    state = {name: spec.zeros(device) for name, spec in plan.specs(tuple(shape)).items()}
+    state["step"].fill_(float(saved["step"]))
+    for name, moment in plan.bind(state).items():
+        moment.ema(saved[name].float(), 0.0)
+    return state
+
+
+@torch.no_grad()
+def to_adamw(state: State, plan: StatePlan, shape: tuple[int, ...], dtype: torch.dtype) -> State:
+    """The state of torch's AdamW for a parameter of `shape` and `dtype`; `state` is left as it is.
+
+    What the plan averages is the same number in every entry of a group; 8-bit codes are decoded.
+
+    Returns:
+        `step`, 0-D float32 on the CPU, and both moments in `dtype`, as AdamW keeps them, on the device of the state.
+    """
+    held = {name: tensor.clone() for name, tensor in state.items()}
+    still = torch.zeros(shape, dtype=torch.float32, device=held["exp_avg"].device)
+    moments: dict[str, Tensor] = {name: bound.ema(still, 1.0) for name, bound in plan.bind(held).items()}
+    step = held["step"].to("cpu", torch.float32)
+    return {"step": step, **{name: moments[name].expand(shape).to(dtype) for name in MOMENTS}}

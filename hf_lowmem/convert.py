@@ -1,0 +1,111 @@
+"""A checkpoint of our AdamW family as one of torch's AdamW: the way back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lowmem.adamw_state import to_adamw as to_adamw_state
+from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.trainer.build import build_optimizer
+from hf_lowmem.trainer.checkpoints import refuse_incomplete
+
+logger = logging.getLogger(__name__)
+
+
+def to_adamw(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    model: nn.Module,
+    optim: str,
+    optim_args: str | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The optimizer state of a checkpoint as that of `torch.optim.AdamW` over the same parameter groups.
+
+    Args:
+        checkpoint: the Trainer's checkpoint folder, or the optimizer's state dict.
+        model: the model that was trained, with the same parameters frozen; its values do not matter, its dtype does.
+        optim, optim_args: those of the run that wrote the checkpoint.
+
+    Returns:
+        What `torch.optim.AdamW(...).load_state_dict` and the Trainer's `optimizer.pt` take, moments in the weights'
+        dtype, as AdamW keeps them.
+
+    Raises:
+        ValueError: the optimizer does not keep AdamW's moments, or the checkpoint is that of another optim or model.
+    """
+    ours = build_optimizer(model, optim, lr=0.0, optim_args=optim_args)
+    assert isinstance(ours, LowMemOptimizer)
+    if ours.rule != "adamw":
+        raise ValueError(f"optim={optim!r} keeps moments that are not AdamW's: there is nothing to convert.")
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+    ours.load_state_dict(dict(checkpoint))
+    kept = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
+    groups = [{name: group[name] for name in kept if name in group} for group in ours.param_groups]
+    adamw = torch.optim.AdamW(groups)
+    for group in ours.param_groups:
+        for param in group["params"]:
+            if param in ours.state:
+                shape = tuple(param.shape)
+                plan = ours.plan(group, shape, param.dtype)
+                adamw.state[param] = to_adamw_state(ours.state[param], plan, shape, param.dtype)
+    return adamw.state_dict()
+
+
+def convert(argv: list[str]) -> None:
+    """Write a checkpoint of the AdamW family as one that adamw_torch resumes from."""
+    parser = ArgumentParser(prog="hf-lowmem convert", description=convert.__doc__)
+    parser.add_argument("checkpoint", help="the Trainer's checkpoint folder, of a model that was trained as a whole")
+    parser.add_argument("--to", required=True, choices=("adamw_torch", "adamw_torch_fused"), help="the optim to be")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/checkpoint-300-adamw")
+    parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from its state)")
+    parser.add_argument(
+        "--optim-args", "--optim_args", metavar="TEXT", help="the optim_args of the run, where it had any"
+    )
+    args = parser.parse_args(argv)
+    source, output = Path(args.checkpoint), Path(args.output)
+    try:
+        if output.exists():
+            raise ValueError(f"--output {output} exists already: name a new folder.")
+        refuse_incomplete(source)
+        if not (source / "optimizer.pt").is_file():
+            raise ValueError(f"{source} holds no optimizer.pt: there is nothing to convert.")
+        saved = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
+        converted = to_adamw(saved, _model_of(source), args.optim or _optim_of(saved, source), args.optim_args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"hf-lowmem convert: {' '.join(str(error).split())}\n")
+    shutil.copytree(source, output, ignore=lambda folder, names: {"optimizer.pt"} & set(names))
+    torch.save(converted, output / "optimizer.pt")
+    logger.info("Wrote %s: resume from it with optim=%s.", output, args.to)
+
+
+def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
+    """The optim name by which a state dict was written, 8 bits told from its codes."""
+    algorithms = {group.get("algorithm") for group in saved["param_groups"]}
+    if len(algorithms) != 1 or None in algorithms:
+        raise ValueError(f"The optimizer state in {source} was not written by an optim of this package.")
+    coded = any(tensor.dtype == torch.uint8 for state in saved["state"].values() for tensor in state.values())
+    return f"{algorithms.pop()}_8bit" if coded else str(algorithms.pop())
+
+
+def _model_of(source: Path) -> nn.Module:
+    """The model that a checkpoint holds, in the dtype of its weights."""
+    import transformers
+
+    if not (source / "config.json").is_file():
+        raise ValueError(
+            f"{source} holds no config.json (an adapter's has none): call hf_lowmem.to_adamw with the model that was "
+            "trained."
+        )
+    config = transformers.AutoConfig.from_pretrained(source)
+    (architecture,) = config.architectures
+    model: nn.Module = getattr(transformers, architecture).from_pretrained(source, dtype="auto")
+    return model
