@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_lowmem import algorithms
+    from hf_lowmem.convert import to_adamw
     from hf_lowmem.trainer.build import build_optimizer, explain, optimizer_cls_and_kwargs
     from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState
     from hf_lowmem.trainer.names import optim_names
@@ -30,6 +31,7 @@ _HOME = {
     "optim_names": "hf_lowmem.trainer.names",
     "optimizer_cls_and_kwargs": "hf_lowmem.trainer.build",
     "register": "hf_lowmem.trainer.registration",
+    "to_adamw": "hf_lowmem.convert",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "optim_names",
     "optimizer_cls_and_kwargs",
     "register",
+    "to_adamw",
 ]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,6 @@ from hf_lowmem.adamw_state import to_adamw as to_adamw_state
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.trainer.build import build_optimizer
 from hf_lowmem.trainer.checkpoints import refuse_incomplete
-
-logger = logging.getLogger(__name__)
-
 
 def to_adamw(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
@@ -45,9 +42,7 @@ def to_adamw(
     assert isinstance(ours, LowMemOptimizer)
     if ours.rule != "adamw":
         raise ValueError(f"optim={optim!r} keeps moments that are not AdamW's: there is nothing to convert.")
-    if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-    ours.load_state_dict(dict(checkpoint))
+    ours.load_state_dict(dict(checkpoint if isinstance(checkpoint, Mapping) else _saved_state(Path(checkpoint))))
     kept = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
     groups = [{name: group[name] for name in kept if name in group} for group in ours.param_groups]
     adamw = torch.optim.AdamW(groups)
@@ -65,7 +60,7 @@ def convert(argv: list[str]) -> None:
     parser = ArgumentParser(prog="hf-lowmem convert", description=convert.__doc__)
     parser.add_argument("checkpoint", help="the Trainer's checkpoint folder, of a model that was trained as a whole")
     parser.add_argument("--to", required=True, choices=("adamw_torch", "adamw_torch_fused"), help="the optim to be")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/checkpoint-300-adamw")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/adamw-300")
     parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from its state)")
     parser.add_argument(
         "--optim-args", "--optim_args", metavar="TEXT", help="the optim_args of the run, where it had any"
@@ -76,15 +71,20 @@ def convert(argv: list[str]) -> None:
         if output.exists():
             raise ValueError(f"--output {output} exists already: name a new folder.")
         refuse_incomplete(source)
-        if not (source / "optimizer.pt").is_file():
-            raise ValueError(f"{source} holds no optimizer.pt: there is nothing to convert.")
-        saved = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = _saved_state(source)
         converted = to_adamw(saved, _model_of(source), args.optim or _optim_of(saved, source), args.optim_args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"hf-lowmem convert: {' '.join(str(error).split())}\n")
     shutil.copytree(source, output, ignore=lambda folder, names: {"optimizer.pt"} & set(names))
     torch.save(converted, output / "optimizer.pt")
-    logger.info("Wrote %s: resume from it with optim=%s.", output, args.to)
+    sys.stdout.write(f"Wrote {output}: resume from it with optim={args.to}.\n")
+
+
+def _saved_state(source: Path) -> dict[str, Any]:
+    if not (source / "optimizer.pt").is_file():
+        raise ValueError(f"{source} holds no optimizer.pt: there is nothing to convert.")
+    saved: dict[str, Any] = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
+    return saved
 
 
 def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
