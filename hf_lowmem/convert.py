@@ -18,6 +18,7 @@ from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.trainer.build import build_optimizer
 from hf_lowmem.trainer.checkpoints import refuse_incomplete
 
+
 def to_adamw(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     model: nn.Module,

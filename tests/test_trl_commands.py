@@ -254,6 +254,16 @@ MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
         "--dataset_name hub/id {model} --resume_from_checkpoint True --output_dir no",
         "--resume_from_checkpoint True: there is no whole checkpoint in --output_dir no.",
     ),
+    (
+        "dpo",
+        "--dataset_name hub/id {model} --resume_from_checkpoint run/checkpoint-2",
+        "The checkpoint 'run/checkpoint-2' cannot be resumed from: trainer_state.json, which is written last,",
+    ),
+    (
+        "dpo",
+        "--dataset_name hub/id {model} --resume_from_checkpoint True --output_dir run",
+        "--resume_from_checkpoint True: there is no whole checkpoint in --output_dir run.",
+    ),
     pytest.param(
         "dpo",
         "--dataset_name hub/id --model_name_or_path m",
@@ -300,8 +310,8 @@ def mistaken_folder(tmp_path, monkeypatch):
         "kto.jsonl": '{"prompt": "a", "completion": "b", "label": "good"}',
         "m/config.json": "{}",
     }
-    for folder in ("m", "empty"):
-        (tmp_path / folder).mkdir()
+    for folder in ("m", "empty", "run/checkpoint-2"):
+        (tmp_path / folder).mkdir(parents=True)
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)

@@ -125,7 +125,9 @@ def refuse_sharding(args: Any) -> None:
         variable = f"ACCELERATE_USE_{scheme.upper()}"
         asked = bool(chosen) or os.environ.get(variable, "").lower() in ("true", "1")
         if _shards(scheme, asked, bool(chosen), getattr(args, "distributed_state", None)):
-            remedy = f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
+            remedy = (
+                f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
+            )
             raise ValueError(
                 f"optim={getattr(args.optim, 'value', args.optim)!r} does not support {scheme} yet, which hands it "
                 f"pieces of weights: {remedy}, and train with DDP or in one process."

@@ -3,12 +3,15 @@
 import importlib
 import importlib.util
 import inspect
+import os
 from enum import Enum
 
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import is_initialized
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments, trainer, trainer_optimizer, training_args
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -64,6 +67,41 @@ def test_train_asks_get_last_checkpoint_when_resume_is_true(tmp_path):
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+def test_train_takes_the_checkpoint_first(tmp_path):
+    assert list(inspect.signature(Trainer.train).parameters)[:2] == ["self", "resume_from_checkpoint"]
+    assert inspect.unwrap(registration._train) is inspect.unwrap(Trainer.train)
+
+
+def test_accelerate_says_what_it_shards(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert args.distributed_state.distributed_type == DistributedType.NO
+    assert not is_initialized()
+    Trainer(torch.nn.Linear(2, 2), args)
+    assert is_initialized()
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    assert args.distributed_state.distributed_type == "FSDP"
+    assert {"DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "NO", "MULTI_CPU"} <= set(DistributedType.__members__)
+
+
+def test_a_trainer_leaves_the_variable_of_fsdp_set(tmp_path, monkeypatch):
+    """What `refuse_sharding` sees through; once this fails, it need not."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # so that it is restored
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    args = TrainingArguments(str(tmp_path), fsdp=True, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="only works in distributed training"):
+        Trainer(torch.nn.Linear(2, 2), args)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
+def test_the_optimizer_and_the_scheduler_are_loaded_together(tmp_path):
+    """Without either file the Trainer loads neither and says nothing; `checkpoints.py` does."""
+    trainer_ = Trainer(torch.nn.Linear(2, 2), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer_.create_optimizer_and_scheduler(1)
+    torch.save(trainer_.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    trainer_.optimizer.load_state_dict = trainer_.lr_scheduler.load_state_dict = None  # not called
+    trainer_._load_optimizer_and_scheduler(str(tmp_path))
 
 
 def test_a_trainer_starts_from_the_default_callbacks_and_hands_them_the_optimizer(tmp_path):
@@ -122,10 +160,12 @@ def test_the_decay_rule_needs_no_trainer():
         (trainer, "_parse_optim_args"),
         (trainer, "get_last_checkpoint"),
         (trainer, "DEFAULT_CALLBACKS"),
+        (trainer, "Trainer.train"),
     ],
 )
 def test_an_unknown_layout_fails_at_import_and_names_what_is_missing(module, internal, monkeypatch):
-    monkeypatch.delattr(module, internal)
+    owner, _, name = internal.rpartition(".")
+    monkeypatch.delattr(getattr(module, owner) if owner else module, name)
     spec = importlib.util.spec_from_file_location("hf_lowmem.trainer.second_registration", registration.__file__)
     expected = f"transformers {transformers.__version__}, which has no {module.__name__}.{internal}"
     with pytest.raises(ImportError, match=expected.replace(".", r"\.")):

@@ -1,0 +1,235 @@
+"""Pieces of weights are refused in one sentence, and runs that do not shard are not."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import hf_lowmem
+from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.trainer.build import refuse_sharding
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def model():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)))
+
+
+def fsdp1(use_orig_params, how):
+    wrap = {"use_orig_params": use_orig_params, "device_id": CPU}
+    made = model()
+    if how in ("nested", "inside"):
+        made[1] = FullyShardedDataParallel(made[1], **wrap)
+    return made if how == "inside" else FullyShardedDataParallel(made, **wrap)
+
+
+class FlatParameter(nn.Parameter):  # as fairscale and XLA name theirs
+    pass
+
+
+def flat():
+    made = model()
+    made[0].weight = FlatParameter(torch.zeros(64))
+    return made
+
+
+def zero3():
+    made = model()
+    for number, param in enumerate(made.parameters()):
+        param.ds_id, param.ds_tensor, param.ds_shape = number, param.data.flatten(), param.shape
+        param.data = torch.empty(0)
+    return made
+
+
+def dtensor(placement):
+    made = model()
+    mesh = init_device_mesh("cpu", (1,))
+    made[0].weight = nn.Parameter(distribute_tensor(made[0].weight.detach(), mesh, [placement]))
+    return made
+
+
+def fsdp2():
+    return fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
+
+
+SHARDED = {
+    **{
+        f"fsdp1 {how} {'original' if original else 'flat'}": lambda original=original, how=how: fsdp1(original, how)
+        for how in ("whole", "nested", "inside")
+        for original in (True, False)
+    },
+    "flat parameter": flat,
+    "zero 3": zero3,
+    "sharded DTensor": lambda: dtensor(Shard(0)),
+    "replicated DTensor": lambda: dtensor(Replicate()),
+    "fsdp2": fsdp2,
+}
+
+
+@pytest.mark.parametrize("sharding", SHARDED)
+def test_a_sharded_model_is_refused(sharding):
+    sharded = SHARDED[sharding]()
+    for build in (
+        lambda: hf_lowmem.build_optimizer(sharded, "slim_adamw_8bit", lr=1e-3),
+        lambda: hf_lowmem.optimizer_cls_and_kwargs(sharded, "coap_adamw", lr=1e-3),
+    ):
+        with pytest.raises(ValueError, match=r"^Sharded weights.*the parameter '.*train with DDP") as error:
+            build()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [SlimAdamW, LowMemAdamW, Signum, CoapAdamW])
+@pytest.mark.parametrize("sharding", SHARDED)
+def test_the_classes_refuse_its_parameters(sharding, cls):
+    with pytest.raises(ValueError, match=r"^Sharded weights.*train with DDP"):
+        cls(SHARDED[sharding]().parameters())
+
+
+def test_a_frozen_part_may_be_sharded():
+    made = fsdp1(False, "inside")
+    made[1].requires_grad_(False)
+    optimizer = hf_lowmem.build_optimizer(made, "slim_adamw", lr=1e-3)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_parameters_that_are_swapped_for_pieces_are_refused():
+    """As accelerate's FSDP2 does, after the optimizer was built."""
+    made = model()
+    optimizer = SlimAdamW(made.parameters())
+    pieces = iter(fully_shard(made, mesh=init_device_mesh("cpu", (1,))).parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [next(pieces) for _ in group["params"]]
+    made(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(ValueError, match=r"^Sharded weights"):
+        optimizer.step()
+
+
+# -- what a Trainer's run will do ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """The variables that runs leave behind are put back."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_VERSION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    hf_lowmem.register()
+    return monkeypatch
+
+
+def arguments(tmp_path, **options):
+    options = {"optim": "slim_adamw", "max_steps": 1, "save_strategy": "no", **options}
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+
+
+def make_trainer(tmp_path, **options):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    return Trainer(LlamaForCausalLM(config), arguments(tmp_path, **options), train_dataset=rows)
+
+
+@pytest.mark.parametrize("fsdp", [True, "full_shard", "full_shard auto_wrap"])
+def test_a_plain_run_follows_one_that_was_refused_fsdp(fsdp, tmp_path, variables):
+    with pytest.raises(ValueError, match="only works in distributed training"):  # transformers'
+        make_trainer(tmp_path, fsdp=fsdp)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    for optim in ("slim_adamw", "coap_adamw_8bit"):
+        trainer = make_trainer(tmp_path, optim=optim)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        assert not trainer.is_fsdp_enabled
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "FSDP_VERSION"])
+def test_what_is_left_behind_shards_no_single_process(variable, tmp_path, variables):
+    variables.setenv(variable, "true" if "USE" in variable else "2")
+    args = arguments(tmp_path)
+    Trainer.get_optimizer_cls_and_kwargs(args, model())  # before there is a Trainer
+
+
+@pytest.mark.parametrize("scheme", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_run_that_shards_is_refused(scheme, tmp_path, variables):
+    """What accelerate has decided counts, and the sentence names what asked for it."""
+    trainer = make_trainer(tmp_path)
+    variables.setitem(PartialState._shared_state, "distributed_type", DistributedType(scheme))
+    with pytest.raises(ValueError, match=rf"(?i)'slim_adamw' does not support {scheme} yet") as error:
+        trainer.create_optimizer()
+    assert f"unset ACCELERATE_USE_{scheme}," in str(error.value)
+    assert "\n" not in str(error.value)
+    make_trainer(tmp_path).train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("MULTI_GPU", True), ("MULTI_XPU", True), ("XLA", True), ("MULTI_CPU", False), ("NO", False)],
+)
+def test_before_there_is_a_trainer_the_kind_of_process_decides(kind, refused, tmp_path, variables):
+    """accelerate shards launched processes that have an accelerator each."""
+    args = arguments(tmp_path)
+    variables.setenv("ACCELERATE_USE_FSDP", "true")
+    variables.setitem(PartialState._shared_state, "distributed_type", DistributedType(kind))
+    if refused:
+        with pytest.raises(ValueError, match=r"does not support FSDP yet.*unset ACCELERATE_USE_FSDP"):
+            Trainer.get_optimizer_cls_and_kwargs(args, model())
+        args.fsdp = True
+        with pytest.raises(ValueError, match=r"does not support FSDP yet.*leave fsdp out"):
+            Trainer.get_optimizer_cls_and_kwargs(args, model())
+    else:
+        Trainer.get_optimizer_cls_and_kwargs(args, model())
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "refused"),
+    [
+        ({"fsdp": "full_shard"}, {}, True),
+        ({"deepspeed": "config.json"}, {}, True),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, False),  # left behind: this process was not launched
+        ({}, {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0"}, True),  # `accelerate launch --use_fsdp`
+        ({}, {"LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_a_command_line_is_judged_before_its_run(options, environment, refused, variables):
+    for name, value in environment.items():
+        variables.setenv(name, value)
+    given = SimpleNamespace(**{"optim": "slim_adamw", "fsdp": None, "deepspeed": None, **options})
+    if refused:
+        with pytest.raises(ValueError, match=r"does not support (FSDP|DeepSpeed) yet"):
+            refuse_sharding(given)
+    else:
+        refuse_sharding(given)
+
+
+def test_accelerates_decision_outlasts_the_variable(tmp_path, variables):
+    trainer = make_trainer(tmp_path)
+    variables.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # later than the Trainer
+    trainer.create_optimizer()
+
+
+def test_weights_that_were_sharded_as_they_were_loaded_are_refused(tmp_path, variables):
+    trainer = make_trainer(tmp_path)
+    mesh = init_device_mesh("cpu", (1,))
+    weight = trainer.model.lm_head.weight.detach()
+    trainer.model.lm_head.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match=r"^Sharded weights.*'lm_head.weight'.*DTensor"):
+        trainer.create_optimizer()
