@@ -11,6 +11,14 @@ from torch import Tensor
 from hf_lowmem.state import State, StatePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HYPERPARAMETERS = {
+    "lr",
+    "initial_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "param_names",
+}  # of its groups, that are ours too
 LEFT_OUT = "max_exp_avg_sq"  # amsgrad's, which no plan has
 QUANTIZED = {"state1", "state2", "__bnb_optimizer_quant_state__"}  # by bitsandbytes, also where it keeps 32 bits
 ANEW = "delete optimizer.pt and scheduler.pt from the checkpoint's folder to start the optimizer and its schedule anew"
@@ -67,7 +75,7 @@ def from_adamw(saved: Mapping[str, Any], plan: StatePlan, shape: tuple[int, ...]
     state = {name: spec.zeros(device) for name, spec in plan.specs(tuple(shape)).items()}
     state["step"].fill_(float(saved["step"]))
     for name, moment in plan.bind(state).items():
-        moment.ema(saved[name].float(), 0.0)
+        moment.ema(saved[name].to(plan.arithmetic), 0.0)
     return state
 
 
@@ -81,7 +89,7 @@ def to_adamw(state: State, plan: StatePlan, shape: tuple[int, ...], dtype: torch
         `step`, 0-D float32 on the CPU, and both moments in `dtype`, as AdamW keeps them, on the device of the state.
     """
     held = {name: tensor.clone() for name, tensor in state.items()}
-    still = torch.zeros(shape, dtype=torch.float32, device=held["exp_avg"].device)
+    still = torch.zeros(shape, dtype=plan.arithmetic, device=held["exp_avg"].device)
     moments: dict[str, Tensor] = {name: bound.ema(still, 1.0) for name, bound in plan.bind(held).items()}
     step = held["step"].to("cpu", torch.float32)
     return {"step": step, **{name: moments[name].expand(shape).to(dtype) for name in MOMENTS}}

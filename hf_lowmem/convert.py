@@ -51,8 +51,7 @@ def to_adamw(
         for param in group["params"]:
             if param in ours.state:
                 shape = tuple(param.shape)
-                plan = ours.plan(group, shape, param.dtype)
-                adamw.state[param] = to_adamw_state(ours.state[param], plan, shape, param.dtype)
+                adamw.state[param] = to_adamw_state(ours.state[param], ours.plan_of(param), shape, param.dtype)
     return adamw.state_dict()
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_lowmem.adamw_state import HYPERPARAMETERS, check_takes_adamw, from_adamw, is_adamw
 from hf_lowmem.checks import (
     check_capturable,
     check_grad,
@@ -34,7 +35,15 @@ from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
-from hf_lowmem.saved_state import FLOATS, check_groups, check_layouts, check_state, copied, resized_state
+from hf_lowmem.saved_state import (
+    FLOATS,
+    check_group_sizes,
+    check_groups,
+    check_layouts,
+    check_state,
+    copied,
+    resized_state,
+)
 from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.update_rules import RULE_FLAGS
 
@@ -600,6 +609,10 @@ class LowMemOptimizer(Optimizer):
         self._forget_caches()
         super().__setstate__(state)
 
+    def _optim_name(self) -> str:
+        """The optim name that users know this optimizer by."""
+        return f"{self.algorithm}_8bit" if self._layout_defaults["state_bits"] == 8 else self.algorithm
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned: hyperparameters and bit-exact state.
@@ -608,6 +621,7 @@ class LowMemOptimizer(Optimizer):
         too: at the next step a Kahan buffer that is missing starts at zero, one that is of no use is left out.
 
         torch's own loader would cast every tensor, 8-bit codes too, to the parameter's dtype, and keep references.
+        The state of torch's AdamW is taken over where the optimizer's moments are AdamW's; see `adamw_state.py`.
 
         Raises:
             ValueError: the state was written by another algorithm, or under other rules, sizes or `state_bits`.
@@ -616,7 +630,12 @@ class LowMemOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         saved_groups = state_dict["param_groups"]
-        check_groups(self.param_groups, saved_groups)
+        adamw = is_adamw(saved_groups)
+        if adamw:
+            check_takes_adamw(self.rule, self._optim_name())
+            check_group_sizes(self.param_groups, saved_groups)
+        else:
+            check_groups(self.param_groups, saved_groups)
         named = ([{"name": name} for name in group.get("param_names", ())] for group in saved_groups)
         check_layouts(self._layouts, state_dict.get("layouts") or named)
         loaded: dict[Tensor, State] = {}
@@ -624,13 +643,18 @@ class LowMemOptimizer(Optimizer):
             for param, layout, key in zip(group["params"], layouts.layouts, saved_group["params"], strict=True):
                 if saved := state_dict["state"].get(key):
                     plan = self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
+                    if adamw:
+                        saved = from_adamw(saved, plan, tuple(param.shape))
                     specs = self._specs(param, plan, group)
                     check_state(saved, specs, tuple(param.shape))
                     loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
         kept = {"params", *RUN_OPTIONS, *self.plan_options(), *RULE_FLAGS.get(self.rule, ())}
         for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             lr, keeps = group["lr"], kept | ({"param_names"} & group.keys())
-            group.update(copy.deepcopy({k: v for k, v in saved_group.items() if k not in keeps}))
+            taken_over = {
+                k: v for k, v in saved_group.items() if k not in keeps and (k in HYPERPARAMETERS or not adamw)
+            }
+            group.update(copy.deepcopy(taken_over))
             if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
                 rate, earlier = float(group["lr"]), self.param_groups[:number]
                 taken = any(other["lr"] is lr for other in earlier) and float(lr) != rate
