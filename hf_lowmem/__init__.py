@@ -18,8 +18,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_lowmem import algorithms
     from hf_lowmem.convert import to_adamw
-    from hf_lowmem.trainer.build import build_optimizer, explain, optimizer_cls_and_kwargs
+    from hf_lowmem.trainer.build import build_optimizer, optimizer_cls_and_kwargs
     from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState
+    from hf_lowmem.trainer.explain import explain
     from hf_lowmem.trainer.names import optim_names
     from hf_lowmem.trainer.registration import register
 
@@ -27,7 +28,7 @@ _HOME = {
     "LostUpdates": "hf_lowmem.trainer.callbacks",
     "OffloadState": "hf_lowmem.trainer.callbacks",
     "build_optimizer": "hf_lowmem.trainer.build",
-    "explain": "hf_lowmem.trainer.build",
+    "explain": "hf_lowmem.trainer.explain",
     "optim_names": "hf_lowmem.trainer.names",
     "optimizer_cls_and_kwargs": "hf_lowmem.trainer.build",
     "register": "hf_lowmem.trainer.registration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -9,39 +10,87 @@ import sys
 from argparse import REMAINDER, ArgumentParser
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
-from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+from hf_lowmem import __version__
+from hf_lowmem.trainer.names import ADAMW_NAMES, OPTIM_NAMES, nearest, unknown_optim
 
-Command = Callable[[list[str]], None]
+Command = Callable[[list[str]], int | None]
+
+
+class Parser(ArgumentParser):
+    """Answers a mistake in one sentence, which names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            near = nearest(unknown[0], options, n=1, cutoff=0.6)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; {self.prog} --help lists what it takes"
+            self.error(f"Unexpected {unknown[0]!r}{hint}")
+        return given
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; `script.py ARGS` is short for `run script.py ARGS`.
 
     Args:
-        argv: the arguments, `sys.argv[1:]` by default.
+        argv: the arguments; by default those of the process, which is then this command's own.
 
     Returns:
         The exit status.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        return _own_process(sys.argv[1:])
     if argv and argv[0] not in COMMANDS and (argv[0].endswith(".py") or os.path.isfile(argv[0])):
         argv = ["run", *argv]
-    parser = ArgumentParser(
+    parser = Parser(
         prog="hf-lowmem",
         description="Low-memory optimizers for Hugging Face Trainer and TRL.",
         epilog="`hf-lowmem COMMAND --help` says more; `hf-lowmem script.py ARGS` is short for `hf-lowmem run`.",
     )
+    parser.add_argument("--version", action="version", version=f"hf-lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=str(command.__doc__).splitlines()[0].rstrip("."), add_help=False)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = nearest(argv[0], [*COMMANDS, "--version", "--help"], n=1, cutoff=0.6)
+        hint = f" (did you mean {near[0]!r}?)" if near else f"; the commands: {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {argv[0]!r}{hint}")
     command = parser.parse_args(argv[:1]).command  # each command parses the rest itself
     if command is None:
         parser.print_help()
         return 0
-    COMMANDS[command](argv[1:])
-    return 0
+    return COMMANDS[command](argv[1:]) or 0
+
+
+def _own_process(argv: list[str]) -> int:
+    """Run a command that owns the process: one that only answers is quicker, and quiet under `| head`."""
+    if not _only_answers(argv):
+        return main(argv)
+    gc.disable()  # imports make millions of objects that stay: looking through them takes most of a second
+    try:
+        try:
+            status = main(argv)
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = 141  # as a shell has it for SIGPIPE
+    sys.stderr.flush()
+    os._exit(status)  # taking the modules apart takes a second more, and would write to the pipe again
+
+
+def _only_answers(argv: list[str]) -> bool:
+    """Whether this trains nothing and runs no script of the user's."""
+    command, *rest = argv or ["--help"]
+    asks_help = not {"-h", "--help", "--help-all"}.isdisjoint(rest)
+    return (
+        command.startswith("-") or command in ("inspect", "optims", "doctor") or (command in TRL_TASKS and asks_help)
+    )
 
 
 def run(argv: list[str]) -> None:
@@ -49,12 +98,12 @@ def run(argv: list[str]) -> None:
 
     Works under launchers too: `accelerate launch -m hf_lowmem script.py ARGS`, `torchrun -m hf_lowmem script.py ARGS`.
     """
-    parser = ArgumentParser(prog="hf-lowmem run", description=run.__doc__)
+    parser = Parser(prog="hf-lowmem run", description=run.__doc__)
     parser.add_argument("script", help="the script, run as `python SCRIPT ARGS` would")
     parser.add_argument("args", nargs=REMAINDER, metavar="ARGS", help="the script's own arguments")
     args = parser.parse_args(argv)
     if not os.path.exists(args.script):
-        parser.exit(2, f"hf-lowmem run: there is no script {args.script!r}.\n")
+        parser.error(f"there is no script {args.script!r}")
     sys.argv = [args.script, *args.args]
     sys.path[0] = os.path.dirname(os.path.abspath(args.script))
 
@@ -69,9 +118,7 @@ def run(argv: list[str]) -> None:
 def train(task: str, argv: list[str]) -> None:
     """Run TRL's script for a task."""
     if find_spec("trl") is None:
-        ArgumentParser(prog=f"hf-lowmem {task}").exit(
-            2, f"hf-lowmem {task}: TRL is missing, install it with `pip install 'hf_lowmem[trl]'`.\n"
-        )
+        Parser(prog=f"hf-lowmem {task}").error("TRL is missing, install it with `pip install 'hf_lowmem[trl]'`")
 
     from hf_lowmem.trainer.trl_script import launch
 
@@ -87,10 +134,12 @@ def _training_command(task: str, what: str) -> Command:
 
 
 def inspect(argv: list[str]) -> None:
-    """Show what an optimizer keeps for each part of a model, and the bytes; no weights are loaded."""
-    parser = ArgumentParser(prog="hf-lowmem inspect", description=inspect.__doc__)
+    """Show what an optimizer keeps for each part of a model, or compare all of them; no weights are loaded."""
+    parser = Parser(prog="hf-lowmem inspect", description=inspect.__doc__)
     parser.add_argument("model", help="a local folder, a hub id, or a config.json")
-    parser.add_argument("--optim", required=True, metavar="NAME", help="an optim name, see `hf-lowmem optims`")
+    parser.add_argument(
+        "--optim", metavar="NAME", help="an optim name, see `hf-lowmem optims`, or adamw_torch; default: compare all"
+    )
     parser.add_argument(
         "--optim-args", "--optim_args", metavar="TEXT", help="options: key=value,key=value or a JSON object"
     )
@@ -99,44 +148,47 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--rows", action="store_true", help="one line per parameter instead of one per role")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     args = parser.parse_args(argv)
-    if args.optim not in OPTIM_NAMES:
-        parser.exit(2, f"hf-lowmem inspect: {unknown_optim(args.optim)}\n")
+    names = [*OPTIM_NAMES, *ADAMW_NAMES]
+    if args.optim is None and (args.rows or args.optim_args):
+        parser.error(f"{'--rows' if args.rows else '--optim-args'} needs --optim NAME: see `hf-lowmem optims`")
+    if args.optim not in (None, *names):
+        parser.error(unknown_optim(args.optim, names))
 
-    from hf_lowmem import explain
+    import torch
+
+    from hf_lowmem.trainer.explain import compare, explain
+    from hf_lowmem.trainer.meta_model import meta_model
 
     try:
-        table = explain(_meta_model(args.model, args.dtype), args.optim, args.optim_args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"hf-lowmem inspect: {error}\n")
+        model = meta_model(args.model, getattr(torch, args.dtype))
+        found: Any = explain(model, args.optim, args.optim_args) if args.optim else compare(model)
+    except ValueError as error:
+        parser.error(str(error))
     if args.json:
-        print(json.dumps(table.to_dict(), indent=2))
+        print(json.dumps(found.to_dict(), indent=2))
     else:
-        print(table if args.rows else table.by_role())
-
-
-def _meta_model(name: str, dtype: str) -> Any:
-    """Build the model of a config on the meta device, which takes no memory."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        for architecture in config.architectures or ():
-            if hasattr(transformers, architecture):
-                return getattr(transformers, architecture)(config).to(getattr(torch, dtype))
-        try:
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError:  # not a causal language model
-            model = transformers.AutoModel.from_config(config)
-        return model.to(getattr(torch, dtype))
+        print(found.by_role() if args.optim and not args.rows else found)
 
 
 def optims(argv: list[str]) -> None:
     """List the optim names, with the bytes of optimizer state per parameter."""
-    ArgumentParser(prog="hf-lowmem optims", description=optims.__doc__).parse_args(argv)
+    Parser(prog="hf-lowmem optims", description=optims.__doc__).parse_args(argv)
     print(f"{'name':<20}{'bytes/parameter':>16}  (Llama 2 7B; AdamW in fp32 keeps 8)")
     for name, optim in OPTIM_NAMES.items():
         print(f"{name:<20}{optim.bytes_per_param:>16.3f}  {optim.summary}")
+
+
+def doctor(argv: list[str]) -> int:
+    """Say what is installed, which kernels are found, and whether a step of each optimizer is right."""
+    parser = Parser(prog="hf-lowmem doctor", description=doctor.__doc__)
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    args = parser.parse_args(argv)
+
+    from hf_lowmem.doctor import examine, report
+
+    found = examine()
+    print(json.dumps(found, indent=2) if args.json else report(found))
+    return 1 if found["broken"] else 0
 
 
 def demo(argv: list[str]) -> None:
@@ -160,5 +212,6 @@ COMMANDS: dict[str, Command] = {
     **{task: _training_command(task, what) for task, what in TRL_TASKS.items()},
     "inspect": inspect,
     "optims": optims,
+    "doctor": doctor,
     "demo": demo,
 }

@@ -18,6 +18,7 @@ STORAGE_OPTIONS = ("state_bits", "block_size", "min_8bit_size")
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
 Treatment = tuple[dict[str, Any], str]  # group options (axes, segments, rank, ...), and why in a few words
+Roles = Sequence[tuple[nn.Parameter, ParamRole]]
 FULL: dict[str, Any] = {}
 
 
@@ -138,8 +139,10 @@ class RolePlan(Sequence[Assignment]):
         return (assignment.role.name, assignment.options) if assignment else None
 
 
-def plan_roles(model: nn.Module, recipe: Recipe) -> RolePlan:
+def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> RolePlan:
     """Assign every parameter of `model` its role and its options under `recipe`.
+
+    `roles` is what `assign_roles(model)` returned, where several recipes are compared.
 
     Raises:
         ValueError: the recipe's rules file cannot be read, or names a parameter that the model does not have.
@@ -153,7 +156,7 @@ def plan_roles(model: nn.Module, recipe: Recipe) -> RolePlan:
         rules.check_used([name for aliases in names.values() for name in aliases])
 
     assignments = []
-    for param, role in assign_roles(model):
+    for param, role in assign_roles(model) if roles is None else roles:
         rule = rules.find(names[id(param)], role.role) if rules else None
         try:
             options, why = (recipe.apply_rule(role, rule[0]), rule[1]) if rule else recipe.treat(role)

@@ -6,11 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
+
 from hf_lowmem.moments import Full, GroupMean, RowColMean
-from hf_lowmem.param_groups import Assignment, Recipe, RolePlan
-from hf_lowmem.state import StatePlan
+from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Roles
+from hf_lowmem.planner.tables import change, size, table, wrapped
+from hf_lowmem.state import STEP, StatePlan
 
 ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # both moments of one parameter, by `state_bits`
 
@@ -20,7 +24,7 @@ class Row:
     """One parameter: what is compressed, the state that is declared for it, and why.
 
     `state` maps the name of each state tensor to (shape, dtype); `nbytes` counts all of them, `step` included;
-    `rounded` says that the weight is rounded at random or by Kahan's sum.
+    `rounded` says that the weight is rounded at random or by Kahan's sum; `dtype` is the weight's.
     """
 
     name: str
@@ -32,10 +36,15 @@ class Row:
     nbytes: int
     why: str
     rounded: bool = False
+    dtype: str = "float32"
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.numel * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -43,16 +52,16 @@ class Explanation:
     """The rows of all parameters; prints as a table."""
 
     algorithm: str
-    state_bits: int
+    state_bits: int | None  # None for torch's AdamW, whose moments have the weights' dtype
     rows: tuple[Row, ...]
     caution: str = ""
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Trainable entries."""
         return sum(row.numel for row in self.rows if row.trainable)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of optimizer state."""
         return sum(row.nbytes for row in self.rows)
@@ -61,81 +70,153 @@ class Explanation:
     def bytes_per_param(self) -> float:
         return self.nbytes / max(self.numel, 1)
 
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of all weights, frozen ones too."""
+        return sum(row.weight_bytes for row in self.rows)
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Of the gradients, which have the dtype of their weights."""
+        return sum(row.weight_bytes for row in self.rows if row.trainable)
+
+    @cached_property
+    def adamw_nbytes(self) -> int:
+        """Bytes of state of torch's AdamW: two moments in the dtype of each weight, and `step`."""
+        return sum(2 * row.weight_bytes + STEP.nbytes for row in self.rows if row.trainable)
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, gradients and state."""
+        return self.weight_bytes + self.gradient_bytes + self.nbytes
+
+    @property
+    def adamw_total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.adamw_nbytes
+
+    @property
+    def dtypes(self) -> str:
+        """Of the trained weights, in words."""
+        return " and ".join(sorted({row.dtype for row in self.rows if row.trainable})) or "no dtype"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
+        return {**self.totals(), "rows": [asdict(row) for row in self.rows]}
+
+    def totals(self) -> dict[str, Any]:
+        """`to_dict` without the rows."""
         return {
             "algorithm": self.algorithm,
             "state_bits": self.state_bits,
             "parameters": self.numel,
             "bytes": self.nbytes,
             "bytes_per_param": self.bytes_per_param,
-            "rows": [asdict(row) for row in self.rows],
+            "weight_bytes": self.weight_bytes,
+            "gradient_bytes": self.gradient_bytes,
+            "adamw_bytes": self.adamw_nbytes,
         }
 
     def __str__(self) -> str:
+        """One line per parameter."""
         lines = [
-            (r.name, "x".join(map(str, r.shape)), r.role, r.compressed, _states(r), f"{r.nbytes:,}", r.why)
+            (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", size(r.nbytes), _treatment(r))
             for r in self.rows
         ]
-        head = ("parameter", "shape", "role", "compressed", "state", "bytes", "why")
-        return "\n".join([*_table(head, lines, right=(5,)), "", self._total()])
+        head = ("parameter", "shape", "role", "bytes", "", "what is kept (why)")
+        return "\n".join([*table(head, lines, left=(0, 1, 2, 5)), "", self._total()])
 
     def by_role(self) -> str:
-        """One line per role and treatment: how many parameters, what is compressed, bytes, and why."""
-        groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+        """Of each role and treatment: how many parameters, bytes, what is compressed, and why; at most 100 columns."""
+        groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in self.rows:
-            groups[row.role, row.compressed, row.why if row.trainable else "frozen"].append(row)
-        lines = [
-            (
-                role,
-                str(len(rows)),
-                f"{sum(row.numel for row in rows):,}",
-                compressed,
-                f"{sum(row.nbytes for row in rows):,}",
-                f"{sum(row.nbytes for row in rows) / max(sum(row.numel for row in rows), 1):.3f}",
-                why,
-            )
-            for (role, compressed, why), rows in groups.items()
-        ]
-        head = ("role", "tensors", "parameters", "compressed", "bytes", "B/param", "why")
-        return "\n".join([*_table(head, lines, right=(1, 2, 4, 5)), "", self._total()])
+            groups[row.role, _treatment(row)].append(row)
+        lines = []
+        for (role, _), rows in groups.items():
+            numel, nbytes = sum(row.numel for row in rows), sum(row.nbytes for row in rows)
+            each = f"{nbytes / max(numel, 1):.3f}"
+            lines.append((role, str(len(rows)), f"{numel:,}", f"{nbytes:,}", size(nbytes), each))
+        head, *shown = table(("role", "tensors", "parameters", "bytes", "", "bytes/param"), lines)
+        for at, (_, treatment) in enumerate(groups):
+            shown[at] += "\n" + wrapped(treatment, indent="    ")
+        return "\n".join([head, *shown, "", self._total()])
 
     def _total(self) -> str:
-        return (
-            f"{self.algorithm}, state_bits={self.state_bits}: {self.nbytes:,} bytes of state for "
-            f"{self.numel:,} trainable parameters, "
-            f"{self.bytes_per_param:.3f} bytes each (AdamW in float32: 8)"
-            + (f"\n{self.caution}" if self.caution else "")
+        sums = (
+            ("weights", self.weight_bytes, self.weight_bytes),
+            ("gradients", self.gradient_bytes, self.gradient_bytes),
+            ("optimizer state", self.nbytes, self.adamw_nbytes),
+            ("all", self.total_bytes, self.adamw_total_bytes),
+        )
+        lines = [
+            (what, f"{ours:,}", size(ours), size(adamw), change(ours, adamw) if ours != adamw else "")
+            for what, ours, adamw in sums
+        ]
+        bits = "" if self.state_bits is None else f", state_bits={self.state_bits}"
+        return "\n".join(
+            [
+                f"{self.algorithm}{bits}: {self.nbytes:,} bytes of state for {self.numel:,} trainable parameters",
+                f"({self.bytes_per_param:.3f} bytes each; AdamW in {self.dtypes}: "
+                f"{self.adamw_nbytes / max(self.numel, 1):.3f})",
+                "",
+                *table(("", "bytes", "", "with AdamW", ""), lines),
+                *([wrapped(self.caution)] if self.caution else []),
+            ]
         )
 
 
 def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
     """The table of a plan that `plan_roles(model, recipe)` made."""
-    rows = tuple(_row(assignment, recipe) for assignment in plan)
+    found: dict[tuple, tuple] = {}  # the layers of a model are alike
+    rows = []
+    for assignment in plan:
+        role, param = assignment.role, assignment.param
+        if not param.requires_grad:
+            rows.append(Row(role.name, role.shape, role.role, False, "-", {}, 0, "frozen", False, _dtype(param)))
+            continue
+        key = (role.shape, param.dtype, role.role in EMBEDDINGS, *sorted(assignment.options.items()))
+        if key not in found:
+            found[key] = _kept(assignment, recipe)
+        compressed, state, nbytes, rounded = found[key]
+        rows.append(
+            Row(
+                *(role.name, role.shape, role.role, True, compressed, dict(state), nbytes, assignment.why),
+                rounded=rounded,
+                dtype=_dtype(param),
+            )
+        )
     bits = recipe.state_bits
-    bytes_per_param = Explanation(recipe.algorithm, bits, rows).bytes_per_param
+    bytes_per_param = Explanation(recipe.algorithm, bits, tuple(rows)).bytes_per_param
     caution = recipe.caution.format(bytes=bytes_per_param, adamw=ADAMW_BYTES[bits])
-    return Explanation(recipe.algorithm, bits, rows, caution)
+    return Explanation(recipe.algorithm, bits, tuple(rows), caution)
 
 
-def _row(assignment: Assignment, recipe: Recipe) -> Row:
-    role = assignment.role
-    state: dict[str, tuple[tuple[int, ...], str]] = {}
-    nbytes, compressed, why, rounded = 0, "-", "frozen", False
-    if assignment.param.requires_grad:
-        plan = recipe.state_plan(assignment)
-        specs = plan.specs(role.shape)
-        state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()}
-        nbytes = plan.nbytes(role.shape)
-        compressed, why = _compressed(plan, role.shape, assignment.options["state_bits"]), assignment.why
-        rounded = plan.rounding.kind != "nearest"
-    return Row(
-        role.name, role.shape, role.role, assignment.param.requires_grad, compressed, state, nbytes, why, rounded
-    )
+def explain_adamw(name: str, roles: Roles) -> Explanation:
+    """The same of torch's AdamW, whose two moments have the shape and the dtype of the weight.
+
+    Args:
+        name: what it is called.
+        roles: what `assign_roles(model)` returned.
+    """
+    rows = []
+    for param, role in roles:
+        shape, dtype, trained = role.shape, _dtype(param), param.requires_grad
+        state = {"step": ((), "float32"), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)} if trained else {}
+        nbytes = 2 * param.numel() * param.dtype.itemsize + STEP.nbytes if trained else 0
+        what, why = ("full", "torch's AdamW keeps every entry in the weight's dtype") if trained else ("-", "frozen")
+        rows.append(Row(role.name, shape, role.role, trained, what, state, nbytes, why, dtype=dtype))
+    return Explanation(name, None, tuple(rows))
 
 
-def _compressed(plan: StatePlan, shape: tuple[int, ...], state_bits: int) -> str:
+def _kept(assignment: Assignment, recipe: Recipe) -> tuple:
+    """What is compressed in words, the state tensors, their bytes, and whether the weight is rounded specially."""
+    shape, plan = assignment.role.shape, recipe.state_plan(assignment)
+    state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in plan.specs(shape).items()}
+    return _compressed(plan, assignment, recipe), state, plan.nbytes(shape), plan.rounding.kind != "nearest"
+
+
+def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:
     """What the plan makes smaller than AdamW's state; what was asked for and could not be done is said too."""
+    shape = assignment.role.shape
     said = [described] if (described := plan.projection.describe(shape)) else []
     second = plan.moments.get("exp_avg_sq")
     if second is None:
@@ -151,26 +232,29 @@ def _compressed(plan: StatePlan, shape: tuple[int, ...], state_bits: int) -> str
         said.append("exp_avg_sq by rows and columns")
     codec = type(plan.codec).__name__
     if codec == "Int8Blockwise":
-        said.append(f"{'exp_avg' if not isinstance(second, Full) else 'both'} 8-bit/{plan.codec.block_size}")  # type: ignore[attr-defined]
+        stored = "both moments" if isinstance(second, Full) else "exp_avg"
+        said.append(f"{stored} in 8 bits, blocks of {plan.codec.block_size}")  # type: ignore[attr-defined]
     elif codec == "BFloat16":
-        said.append("exp_avg bf16")
-    elif state_bits == 8:
-        said.append("fp32 (too small or odd for 8-bit blocks)")
+        said.append("exp_avg in bfloat16")
+    elif recipe.state_bits == 8:
+        said.append(_why_float32(plan.projection.space(shape, "exp_avg")[0], assignment, recipe))
     if plan.rounding.kind != "nearest":
         said.append({"kahan": "Kahan's buffer added", "stochastic": "stochastic rounding"}[plan.rounding.kind])
     return ", ".join(said) or "full"
 
 
-def _states(row: Row) -> str:
-    return " ".join(f"{name}{list(shape)}:{dtype}" for name, (shape, dtype) in row.state.items() if name != "step")
+def _why_float32(space: Sequence[int], assignment: Assignment, recipe: Recipe) -> str:
+    """Why moments of the shape `space` are not stored in 8 bits, though the recipe says so."""
+    if assignment.options["state_bits"] != 8:
+        return "embeddings are kept in float32, unless embedding_bits=8"
+    if not space or math.prod(space) < recipe.min_8bit_size:
+        return f"fewer than {recipe.min_8bit_size:,} entries: kept in float32"
+    return f"{space[-1]} is not divisible by 64: kept in float32"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *lines)
-    ]
+def _dtype(param: torch.Tensor) -> str:
+    return str(param.dtype).removeprefix("torch.")
+
+
+def _treatment(row: Row) -> str:
+    return f"{row.compressed} ({row.why})" if row.trainable else "frozen"

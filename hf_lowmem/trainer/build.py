@@ -98,23 +98,6 @@ def optimizer_cls_and_kwargs(
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
 
 
-def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | None = None) -> Explanation:
-    """What `build_optimizer(model, name, optim_args=...)` would do with every parameter; nothing is allocated.
-
-    Args:
-        model: any module, the meta device will do.
-        name, optim_args: as in `build_optimizer`.
-
-    Returns:
-        A table that prints, with `.rows`, `.by_role()` and `.to_dict()`.
-
-    Raises:
-        ValueError: for an unknown name or an illegal option.
-    """
-    recipe = recipe_for(name, optim_args)
-    return explain_plan(plan_roles(model, recipe), recipe)
-
-
 def refuse_sharding(args: Any) -> None:
     """Raise ValueError if the run of these arguments shards the weights: rows would be gone.
 

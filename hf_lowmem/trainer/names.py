@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -40,6 +41,9 @@ OPTIM_NAMES: dict[str, OptimName] = {
 }
 
 
+ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")  # transformers' own, which ours are measured against
+
+
 def optim_names() -> list[str]:
     """The names that `register()` adds to transformers' `optim` choices."""
     return list(OPTIM_NAMES)
@@ -48,6 +52,32 @@ def optim_names() -> list[str]:
 def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
     """One sentence about an optim name that is not in `known`, with the nearest names that are."""
     known = list(known)
-    nearest = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    which = "nearest" if nearest else "legal"
-    return f"Unknown optim name {name!r}; the {which} names: {', '.join(nearest or known)}."
+    near = nearest(str(name), known, cutoff=0.5)
+    which = "nearest" if near else "legal"
+    return f"Unknown optim name {name!r}; the {which} names: {', '.join(near or known)}."
+
+
+def nearest(name: str, known: Sequence[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
+    """What a person may have meant by `name`: short forms of known names first, then names that are spelt like it.
+
+    Args:
+        name: what was written.
+        known: the legal names; among those that `name` is a short form of, the earlier come first.
+        n: how many at most.
+        cutoff: how similar the spelling must be, from 0 to 1, as for `difflib.get_close_matches`.
+    """
+    meant = [legal for legal in known if _shortens(_words(name), _words(legal))]
+    others = [legal for legal in known if legal not in meant]
+    similar = get_close_matches(name, others, n=n, cutoff=max(cutoff, 0.6) if meant else cutoff)
+    return [*meant, *similar][:n]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+def _shortens(short: list[str], full: list[str]) -> bool:
+    """Whether each word begins a later one of the full name (grad_accum), or is all of its initials (lr)."""
+    words = iter(full)
+    in_order = all(any(word.startswith(part) for word in words) for part in short)
+    return bool(short) and (in_order or short == ["".join(word[0] for word in full)])

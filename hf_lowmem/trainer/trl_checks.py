@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +25,9 @@ from trl.scripts.utils import DatasetConfig
 
 from hf_lowmem.trainer.build import refuse_sharding
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
-from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+from hf_lowmem.trainer.names import OPTIM_NAMES, nearest, unknown_optim
 from hf_lowmem.trainer.optim_args import recipe_for
+from hf_lowmem.trainer.trl_help import important
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PAIRS = ("chosen", "rejected")
@@ -66,7 +66,7 @@ def check(
         from_argv: words of the command line that it does not know.
         launches: whether this process takes options of `accelerate launch`, and leaves the training to others.
     """
-    _check_names(parser, from_config, from_argv)
+    _check_names(task, parser, from_config, from_argv)
     if from_argv and not launches:
         raise ValueError(f"The script takes no '{' '.join(from_argv)}': options of `accelerate launch` go before it.")
     known = [str(member.value) for member in OptimizerNames]
@@ -109,11 +109,13 @@ def file_format(path: str) -> str | None:
     return next((_FILE_FORMATS[suffix] for suffix in Path(path).suffixes if suffix in _FILE_FORMATS), None)
 
 
-def _check_names(parser: Any, from_config: list[str], from_argv: list[str]) -> None:
+def _check_names(task: str, parser: Any, from_config: list[str], from_argv: list[str]) -> None:
     """Every option and every key of the config file is TRL's or accelerate's."""
     launcher = launch_command_parser()
     legal = {"--accelerate_config", *parser._option_string_actions, *launcher._option_string_actions}
-    options = sorted(option for option in legal if option.startswith("--") and "-" not in option[2:])
+    first = [f"--{name}" for name in important(task)]
+    others = sorted(option for option in legal if option.startswith("--") and "-" not in option[2:])
+    options = [*(option for option in first if option in legal), *(option for option in others if option not in first)]
     for option in from_config[::2]:
         if option not in legal:
             raise _unknown("config key", option[2:], [known[2:] for known in options])
@@ -239,5 +241,4 @@ def _check_reward(name: str, columns: list[str] | None, imports: bool) -> None:
 
 
 def _unknown(what: str, name: str, legal: Iterable[str]) -> ValueError:
-    nearest = get_close_matches(name, list(legal), n=3, cutoff=0)
-    return ValueError(f"Unknown {what} {name!r}; the nearest names: {', '.join(nearest)}.")
+    return ValueError(f"Unknown {what} {name!r}; the nearest names: {', '.join(nearest(name, list(legal)))}.")

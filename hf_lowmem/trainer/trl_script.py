@@ -27,6 +27,7 @@ from trl.scripts.utils import DatasetConfig
 from hf_lowmem.trainer.build import show_summary
 from hf_lowmem.trainer.registration import register
 from hf_lowmem.trainer.trl_checks import check, file_format, is_file
+from hf_lowmem.trainer.trl_help import short_help_first
 
 DEFAULT_OPTIM = "slim_adamw_8bit"
 
@@ -102,6 +103,7 @@ def make_parser(task: str, prog: str | None = None) -> Any:
     parser.set_defaults(optim=DEFAULT_OPTIM)
     parser.description = __doc__
     parser.epilog = f"On several processes: hf-lowmem {task} --num_processes 2 ...; without a GPU: --use_cpu true."
+    short_help_first(task, parser)
     parser.allow_abbrev = False
     if task == "reward":  # PEFT's default would look for a head that generates
         parser.set_defaults(lora_task_type="SEQ_CLS")

@@ -1,0 +1,46 @@
+"""All optim names on one model: what each would take, the smallest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lowmem.planner.explain import Explanation
+from hf_lowmem.planner.tables import change, size, table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The explanations of one model by optim name; prints as a table of at most 100 columns."""
+
+    explanations: Mapping[str, Explanation]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals by name, ready for JSON."""
+        return {name: explanation.totals() for name, explanation in self.explanations.items()}
+
+    def __str__(self) -> str:
+        ordered = sorted(self.explanations.items(), key=lambda item: item[1].nbytes)
+        lines = [
+            (
+                name,
+                f"{found.bytes_per_param:.3f}",
+                size(found.nbytes),
+                change(found.nbytes, found.adamw_nbytes),
+                size(found.total_bytes),
+                change(found.total_bytes, found.adamw_total_bytes),
+            )
+            for name, found in ordered
+        ]
+        head = ("optim", "bytes/param", "state", "to AdamW's", "all", "to AdamW's")
+        one = ordered[0][1]
+        return "\n".join(
+            [
+                f"{one.numel:,} trainable parameters in {one.dtypes}: weights of {size(one.weight_bytes)}, "
+                f"gradients of {size(one.gradient_bytes)}.",
+                "State is the optimizer's; all is weights, gradients and state, without activations.",
+                "",
+                *table(head, lines),
+            ]
+        )

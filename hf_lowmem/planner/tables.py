@@ -1,0 +1,41 @@
+"""Plain-text tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+
+WIDTH = 100  # columns, of what is not one line per parameter
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Lines of columns two spaces apart, flush right but for those numbered in `left`."""
+    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *lines)
+    ]
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph of at most `WIDTH` columns."""
+    return fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the largest unit that they fill: 1536 is "1.50 KiB"."""
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1023.995:  # which would be shown as 1024
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def change(new: int, old: int) -> str:
+    """How much less or more `new` is, in percent of `old`."""
+    percent = round(100 * (new - old) / max(old, 1))
+    return f"{percent:+d} %" if percent else "same"

@@ -1,0 +1,46 @@
+"""What an optim name would do with a model. Importable without transformers' Trainer, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_lowmem.param_groups import plan_roles
+from hf_lowmem.planner import Comparison, Explanation, explain_adamw, explain_plan
+from hf_lowmem.roles import assign_roles
+from hf_lowmem.trainer.names import ADAMW_NAMES, OPTIM_NAMES
+from hf_lowmem.trainer.optim_args import recipe_for
+
+
+def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | None = None) -> Explanation:
+    """What `build_optimizer(model, name, optim_args=...)` would do with every parameter; nothing is allocated.
+
+    Args:
+        model: any module, the meta device will do.
+        name, optim_args: as in `build_optimizer`; "adamw_torch" and "adamw_torch_fused" explain torch's AdamW.
+
+    Returns:
+        A table that prints, with `.rows`, `.by_role()` and `.to_dict()`.
+
+    Raises:
+        ValueError: for an unknown name or an illegal option.
+    """
+    if name in ADAMW_NAMES:
+        if optim_args:
+            raise ValueError(f"optim_args {optim_args!r} mean nothing to {name!r}, which keeps AdamW's full state.")
+        return explain_adamw(name, assign_roles(model))
+    recipe = recipe_for(name, optim_args)
+    return explain_plan(plan_roles(model, recipe), recipe)
+
+
+def compare(model: nn.Module) -> Comparison:
+    """What every name of this package, and torch's AdamW, would take for `model`, at the default options."""
+    roles = assign_roles(model)
+    adamw = ADAMW_NAMES[0]
+    explanations = {adamw: explain_adamw(adamw, roles)}
+    for name in OPTIM_NAMES:
+        recipe = recipe_for(name)
+        explanations[name] = explain_plan(plan_roles(model, recipe, roles), recipe)
+    return Comparison(explanations)
