@@ -28,7 +28,7 @@ VARIABLES = re.compile(
 )
 # Of the movement of all weights in three steps. A code of 8 bits, a sign, or the last place of bfloat16 may fall to
 # either side of a boundary in a few entries.
-TOLERANCE = {"float32": {False: 1e-4, True: 0.02}, "bfloat16": {False: 0.05, True: 0.05}}
+TOLERANCE = {"float32": {False: 1e-4, True: 0.005}, "bfloat16": {False: 0.02, True: 0.02}}
 STEPS = 3
 
 Part = dict[str, str]
@@ -69,14 +69,10 @@ def report(found: dict[str, Any]) -> str:
     for heading, part in found.items():
         if heading != "broken":
             width = max(map(len, part), default=0)
-            lines += [heading, *(_entry(name, text, width) for name, text in part.items()), ""]
+            lines += [heading, *(wrapped(f"{name:<{width}}  {text}", 2, width + 2) for name, text in part.items())]
+            lines.append("")
     lines += [wrapped(f"BROKEN: {sentence}") for sentence in found["broken"]] or ["All is well."]
     return "\n".join(lines)
-
-
-def _entry(name: str, text: str, width: int) -> str:
-    first, *rest = wrapped(f"{name:<{width}}  {text}", indent="  ").split("\n")
-    return "\n".join([first, *(" " * (width + 2) + line for line in rest)])
 
 
 def _versions(broken: list[str]) -> Part:

@@ -1,21 +1,20 @@
 """`hf-lowmem`: quick answers, scripts run with our names, and TRL's SFT on the user's model and data."""
 
-import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
 from hf_lowmem.cli import TRL_TASKS, main
 
 NAMES = hf_lowmem.optim_names()
-DTYPES = ("bfloat16", "float32")
 
 
-@pytest.mark.parametrize("option", [["--help"], ["optims"]])
+@pytest.mark.parametrize("option", [["--help"], ["optims"], ["--version"]])
 def test_help_and_optims_answer_at_once(option):
     code = (
         "import sys; from hf_lowmem.cli import TRL_TASKS, main\n"
@@ -24,8 +23,9 @@ def test_help_and_optims_answer_at_once(option):
     )
     done = subprocess.run([sys.executable, "-c", code, *option], capture_output=True, text=True)
     assert done.returncode == 0, "torch, transformers or trl was imported"
-    for word in ["run", *TRL_TASKS, "inspect", "optims", "demo"] if option == ["--help"] else NAMES:
-        assert word in done.stdout
+    commands = ["run", *TRL_TASKS, "inspect", "optims", "doctor", "demo", "--version"]
+    said = {"--help": commands, "optims": NAMES, "--version": [f"hf-lowmem {version('hf_lowmem')}"]}
+    assert all(word in done.stdout for word in said[option[0]])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +62,22 @@ def test_run_is_python_with_our_names(argv, tmp_path, monkeypatch, capsys):
     ("argv", "sentence"),
     [
         (["run", "missing.py"], "hf-lowmem run: there is no script 'missing.py'."),
+        (["inpsect", "m"], "hf-lowmem: there is no command 'inpsect' (did you mean 'inspect'?)."),
+        (["insp"], "hf-lowmem: there is no command 'insp' (did you mean 'inspect'?)."),
+        (["docter"], "hf-lowmem: there is no command 'docter' (did you mean 'doctor'?)."),
+        (["distil", "--help"], "hf-lowmem: there is no command 'distil' (did you mean 'distillation'?)."),
+        (["optim"], "hf-lowmem: there is no command 'optim' (did you mean 'optims'?)."),
+        (["version"], "hf-lowmem: there is no command 'version' (did you mean '--version'?)."),
+        (["xyzzy"], "hf-lowmem: there is no command 'xyzzy'; the commands: run, sft, reward, "),
+        (["--verison"], "hf-lowmem: Unexpected '--verison' (did you mean '--version'?)."),
+        (["inspect"], "hf-lowmem inspect: the following arguments are required: model."),
+        (["inspect", "m", "--otpim", "soap"], "hf-lowmem inspect: Unexpected '--otpim' (did you mean '--optim'?)."),
+        (["inspect", "m", "--dtype", "bf16"], "hf-lowmem inspect: argument --dtype: invalid choice: 'bf16' "),
+        (["inspect", "m", "--rows"], "hf-lowmem inspect: --rows needs --optim NAME: see `hf-lowmem optims`."),
+        (["inspect", "m", "--optim-args", "x=1"], "hf-lowmem inspect: --optim-args needs --optim NAME: see "),
+        (["inspect", "m", "--optim", "adamw_trch"], "hf-lowmem inspect: Unknown optim name 'adamw_trch'; the nearest"),
+        (["optims", "extra"], "hf-lowmem optims: Unexpected 'extra'; hf-lowmem optims --help lists what it takes."),
+        (["doctor", "--jsn"], "hf-lowmem doctor: Unexpected '--jsn' (did you mean '--json'?)."),
         (["missing.py"], "hf-lowmem run: there is no script 'missing.py'."),
         (["sft", "--config", "missing.yaml"], "hf-lowmem sft: there is no config file 'missing.yaml'."),
         (["grpo", "--config", "missing.yaml"], "hf-lowmem grpo: there is no config file 'missing.yaml'."),
@@ -94,29 +110,3 @@ def test_mistakes_are_answered_in_one_sentence(argv, sentence, tmp_path, monkeyp
     error = capsys.readouterr().err
     assert error.startswith(sentence)
     assert error.count("\n") == 1
-
-
-def test_inspect_shows_roles_rows_and_json(model_folder, capsys):
-    def shown(*options):
-        main(["inspect", *options])
-        return capsys.readouterr().out
-
-    by_role = shown(str(model_folder), "--optim", "slim_adamw_8bit", "--optim-args", "min_8bit_size=64")
-    assert "attention_query" in by_role
-    assert "unknown" not in by_role
-    assert shown(str(model_folder / "config.json"), "--optim", "adam_mini") != by_role
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    rows = shown(str(model_folder), "--optim", "slim_adamw", "--rows")
-    assert all(name in rows for name, _ in model.named_parameters())
-    kahan = ("--optim", "slim_adamw", "--optim-args", "rounding=kahan")
-    narrow, wide = (json.loads(shown(str(model_folder), *kahan, "--dtype", dtype, "--json")) for dtype in DTYPES)
-    assert narrow["bytes"] == wide["bytes"] + 2 * wide["parameters"]
-    table = json.loads(shown(str(model_folder), "--optim", "slim_adamw", "--json"))
-    assert table == json.loads(json.dumps(hf_lowmem.explain(model, "slim_adamw").to_dict()))
-
-
-def test_inspect_names_what_is_wrong(tmp_path, model_folder, capsys):
-    for argv in ([str(tmp_path)], [str(model_folder), "--optim-args", "x=1"]):
-        with pytest.raises(SystemExit):
-            main(["inspect", *argv, "--optim", "signum"])
-        assert capsys.readouterr().err.startswith("hf-lowmem inspect: ")

@@ -11,6 +11,7 @@ import torch
 from model_families import DECODER_LMS, FAMILIES, tiny_model
 
 import hf_lowmem
+from hf_lowmem.planner.tables import size
 
 
 def table(family: str, optim: str, **options: object) -> dict[str, object]:
@@ -120,11 +121,100 @@ def test_embeddings_keep_float32_where_their_second_moment_is_full() -> None:
     assert stored("signum_8bit") == {"uint8"}
 
 
-def test_what_8_bit_cannot_hold_is_said() -> None:
-    table_ = hf_lowmem.explain(torch.nn.ModuleDict({"odd": torch.nn.Linear(67, 128)}), "lowmem_adamw_8bit")
-    row = table_.rows[0]
+def in_float32(module: torch.nn.Module, optim: str, options: dict[str, object]) -> str:
+    """What is said of the one weight of a module, which 8 bits do not hold."""
+    (row,) = (row for row in hf_lowmem.explain(module, optim, options).rows if "weight" in row.name)
     assert row.state["exp_avg"][1] == "float32"
-    assert "8-bit" in row.compressed
+    return row.compressed
+
+
+@pytest.mark.parametrize(
+    ("module", "optim", "options", "why"),
+    [
+        (torch.nn.Linear(8, 128), "signum_8bit", {}, "fewer than 4,096 entries: kept in float32"),
+        (
+            torch.nn.Linear(128, 128),
+            "slim_adamw_8bit",
+            {"min_8bit_size": 20000},
+            "fewer than 20,000 entries: kept in f",
+        ),
+        (torch.nn.Conv2d(4, 4, 3), "adam_mini_8bit", {}, "fewer than 4,096 entries: kept in float32"),
+        (torch.nn.LayerNorm(64), "coap_adamw_8bit", {}, "fewer than 4,096 entries: kept in float32"),
+        (torch.nn.Embedding(96, 64), "lowmem_adamw_8bit", {}, "embeddings are kept in float32, unless embedding_bits"),
+        (
+            torch.nn.Embedding(96, 64),
+            "slim_adamw_8bit",
+            {"embedding_bits": 32},
+            "embeddings are kept in float32, unle",
+        ),
+    ],
+)
+def test_what_8_bit_does_not_hold_is_said_in_words(module, optim, options, why) -> None:
+    assert why in in_float32(torch.nn.ModuleDict({"small": module}), optim, options)
+
+
+@pytest.mark.parametrize("optim", [*hf_lowmem.optim_names(), "adamw_torch"])
+def test_no_line_by_role_is_wider_than_100_columns(optim: str, tmp_path) -> None:
+    pattern = "model.layers.[0-9]+." + "|".join(f"nothing{number}" for number in range(20)) + "|q_proj"
+    (tmp_path / "rules.json").write_text(json.dumps({"regex": [[pattern, None]]}))
+    ruled = optim.startswith(("slim", "coap", "soap"))
+    for family in FAMILIES:
+        options = {"rules": str(tmp_path / "rules.json")} if ruled and family == "llama" else None
+        shown = hf_lowmem.explain(tiny_model(family), optim, options).by_role()
+        assert max(map(len, shown.splitlines())) <= 100, family
+        if options:
+            assert "nothing19" in shown
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "each"),
+    [
+        ((torch.float32,), 8),
+        ((torch.bfloat16,), 4),
+        ((torch.float16,), 4),
+        ((torch.float64,), 16),
+        ((torch.float32, torch.bfloat16), 6),
+    ],
+)
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "adamw_torch", "adamw_torch_fused"])
+def test_adamw_is_counted_in_the_dtype_of_each_weight(dtypes, each, optim: str) -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 64).to(dtype) for dtype in dtypes])
+    model.append(torch.nn.Linear(64, 64).requires_grad_(False))
+    found = hf_lowmem.explain(model, optim)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained)
+    for param in trained:
+        param.grad = torch.zeros_like(param)
+    adamw.step()
+    held = sum(tensor.nbytes for state in adamw.state.values() for tensor in state.values())
+    assert found.adamw_nbytes == held
+    assert round(held / found.numel, 1) == each
+    assert found.gradient_bytes == sum(p.nbytes for p in trained)
+    assert found.weight_bytes == sum(p.nbytes for p in model.parameters())
+    if optim != "slim_adamw_8bit":
+        assert found.nbytes == held
+        names = {name for row in found.rows for name in row.state}
+        assert names == set(next(iter(adamw.state.values())))
+
+
+def test_adamw_takes_no_options() -> None:
+    with pytest.raises(ValueError, match="mean nothing to 'adamw_torch'"):
+        hf_lowmem.explain(torch.nn.Linear(2, 2), "adamw_torch", "rounding=kahan")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1048570, "1.00 MiB"),
+        (8161619212, "7.60 GiB"),
+        (2**43, "8.00 TiB"),
+    ],
+)
+def test_bytes_are_shown_in_the_unit_that_fits(nbytes: int, shown: str) -> None:
+    assert size(nbytes) == shown
 
 
 def test_the_summary_is_logged_once_and_unknown_matrices_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,15 +88,71 @@ def launched_here(monkeypatch):
     monkeypatch.setattr(trl_script, "launch_command", run)
 
 
-@pytest.mark.parametrize("task", TRL_TASKS)
-def test_help_lists_our_names(task, capsys):
+def help_of(task, option, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([task, "--help"])
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"usage: hf-lowmem {task} ")
-    assert ".jsonl" in shown
-    assert "(default: slim_adamw_8bit)" in " ".join(shown.split())
-    assert all(name in shown for name in [*hf_lowmem.optim_names(), "adamw_torch"])
+        main([task, option])
+    return capsys.readouterr().out
+
+
+OF_A_TASK = {
+    "sft": ["packing", "completion_only_loss"],
+    "reward": ["center_rewards_coefficient"],
+    "dpo": ["beta", "loss_type"],
+    "kto": ["beta", "desirable_weight", "undesirable_weight"],
+    "grpo": ["reward_funcs", "num_generations", "max_completion_length", "beta"],
+    "rloo": ["reward_funcs", "num_generations", "normalize_advantages"],
+    "distillation": ["teacher_model_name_or_path", "temperature"],
+}
+OF_ALL = """model_name_or_path dataset_name output_dir optim optim_args learning_rate per_device_train_batch_size
+gradient_accumulation_steps num_train_epochs max_steps dtype use_peft gradient_checkpointing logging_steps save_steps
+resume_from_checkpoint num_processes help-all""".split()
+
+
+@pytest.mark.parametrize("task", TRL_TASKS)
+def test_help_shows_what_matters_first_and_all_on_request(task, capsys):
+    short, whole = (help_of(task, option, capsys) for option in ("--help", "--help-all"))
+    for shown in (short, whole):
+        assert shown.startswith(f"usage: hf-lowmem {task} ")
+        assert ".jsonl" in shown
+        assert "(default: slim_adamw_8bit)" in " ".join(shown.split())
+        assert all(name in shown for name in [*hf_lowmem.optim_names(), "adamw_torch"])
+    assert help_of(task, "-h", capsys) == short
+    assert max(map(len, short.splitlines())) <= 100
+    assert len(short) < len(whole) / 4
+    assert all(f"  --{option}" in short for option in [*OF_ALL, *OF_A_TASK[task]])
+    assert "--adam_beta1" in whole
+    assert "--adam_beta1" not in short
+
+
+@pytest.mark.parametrize("task", TRL_TASKS)
+def test_the_short_help_names_only_options_that_there_are(task):
+    from hf_lowmem.trainer.trl_help import important
+    from hf_lowmem.trainer.trl_script import make_parser
+
+    known = make_parser(task)._option_string_actions
+    lacking = {option for option in important(task) if f"--{option}" not in known}
+    assert lacking <= {"max_length", "loss_type", "num_iterations"}  # which some tasks have and others have not
+
+
+@pytest.mark.usefixtures("mistaken_folder")
+@pytest.mark.parametrize("task", ["sft", "grpo"])
+@pytest.mark.parametrize(
+    ("short", "meant"),
+    [
+        *(("model", "model_name_or_path"), ("model-path", "model_name_or_path"), ("dataset", "dataset_name")),
+        *(("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size")),
+        *(("output", "output_dir"), ("out", "output_dir"), ("grad_accum", "gradient_accumulation_steps")),
+        *(("wd", "weight_decay"), ("resume", "resume_from_checkpoint"), ("optimizer", "optim")),
+        *(("peft", "use_peft"), ("checkpointing", "gradient_checkpointing"), ("learning-rat", "learning_rate")),
+    ],
+)
+def test_short_forms_of_options_are_understood(task, short, meant, capsys):
+    for argv in (["--" + short, "x"], [f"--{short}=x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([task, *argv])
+        error = capsys.readouterr().err
+        assert error.startswith(f"hf-lowmem {task}: Unknown option '--{short}'; the nearest names: --{meant}")
+        assert error.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ class Explanation:
             lines.append((role, str(len(rows)), f"{numel:,}", f"{nbytes:,}", size(nbytes), each))
         head, *shown = table(("role", "tensors", "parameters", "bytes", "", "bytes/param"), lines)
         for at, (_, treatment) in enumerate(groups):
-            shown[at] += "\n" + wrapped(treatment, indent="    ")
+            shown[at] += "\n" + wrapped(treatment, indent=4)
         return "\n".join([head, *shown, "", self._total()])
 
     def _total(self) -> str:

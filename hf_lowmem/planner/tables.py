@@ -20,9 +20,9 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[in
     ]
 
 
-def wrapped(text: str, indent: str = "") -> str:
-    """A paragraph of at most `WIDTH` columns."""
-    return fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+def wrapped(text: str, indent: int = 0, hanging: int = 0) -> str:
+    """A paragraph of at most `WIDTH` columns, whose lines begin at `indent`, those after the first at `hanging` more."""
+    return fill(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging))
 
 
 def size(nbytes: int) -> str:
