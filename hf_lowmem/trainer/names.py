@@ -77,7 +77,14 @@ def _words(name: str) -> list[str]:
 
 
 def _shortens(short: list[str], full: list[str]) -> bool:
-    """Whether each word begins a later one of the full name (grad_accum), or is all of its initials (lr)."""
+    """Whether each word begins a later one of the full name (grad_accum), or is all of its initials (lr).
+
+    A longer form of a word will do too: optimizer of optim.
+    """
+
+    def same(part: str, word: str) -> bool:
+        return word.startswith(part) or (len(word) > 3 and part.startswith(word))
+
     words = iter(full)
-    in_order = all(any(word.startswith(part) for word in words) for part in short)
+    in_order = all(any(same(part, word) for word in words) for part in short)
     return bool(short) and (in_order or short == ["".join(word[0] for word in full)])
