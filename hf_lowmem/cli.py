@@ -191,6 +191,13 @@ def doctor(argv: list[str]) -> int:
     return 1 if found["broken"] else 0
 
 
+def convert(argv: list[str]) -> None:
+    """Write a checkpoint of the AdamW family as one that adamw_torch resumes from."""
+    from hf_lowmem.convert import convert as command
+
+    command(argv)
+
+
 def demo(argv: list[str]) -> None:
     """Train a small Llama on this machine's Python documentation, with AdamW and with ours."""
     from hf_lowmem.demo import main as demo_main
@@ -213,5 +220,6 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "optims": optims,
     "doctor": doctor,
+    "convert": convert,
     "demo": demo,
 }
