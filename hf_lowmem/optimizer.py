@@ -492,7 +492,8 @@ class LowMemOptimizer(Optimizer):
             dtype = plan.arithmetic if plan.rounding.kind == "nearest" else wrapper.dtype
             slots = [slots[0]._replace(param=densified(wrapper, dtype), grad=slots[0].grad.to(dtype))]
         slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
-        projected = [slot for slot in slots if slot.plan.projection is not FULL_SPACE]
+        # A basis is found from numbers, which a gradient on the meta device does not have.
+        projected = [s for s in slots if s.plan.projection is not FULL_SPACE and not s.grad.is_meta]
         for _, grad, state, plan, *_ in projected:
             plan.projection.before_step(grad, state, plan.bind(state))
         active = [slot for slot in slots if slot.step > 0] if self.idle_calls else slots
