@@ -43,8 +43,9 @@ def run(
     for name, codes in state.items():
         if codes.dtype == torch.uint8:
             values = decode_table(name == "exp_avg", codes.device)[codes.int()]
-            blocks = values.unflatten(-1, (state[f"{name}_absmax"].shape[-1], -1))
-            decoded[name] = (blocks * state[f"{name}_absmax"].unsqueeze(-1)).flatten(-2)
+            scales = state[f"{name}_absmax"].repeat_interleave(plan.codec.block_size, -1)
+            rows = values.view(*scales.shape[:-1], -1)
+            decoded[name] = (rows * scales[..., : rows.shape[-1]]).view(values.shape)
     weight = StoredWeight.of(param.detach(), plan.rounding, state, 0)
     return (weight.load() if plan.rounding.kind == "kahan" else param.detach().float()), decoded
 

@@ -217,6 +217,23 @@ def test_bytes_are_shown_in_the_unit_that_fits(nbytes: int, shown: str) -> None:
     assert size(nbytes) == shown
 
 
+@pytest.mark.parametrize("optim", ["lowmem_adamw_8bit", "slim_adamw_8bit", "signum_8bit"])
+def test_any_size_is_held_in_8_bits(optim: str) -> None:
+    layers = {
+        "odd": torch.nn.Linear(67, 128),
+        "siglip": torch.nn.Linear(4304, 4),
+        "kernels": torch.nn.Conv2d(30, 40, 3),
+        "depthwise": torch.nn.Conv1d(1030, 1030, 4, groups=1030),
+        "thin": torch.nn.Linear(1, 4099),
+    }
+    for row in hf_lowmem.explain(torch.nn.ModuleDict(layers), optim, {"min_8bit_size": 4096}).rows:
+        large = row.numel >= 4096
+        assert row.state["exp_avg"] == (row.shape, "uint8" if large else "float32")
+        assert ("in 8 bits" in row.compressed) == large
+        assert ("fewer than 4,096 entries" in row.compressed) == (not large)
+        assert "odd" not in row.compressed
+
+
 def test_the_summary_is_logged_once_and_unknown_matrices_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hf_lowmem"):
         hf_lowmem.build_optimizer(torch.nn.ModuleDict({"mystery": torch.nn.Linear(8, 4)}), "slim_adamw", lr=1e-3)

@@ -3,7 +3,7 @@
 import math
 
 from hf_lowmem.codecs.float import BFloat16, Float32
-from hf_lowmem.codecs.int8_blockwise import BLOCK_SIZES, Int8Blockwise, block_size_for
+from hf_lowmem.codecs.int8_blockwise import BLOCK_SIZES, Int8Blockwise, blocks_for
 from hf_lowmem.state import Codec
 
 STATE_BITS = (32, 16, 8)
@@ -12,21 +12,17 @@ STATE_BITS = (32, 16, 8)
 def codec_for(
     shape: tuple[int, ...], state_bits: int, block_size: int, min_8bit_size: int, *, any_divisor: bool = False
 ) -> Codec:
-    """The codec of full moments of `shape`: `state_bits` where the shape allows it, else float32.
-
-    8 bits need a last axis that a block size divides, and at least `min_8bit_size` entries.
+    """The codec of full moments of `shape`, in `state_bits`.
 
     Args:
-        any_divisor: where neither 256, 128 nor 64 divides the last axis, take its largest divisor of at least 32.
+        block_size, any_divisor: the largest 8-bit block, and which others are taken; see `blocks_for`.
+        min_8bit_size: moments of fewer entries are float32 instead of 8-bit.
     """
     if state_bits == 16:
         return BFloat16()
-    if state_bits == 8:
-        large = bool(shape) and math.prod(shape) >= max(min_8bit_size, 1)
-        size = block_size_for(shape[-1], block_size, any_divisor) if large else None
-        if size:
-            return Int8Blockwise(size)
+    if state_bits == 8 and shape and math.prod(shape) >= max(min_8bit_size, 1):
+        return blocks_for(shape, block_size, any_divisor) or Float32()
     return Float32()
 
 
-__all__ = ["BFloat16", "BLOCK_SIZES", "Float32", "Int8Blockwise", "STATE_BITS", "block_size_for", "codec_for"]
+__all__ = ["BLOCK_SIZES", "STATE_BITS", "BFloat16", "Float32", "Int8Blockwise", "codec_for"]

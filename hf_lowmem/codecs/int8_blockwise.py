@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowmem.codecs.dynamic_map import CELL_BITS, decode_lines, decode_table, encode_lines, encode_table
 from hf_lowmem.scratch import Scratch, known_finite
@@ -20,64 +22,98 @@ _TINY = torch.finfo(torch.float32).tiny
 class Int8Blockwise:
     """Dynamic 8-bit codes (arXiv:2110.02861), scaled by the largest magnitude of each block.
 
-    A block is `block_size` consecutive entries of one row (of the last axis), so scales shard with their codes; the
-    last axis must be a multiple of it. Unsigned tensors are stored as their square root: the codes span seven decades,
-    which the square of a gradient exceeds, and a second moment that falls to zero blows the step up.
+    A row is a run over the last `row_axes` axes, and a block is `block_size` consecutive entries of one row, of which
+    the last may be short: so scales shard with their codes along the other axes. Unsigned tensors are stored as their
+    square root: the codes span seven decades, which the square of a gradient exceeds, and a second moment that falls
+    to zero blows the step up.
 
-    State: `name` uint8, the tensor's shape; `name_absmax` float32, the last axis divided by `block_size`.
+    State: `name` uint8, the tensor's shape; `name_absmax` float32, its row axes replaced by the blocks of a row.
     """
 
     block_size: int = 256
+    row_axes: int = 1
+
+    def row(self, shape: tuple[int, ...]) -> int:
+        """Entries of a row of a tensor of `shape`."""
+        return math.prod(shape[-self.row_axes :])
+
+    def ragged_row(self, shape: tuple[int, ...]) -> int | None:
+        """Entries of a row whose last block is short; None where whole blocks make a row."""
+        row = self.row(shape)
+        return row if row % self.block_size else None
 
     def specs(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
-        *rows, columns = spec.shape
+        blocks = -(-self.row(spec.shape) // self.block_size)
+        scales = (*spec.shape[: -self.row_axes], blocks)
         return {
             name: replace(spec, dtype=torch.uint8),
-            f"{name}_absmax": TensorSpec((*rows, columns // self.block_size), (*spec.param_dims[:-1], None)),
+            f"{name}_absmax": TensorSpec(scales, (*spec.param_dims[: -self.row_axes], None)),
         }
 
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
         codes, absmax = state[name], state[f"{name}_absmax"]
         if torch.compiler.is_compiling():
-            blocks: Tensor = decode_lines(codes, spec.signed).unflatten(-1, (-1, self.block_size))
-            value = (blocks * absmax.unsqueeze(-1)).flatten(-2)
+            blocks = self._padded(decode_lines(codes, spec.signed))
+            scaled = (blocks * absmax.unsqueeze(-1)).flatten(-2)
+            value: Tensor = scaled[..., : self.row(spec.shape)].reshape(codes.shape)
         else:
             value = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-            dequantize(codes, absmax, spec.signed, out=value, scratch=Scratch(codes.device))
+            dequantize(codes, absmax, self.block_size, spec.signed, out=value, scratch=Scratch(codes.device))
         return value if spec.signed else value.square()
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
         codes, absmax = state[name], state[f"{name}_absmax"]
         value = value.clone() if spec.signed else value.sqrt()
         if torch.compiler.is_compiling():
-            blocks = value.nan_to_num(0.0, 0.0, 0.0).unflatten(-1, (-1, self.block_size))
+            blocks = self._padded(value.nan_to_num(0.0, 0.0, 0.0))
             largest = blocks.abs().amax(-1)
-            codes.copy_(encode_lines((blocks / largest.clamp(min=_TINY).unsqueeze(-1)).flatten(-2), spec.signed))
+            units = (blocks / largest.clamp(min=_TINY).unsqueeze(-1)).flatten(-2)[..., : self.row(spec.shape)]
+            codes.copy_(encode_lines(units, spec.signed).reshape(codes.shape))
             absmax.copy_(largest)
         else:
-            quantize(value, codes, absmax, spec.signed, scratch=Scratch(value.device))
+            scratch = Scratch(value.device)
+            quantize(value.contiguous(), codes, absmax, self.block_size, spec.signed, scratch=scratch)
+
+    def _padded(self, value: Tensor) -> Tensor:
+        """The blocks of each row, (..., blocks, block_size), the last filled up with zeros: a graph can fuse that."""
+        rows = value.flatten(-self.row_axes)
+        short = -rows.shape[-1] % self.block_size
+        blocks: Tensor = (nn.functional.pad(rows, (0, short)) if short else rows).unflatten(-1, (-1, self.block_size))
+        return blocks
 
 
-def dequantize(codes: Tensor, absmax: Tensor, signed: bool, *, out: Tensor, scratch: Scratch) -> None:
-    """Write codes (..., n) scaled by absmax (..., n / block_size) to `out`, contiguous float32 of the codes' shape."""
+def in_blocks(value: Tensor, absmax: Tensor, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the whole blocks of all rows, (..., n, block_size), and of the short last ones, (..., 1, rest), each
+    with their scales, (..., n) and (..., 1); `value` is contiguous."""
+    rows = value.view(*absmax.shape[:-1], -1)
+    whole, rest = divmod(rows.shape[-1], block_size)
+    if whole:
+        yield rows[..., : whole * block_size].unflatten(-1, (whole, block_size)), absmax[..., :whole]
+    if rest:
+        yield rows[..., whole * block_size :].unsqueeze(-2), absmax[..., whole:]
+
+
+def dequantize(codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, out: Tensor, scratch: Scratch) -> None:
+    """Write codes scaled by the absmax of their blocks to `out`, contiguous float32 of the codes' shape."""
     index = scratch.get("index", codes.shape, torch.int32).copy_(codes)
     torch.index_select(decode_table(signed, codes.device), 0, index.view(-1), out=out.view(-1))
-    out.unflatten(-1, (absmax.shape[-1], -1)).mul_(absmax.unsqueeze(-1))
+    for blocks, scales in in_blocks(out, absmax, block_size):
+        blocks.mul_(scales.unsqueeze(-1))
 
 
-def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scratch: Scratch) -> None:
+def quantize(value: Tensor, codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, scratch: Scratch) -> None:
     """Write the nearest codes of `value` (contiguous float32, overwritten) and the scales of its blocks.
 
     NaN and Inf become zero, so that they never reach the scale that their neighbours share; the weight at such an
     entry is already lost, as it is under AdamW.
     """
-    blocks = value.unflatten(-1, (absmax.shape[-1], -1))
-    largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)) if signed else blocks.amax(-1)
-    if not known_finite(largest):
-        torch.nan_to_num(blocks, 0.0, 0.0, 0.0, out=blocks)
-        largest = blocks.abs().amax(-1)
-    absmax.copy_(largest)
-    blocks.div_(largest.clamp_(min=_TINY).unsqueeze(-1))
+    for blocks, scales in in_blocks(value, absmax, block_size):
+        largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)) if signed else blocks.amax(-1)
+        if not known_finite(largest):
+            torch.nan_to_num(blocks, 0.0, 0.0, 0.0, out=blocks)
+            largest = blocks.abs().amax(-1)
+        scales.copy_(largest)
+        blocks.div_(largest.clamp_(min=_TINY).unsqueeze(-1))
 
     bits = value.view(torch.int32)
     cell = torch.bitwise_right_shift(bits, CELL_BITS, out=scratch.get("index", value.shape, torch.int32))
@@ -91,8 +127,25 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, signed: bool, *, scra
     codes.copy_(code.bitwise_right_shift_(CELL_BITS))
 
 
-def block_size_for(columns: int, largest: int, any_divisor: bool = False) -> int | None:
-    """The largest of 256, 128 and 64, at most `largest`, that divides a row of `columns` entries, or None."""
-    usual = [size for size in BLOCK_SIZES if size <= largest]
-    unusual = range(min(largest, columns), _MIN_BLOCK_SIZE - 1, -1) if any_divisor else ()
-    return next((size for size in (*usual, *unusual) if columns % size == 0), None)
+def blocks_for(shape: tuple[int, ...], largest: int, any_divisor: bool = False) -> Int8Blockwise | None:
+    """The blocks of a tensor of `shape`; None where 8 bits would take more bytes than float32: rows of one entry.
+
+    A block is the largest of 256, 128 and 64, at most `largest`, that divides the row. Where none does, a row is cut
+    into blocks of `largest` and a short last one, or is one block. A row is the last axis; a shorter one than 64 is
+    joined by the axes before it until it is not, as those of a convolution's kernels are, but for axis 0, along which
+    state can be sharded. So an (out, in, 3, 3) weight has rows of 9 in, and a depthwise (out, 1, 7, 7) one of 49.
+
+    Args:
+        any_divisor: prefer the largest divisor of at least 32, if there is one, to a short last block.
+    """
+    axes, row = 1, shape[-1]
+    while True:
+        usual = [size for size in BLOCK_SIZES if size <= largest]
+        unusual = range(min(largest, row), _MIN_BLOCK_SIZE - 1, -1) if any_divisor else ()
+        divisor = next((size for size in (*usual, *unusual) if row % size == 0), None)
+        # A weight of (n, 1) entries has no other row than a vector has.
+        if divisor or row >= min(BLOCK_SIZES) or axes >= len(shape) - (row > 1):
+            break
+        axes += 1
+        row *= shape[-axes]
+    return Int8Blockwise(divisor or min(row, largest), axes) if row > 1 else None

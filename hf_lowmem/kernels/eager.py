@@ -64,36 +64,43 @@ class StoredMoment:
     name: str
     data: Tensor
     absmax: Tensor | None = None
+    block_size: int = 1
     signed: bool = True
 
     @classmethod
     def of(cls, slot: Slot, name: str, view: View, signed: bool = True) -> StoredMoment:
-        quantized = isinstance(slot.plan.codec, Int8Blockwise)
-        return cls(name, view(slot.state[name]), view(slot.state[f"{name}_absmax"]) if quantized else None, signed)
+        data, codec = view(slot.state[name]), slot.plan.codec
+        if not isinstance(codec, Int8Blockwise):
+            return cls(name, data, signed=signed)
+        return cls(name, data, view(slot.state[f"{name}_absmax"]), codec.block_size, signed)
+
+    @property
+    def depth(self) -> int:
+        """How many axes a tile may cut: not those of a row of blocks that are more than one."""
+        return self.data.ndim if self.absmax is None or self.absmax.ndim == self.data.ndim else self.absmax.ndim - 1
 
     def __getitem__(self, index: Index) -> StoredMoment:
         absmax = self.absmax
         if absmax is not None:
-            if len(index) == absmax.ndim:  # the last axis is cut too, at whole blocks
-                block_size = self.data.shape[-1] // absmax.shape[-1]
-                last = slice(index[-1].start // block_size, index[-1].stop // block_size)
+            if len(index) == absmax.ndim:  # the last axis is cut too, between blocks
+                last = slice(index[-1].start // self.block_size, -(-index[-1].stop // self.block_size))
                 absmax = absmax[(*index[:-1], last)]
             else:
                 absmax = absmax[index]
-        return StoredMoment(self.name, self.data[index], absmax, self.signed)
+        return replace(self, data=self.data[index], absmax=absmax)
 
     def load(self, scratch: Scratch) -> Tensor:
         """As float32: in place where it is stored so, else a temporary to hand to `store`."""
         if self.absmax is None:
             return as_float32(self.data, self.name, scratch)
         out = scratch.get(self.name, self.data.shape)
-        dequantize(self.data, self.absmax, self.signed, out=out, scratch=scratch)
+        dequantize(self.data, self.absmax, self.block_size, self.signed, out=out, scratch=scratch)
         return out
 
     def store(self, value: Tensor, scratch: Scratch) -> None:
         """Write back what `load` gave; a temporary is overwritten."""
         if self.absmax is not None:
-            quantize(value, self.data, self.absmax, self.signed, scratch=scratch)
+            quantize(value, self.data, self.absmax, self.block_size, self.signed, scratch=scratch)
         elif value is not self.data:
             self.data.copy_(value)
 
@@ -121,6 +128,10 @@ class Weight:
     @property
     def shape(self) -> torch.Size:
         return self.grad.shape
+
+    @property
+    def depth(self) -> int:
+        return self.exp_avg.depth
 
     def load_grad(self, scratch: Scratch) -> Tensor:
         grad = as_float32(self.grad, "grad", scratch)
@@ -179,7 +190,7 @@ def signum(slots: Sequence[Slot], hyper: Hyper) -> None:
     for slot in slots:
         scalars = signum_form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
-        for index in tiles(weight.shape, tile_limit(slot), len(weight.shape)):
+        for index in tiles(weight.shape, tile_limit(slot), weight.depth):
             tile = weight[index]
             param, exp_avg = tile.load(tile.load_grad(scratch), scalars.decay, hyper.beta1, scratch)
             param.sub_(torch.sign(exp_avg, out=scratch.get("sign", exp_avg.shape)), alpha=scalars.step_size)
@@ -231,7 +242,7 @@ def adamw_full(slots: Sequence[Slot], hyper: Hyper, form: Form = adamw_form) -> 
         scalars = form(slot, hyper)
         weight = Weight.of(slot, at_least_1d)
         second = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
-        for index in tiles(weight.shape, tile_limit(slot), len(weight.shape)):
+        for index in tiles(weight.shape, tile_limit(slot), weight.depth):
             tile, exp_avg_sq = weight[index], second[index]
             grad = tile.load_grad(scratch)
             param, exp_avg = tile.load(grad, scalars.decay, hyper.beta1, scratch)
@@ -299,7 +310,7 @@ def soap(slots: Sequence[Slot], hyper: Hyper, add: Add = add) -> None:
         scalars, projection = transformers_adamw_form(slot, hyper), slot.plan.projection
         exp_avg = StoredMoment.of(slot, "exp_avg", at_least_1d)
         exp_avg_sq = StoredMoment.of(slot, "exp_avg_sq", at_least_1d, signed=False)
-        grad, indices = at_least_1d(slot.grad), list(tiles(exp_avg.data.shape, tile_limit(slot), exp_avg.data.ndim))
+        grad, indices = at_least_1d(slot.grad), list(tiles(exp_avg.data.shape, tile_limit(slot), exp_avg.depth))
         stored = exp_avg.data.dtype == torch.float32
         moment = (
             exp_avg.data if stored else torch.empty(exp_avg.data.shape, dtype=torch.float32, device=scratch.device)
@@ -421,17 +432,19 @@ def adamw_mean(slots: Sequence[Slot], hyper: Hyper) -> None:
         moment = slot.plan.moments["exp_avg_sq"]
         assert isinstance(moment, GroupMean)
         stored = [s.broadcast(slot.state[moment.state_name("exp_avg_sq", s)]) for s in moment.segments]
-        # 8-bit blocks run along the last axis. Where no segment splits that axis, each segment is a view of weights,
-        # codes and scales alike and is stepped on its own; else the segments are taken inside decoded tiles.
-        if all(segment.axis < slot.param.ndim - 1 for segment in moment.segments):
+        # 8-bit blocks run along the last axes. Where no segment splits those, each segment is a view of weights, codes
+        # and scales alike and is stepped on its own; else the segments are taken inside decoded tiles.
+        codec = slot.plan.codec
+        row_axes = codec.row_axes if isinstance(codec, Int8Blockwise) else 1
+        if all(segment.axis < slot.param.ndim - row_axes for segment in moment.segments):
             for segment, exp_avg_sq in zip(moment.segments, stored, strict=True):
                 weight = Weight.of(slot, segment.view)
                 groups = Groups(at_least_1d, exp_avg_sq, segment.mean_dims)
-                step_means(weight, [groups], len(weight.shape), slot, hyper, scratch)
+                step_means(weight, [groups], weight.depth, slot, hyper, scratch)
         else:
             parts = [Groups(s.view, v, s.mean_dims) for s, v in zip(moment.segments, stored, strict=True)]
-            split_axis = min(segment.axis for segment in moment.segments)
-            step_means(Weight.of(slot, at_least_1d), parts, split_axis, slot, hyper, scratch)
+            weight, split_axis = Weight.of(slot, at_least_1d), min(segment.axis for segment in moment.segments)
+            step_means(weight, parts, min(split_axis, weight.depth), slot, hyper, scratch)
 
 
 @dataclass

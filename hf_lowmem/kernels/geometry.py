@@ -32,27 +32,38 @@ class Geometry(NamedTuple):
 
 
 @cache
-def elementwise(entries: int) -> Geometry:
-    return Geometry(1, 1, 0, 0, 1, 1, 0, 0, entries, False, 0)
+def elementwise(entries: int, row: int | None = None) -> Geometry:
+    """A whole weight: as one run, or by runs of a `row` of 8-bit blocks each."""
+    columns = row or entries
+    rows = entries // columns if columns else 1
+    return Geometry(1, 1, 0, 0, rows, rows, 0, columns if row else 0, columns, False, 0)
 
 
 @cache
-def geometries(moment: GroupMean, shape: tuple[int, ...], block_size: int) -> list[Geometry] | None:
-    """Each segment of a contiguous weight, if two nested loops do and all its runs can hold whole blocks."""
+def geometries(
+    moment: GroupMean, shape: tuple[int, ...], block_size: int, row: int | None = None
+) -> list[Geometry] | None:
+    """Each segment of a contiguous weight, if two nested loops do and all its runs can hold whole blocks.
+
+    Args:
+        row: the entries of a row whose last block is short: then each run must be one.
+    """
     weight, found = torch.empty(shape, device="meta"), []
     for segment in moment.segments:
         view = segment.view(weight)
-        one = geometry(view.shape, view.stride(), int(view.storage_offset()), segment.mean_dims)
-        if one is None or any(value % block_size for value in (one.columns, one.start)):
+        one = geometry(view.shape, view.stride(), int(view.storage_offset()), segment.mean_dims, row)
+        if one is None or any(value % (row or block_size) for value in (one.columns, one.start)):
             return None
         found.append(one)
     return found
 
 
-def geometry(shape: Sequence[int], strides: Sequence[int], start: int, mean_dims: Sequence[int]) -> Geometry | None:
+def geometry(
+    shape: Sequence[int], strides: Sequence[int], start: int, mean_dims: Sequence[int], row: int | None = None
+) -> Geometry | None:
     """The loops over a view whose entries are averaged over `mean_dims`; None where two nested ones do not do.
 
-    The averages are in the row-major order of the other dimensions.
+    The averages are in the row-major order of the other dimensions. Runs that make a `row` are not joined further.
     """
     dims = [(size, stride, dim in mean_dims) for dim, (size, stride) in enumerate(zip(shape, strides, strict=True))]
     dims = [dim for dim in dims if dim[0] != 1]
@@ -61,7 +72,7 @@ def geometry(shape: Sequence[int], strides: Sequence[int], start: int, mean_dims
         columns, stride, averaged = dims.pop()
         if stride != 1:
             return None
-        while dims and dims[-1][1:] == (columns, averaged):
+        while dims and dims[-1][1:] == (columns, averaged) and columns != row:
             columns *= dims.pop()[0]
     groups = _nested([dim[:2] for dim in dims if not dim[2]])
     rows = _nested([dim[:2] for dim in dims if dim[2]])

@@ -97,6 +97,7 @@ class Variant(NamedTuple):
         line, lines: the size of a tile.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
         clip: whether a scale multiplies the gradients.
+        ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a line.
     """
 
     weight: Any
@@ -109,11 +110,12 @@ class Variant(NamedTuple):
     lines: int
     align: int
     clip: bool = False
+    ragged: bool = False
 
     @property
     def sums(self) -> Variant:
         """What the kernels before a step are compiled for, whatever its moments are."""
-        return self._replace(moment=None, rounding="", clip=False)
+        return self._replace(moment=None, rounding="", clip=False, ragged=False)
 
 
 Members = dict[tuple[torch.device, Variant], list[tuple[Part, Slot]]]  # by launch
@@ -273,12 +275,18 @@ def placed(
 ) -> list[tuple[Variant, Part]] | None:
     """`parts_of` a weight and gradient at `places` and state at `addresses`; dtypes of the weight and of exp_avg."""
     moment, codec = plan.moments.get("exp_avg_sq"), plan.codec
-    block = codec.block_size if isinstance(codec, Int8Blockwise) else None
-    if dtypes[0] not in _WEIGHTS or block not in (None, *BLOCK_SIZES):
+    block = row = None
+    if isinstance(codec, Int8Blockwise):
+        block, row = codec.block_size, codec.ragged_row(shape)
+        if block not in BLOCK_SIZES:
+            row = codec.row(shape)
+            if row != block:
+                return None
+    if dtypes[0] not in _WEIGHTS:
         return None
-    found: list[Geometry] | None = [elementwise(math.prod(shape))]
+    found: list[Geometry] | None = [elementwise(math.prod(shape), row)]
     if isinstance(moment, GroupMean):
-        found = geometries(moment, tuple(shape), block or 1)
+        found = geometries(moment, tuple(shape), block or 1, row)
     if found is None:
         return None
     comp, exp_avg, absmax, second_absmax, *seconds = addresses
@@ -293,7 +301,7 @@ def placed(
         layout = layout_of(geometry, second, block)
         by_tile = (*places, comp, exp_avg, *([exp_avg_sq] if second == "full" else []))
         align = _ALIGN if layout.aligned and not any(address % _ALIGN for address in by_tile) else 1
-        tile = (layout.means, layout.nest, layout.line, layout.lines, align, clip)
+        tile = (layout.means, layout.nest, layout.line, layout.lines, align, clip, row is not None)
         where = (*places, comp, exp_avg, absmax, exp_avg_sq, second_absmax)
         numbers = (*where, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
         parts.append((Variant(weight, first, rounding, second, *tile), Part(*numbers)))
@@ -319,8 +327,8 @@ class Layout(NamedTuple):
 
 @cache
 def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
-    """The tiles of a part: lines are 8-bit `block`s, or runs of at most LINE entries."""
-    line = block or min(LINE, _power_of_two(found.columns))
+    """The tiles of a part: a line has room for an 8-bit `block`, or for a run of at most LINE entries."""
+    line = _power_of_two(min(block or LINE, found.columns))
     across = -(-found.columns // line)
     lines, means = max(TILE // line, 1), "before" if second in ("group", "column") else "none"
     if second == "column":

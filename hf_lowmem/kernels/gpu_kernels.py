@@ -117,9 +117,11 @@ def reciprocal(x):
 def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.constexpr, v: tl.constexpr):
     """A tile of a full moment as float32; of codes with `SIGNED=False`, the square of what they stand for."""
     at, inside, line, some = tile
-    found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0)
+    CODE_OF_ZERO: tl.constexpr = 127 if SIGNED else 0
     if DTYPE != tl.uint8:
-        return widened(found)
+        return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0))
+    # What is past the end of a row must not count in the scale that is stored.
+    found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=CODE_OF_ZERO)
     # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
     values = decoded(tl.arange(0, 256), SIGNED)
     scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, mask=some, other=0.0)
@@ -193,7 +195,7 @@ def tile_of(part, cell, chunk, v: tl.constexpr):
         group, row, column = cell, tl.full([v.lines], 0, tl.int32), number
     else:
         group, row, column = cell, number // across, number % across
-    begin = size(part, START, v.align) + column.to(tl.int64) * v.line
+    begin = tl.full([v.lines], 0, tl.int64) + size(part, START, v.align)
     if v.means == "line":
         begin += group * size(part, INNER_GROUP_STRIDE, v.align)
     else:
@@ -209,7 +211,13 @@ def tile_of(part, cell, chunk, v: tl.constexpr):
     left = tl.minimum(columns - column.to(tl.int64) * v.line, v.line).to(tl.int32)
     left = tl.multiple_of(tl.where(row < rows, left, 0), v.align)
     along = tl.arange(0, v.line)[None, :]
-    return begin[:, None] + along, along < left[:, None], begin // v.line, left > 0
+    if v.ragged:
+        line = begin // columns * across + column
+        begin += column.to(tl.int64) * v.line
+    else:
+        begin += column.to(tl.int64) * v.line
+        line = begin // v.line
+    return begin[:, None] + along, along < left[:, None], line, left > 0
 
 
 @triton.jit

@@ -44,11 +44,12 @@ typedef struct {
     int32_t first_count;
 } Map;
 
-/* A full moment: `absmax` holds the scale of each block of codes. */
+/* A full moment: `absmax` holds the scale of each block of codes. A row of codes ends with a block, which may be short:
+ * a part's runs of columns are then its rows. Where no block is short, each is a row. */
 typedef struct {
     void *data;
     float *absmax;
-    int64_t dtype, block_size;
+    int64_t dtype, block_size, row;
     const Map *map;
 } Moment;
 
@@ -221,17 +222,24 @@ INLINE float largest_of(const float *value, int n) {
     return float_of((uint32_t)largest);
 }
 
-/* A run of a moment holds whole blocks. */
-INLINE float *load_moment(const Moment *moment, int64_t at, int n, float *buffer) {
+/* The number of the block that a run begins with. */
+INLINE int64_t first_block(const Moment *moment, int64_t at) {
+    if (moment->dtype != CODES) return 0;
+    int64_t row = at / moment->row, column = at % moment->row;
+    return row * parts_of(moment->row, moment->block_size) + column / moment->block_size;
+}
+
+/* A run of a moment holds whole blocks, those from `scale`, and a short one only where its row ends. */
+INLINE float *load_moment(const Moment *moment, int64_t at, int64_t scale, int n, float *buffer) {
     if (moment->dtype != CODES) return load(moment->data, moment->dtype, at, n, buffer);
     const uint8_t *codes = (const uint8_t *)moment->data + at;
     int size = (int)moment->block_size;
     for (int block = 0; block < n; block += size)
-        decode(codes + block, size, moment->absmax[(at + block) / size], moment->map, buffer + block);
+        decode(codes + block, (int)least(size, n - block), moment->absmax[scale++], moment->map, buffer + block);
     return buffer;
 }
 
-INLINE void store_moment(const Moment *moment, int64_t at, int n, float *value) {
+INLINE void store_moment(const Moment *moment, int64_t at, int64_t scale, int n, float *value) {
     if (moment->dtype == FLOAT32) return; /* in place */
     if (moment->dtype == BFLOAT16) {
         uint16_t *to = (uint16_t *)moment->data + at;
@@ -239,14 +247,14 @@ INLINE void store_moment(const Moment *moment, int64_t at, int n, float *value) 
         return;
     }
     uint8_t *codes = (uint8_t *)moment->data + at;
-    int size = (int)moment->block_size;
-    for (int block = 0; block < n; block += size) {
+    for (int block = 0; block < n; block += (int)moment->block_size) {
+        int size = (int)least(moment->block_size, n - block);
         float absmax = largest_of(value + block, size);
         if (finite_or_zero(absmax) != absmax) {
             SIMD for (int i = block; i < block + size; i++) value[i] = finite_or_zero(value[i]);
             absmax = largest_of(value + block, size);
         }
-        moment->absmax[(at + block) / size] = absmax;
+        moment->absmax[scale++] = absmax;
         encode(value + block, size, absmax, moment->map, codes + block);
     }
 }
@@ -274,7 +282,8 @@ INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
-    float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, n, averages);
+    const int64_t scale_at = first_block(&part->exp_avg, at); /* both moments have the same blocks */
+    float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, scale_at, n, averages);
     fetch_ahead(part->param, part->dtype, at, n);
     fetch_ahead(part->grad, part->dtype, at, n);
     fetch_ahead(part->exp_avg.data, part->exp_avg.dtype, at, n);
@@ -284,7 +293,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
 
     if (part->rule == ADAMW_FULL) {
         SIMD for (int i = 0; i < n; i++) exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
-        float *exp_avg_sq = load_moment(&part->exp_avg_sq, at, n, squares);
+        float *exp_avg_sq = load_moment(&part->exp_avg_sq, at, scale_at, n, squares);
         const float beta2 = (float)part->beta2, weight2 = (float)(1 - part->beta2);
         if (part->exp_avg_sq.dtype == CODES) { /* they hold the root */
             SIMD for (int i = 0; i < n; i++) {
@@ -298,7 +307,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
                 param[i] = param[i] * decay - step_size * (exp_avg[i] / (sqrtf(exp_avg_sq[i]) + eps));
             }
         }
-        store_moment(&part->exp_avg_sq, at, n, exp_avg_sq);
+        store_moment(&part->exp_avg_sq, at, scale_at, n, exp_avg_sq);
     } else if (part->rule == SIGNUM) {
         SIMD for (int i = 0; i < n; i++) {
             exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
@@ -317,7 +326,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
         }
     }
     store_param(part, at, n, param);
-    store_moment(&part->exp_avg, at, n, exp_avg);
+    store_moment(&part->exp_avg, at, scale_at, n, exp_avg);
 }
 
 /* ------------------------------------------------------------------------------------------------------- one unit */

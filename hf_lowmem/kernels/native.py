@@ -48,6 +48,7 @@ class _Moment(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("dtype", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("row", ctypes.c_int64),
         ("map", ctypes.POINTER(_Map)),
     ]
 
@@ -120,9 +121,12 @@ def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | N
     if rule == ADAMW_FULL and param.dtype == torch.float32 and isinstance(codec, Float32) and slot.clip is None:
         return None  # torch's fused AdamW is as fast
     scalars, moment = form(slot, hyper), slot.plan.moments.get("exp_avg_sq")
+    shape, block_size, row = tuple(param.shape), 1, None
+    if isinstance(codec, Int8Blockwise):
+        block_size, row = codec.block_size, codec.ragged_row(shape)
     if not isinstance(moment, GroupMean):
-        return [_part(slot, elementwise(param.numel()), None, rule, scalars, hyper)]
-    found = geometries(moment, tuple(param.shape), codec.block_size if isinstance(codec, Int8Blockwise) else 1)
+        return [_part(slot, elementwise(param.numel(), row), None, rule, scalars, hyper)]
+    found = geometries(moment, shape, block_size, row)
     if found is None:
         return None
     means = [slot.state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
@@ -156,9 +160,11 @@ def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars:
 def _moment(slot: Slot, name: str, start: int, signed: bool = True) -> _Moment:
     data, codec = slot.state[name], slot.plan.codec
     if not isinstance(codec, Int8Blockwise):
-        return _Moment(_address(data, start), None, _DTYPES[data.dtype], 1, None)
+        return _Moment(_address(data, start), None, _DTYPES[data.dtype], 1, 1, None)
     absmax, size = slot.state[f"{name}_absmax"], codec.block_size
-    return _Moment(_address(data, start), _address(absmax, start // size), _DTYPES[data.dtype], size, _map(signed))
+    row = codec.ragged_row(tuple(data.shape)) or size  # whole blocks are rows of their own
+    scales = _address(absmax, start // row * -(-row // size))
+    return _Moment(_address(data, start), scales, _DTYPES[data.dtype], size, row, _map(signed))
 
 
 def _address(tensor: Tensor, start: int) -> int:

@@ -249,7 +249,7 @@ def _why_float32(space: Sequence[int], assignment: Assignment, recipe: Recipe) -
         return "embeddings are kept in float32, unless embedding_bits=8"
     if not space or math.prod(space) < recipe.min_8bit_size:
         return f"fewer than {recipe.min_8bit_size:,} entries: kept in float32"
-    return f"{space[-1]} is not divisible by 64: kept in float32"
+    return "rows of one entry: kept in float32"
 
 
 def _dtype(param: torch.Tensor) -> str:
