@@ -67,6 +67,24 @@ CASES: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 512)),
     (AdamMini, {"axes": (0, 1)}, (40, 256)),
 ]
+# Rows whose last 8-bit block is short, that are one block, and that take several axes.
+RAGGED: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
+    (LowMemAdamW, {}, (2, 4304)),
+    (LowMemAdamW, {}, (1031,)),
+    (Signum, {}, (3, 5, 257)),
+    (Signum, {}, (40, 16)),
+    (LowMemAdamW, {}, (9, 30, 3, 3)),
+    (SlimAdamW, {"axes": (1,)}, (5, 1076)),
+    (SlimAdamW, {"axes": (0,)}, (19, 513)),
+    (SlimAdamW, {"axes": (0,)}, (11, 2)),
+    (SlimAdamW, {"axes": (1,)}, (2, 3, 259)),
+    (SlimAdamW, {"axes": (1,)}, (300, 7)),
+    (SlimAdamW, {"axes": (1, 2, 3)}, (6, 29, 3, 3)),
+    (AdamMini, {"axes": (1, 2)}, (12, 1, 4)),
+    (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 521)),
+    (AdamMini, {"axes": (0, 1)}, (40, 255)),
+    (AdamMini, {"axes": (0,)}, (300, 1)),
+]
 WEIGHTS = [
     *((dtype, "nearest") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     *((dtype, rounding) for dtype in (torch.bfloat16, torch.float16) for rounding in ("stochastic", "kahan")),
@@ -103,5 +121,6 @@ def check_gpu_kernel(
         exact = off <= 1e-6 * largest + 1e-6 * reference.abs()
         if not flips and not (cls is Signum and name == "param"):  # a sign may flip
             assert exact.all(), (name, off.max())
-        assert exact.float().mean() > (0.99 if bits == 32 else 0.95), (name, exact.float().mean())
+        share = 0.99 if bits == 32 else 0.95
+        assert exact.sum() >= share * exact.numel() - (bits == 8), (name, exact.float().mean())
         assert off.max() <= 2.0**-5 * largest, (name, off.max())  # a code more at each step

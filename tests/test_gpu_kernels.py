@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernel_runs import CASES, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
+from kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -130,6 +130,27 @@ def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monke
         gpu.layout_of.cache_clear()
 
 
+@pytest.mark.parametrize("means", ["as they come", "loop", "before"])
+@pytest.mark.parametrize("case", RAGGED, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
+def test_rows_that_end_in_a_short_block_follow_the_rules(
+    case: tuple, means: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if means != "as they come":
+        for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=1 << 20 if means == "loop" else 0, SUM=1024).items():
+            monkeypatch.setattr(gpu, name, value)
+    gpu.layout_of.cache_clear()
+    try:
+        check_gpu_kernel(case, 8, torch.float32, "nearest", DEVICE.type, clip=0.5)
+        check_gpu_kernel(case, 8, torch.bfloat16, "kahan" if means == "loop" else "stochastic", DEVICE.type)
+    finally:
+        gpu.layout_of.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [8, 33, 96])
+def test_projected_rows_of_any_size_follow_the_rules(rank: int) -> None:
+    check_gpu_kernel((CoapAdamW, {"rank": rank}, (160, 128)), 8, torch.bfloat16, "stochastic", DEVICE.type)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(("dtype", "rounding"), WEIGHTS)
 def test_projected_steps_follow_the_rules(dtype: torch.dtype, rounding: str, bits: int) -> None:
@@ -192,10 +213,11 @@ def test_a_bad_gradient_stays_with_its_entry(cls: type, bits: int, bad: float) -
         **({"axes": (1,)} if cls is SlimAdamW else {}),
         **({"min_8bit_size": 0} if bits == 8 else {}),
     }
-    weight, _ = run(cls, options, torch.zeros(4, 256, device=DEVICE), bad=bad)
-    broken = ~weight.isfinite()
-    assert broken.sum() <= 1
-    assert weight.view(-1)[: 2 * 256].abs().min() > 0
+    for columns in (256, 300):  # the bad entry of the latter is in a short block
+        weight, _ = run(cls, options, torch.zeros(4, columns, device=DEVICE), bad=bad)
+        broken = ~weight.isfinite()
+        assert broken.sum() <= 1
+        assert weight.view(-1)[: 2 * columns].abs().min() > 0
 
 
 def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ enum Rule { ADAMW_FULL, ADAMW_MEAN, SIGNUM };
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Uints __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* A code map in lines, as dynamic_map.py has it: of counts by their exponents, and of values by decades. */
 typedef struct {
@@ -207,7 +208,7 @@ INLINE void encode(const float *value, int n, float absmax, const Map *map, uint
         Ints count = __builtin_convertvector(size * pick(slopes, decade) + pick(intercepts, decade), Ints);
         const Ints last = pick(last_counts, decade), below = count < last;
         count = (count & below) | (last & ~below);
-        *(Ints *)(found + i) = (count ^ sign) - (sign + map->first_count);
+        *(Ints *)(found + i) = (Ints)((Uints)(count ^ sign) - (Uints)(sign + map->first_count)); /* past n, it may wrap */
     }
     /* The magnitude of -1 is that of the top code, which has no negative. */
     SIMD for (int i = 0; i < n; i++) codes[i] = (uint8_t)(found[i] > 0 ? found[i] : 0);
