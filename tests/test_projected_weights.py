@@ -213,13 +213,35 @@ def test_a_real_gradient_is_stepped(family: str) -> None:
         assert torch.equal(param, before[name]) is not param.requires_grad, name
 
 
-def test_a_rank_that_is_a_weights_smaller_side_leaves_it_whole() -> None:
-    rows = {row.name: row for row in hf_lowmem.explain(tiny_model("llama"), "coap_adamw", {"rank": 16}).rows}
+@pytest.mark.parametrize("optim", ["coap_adamw", "coap_adafactor_8bit"])
+@pytest.mark.parametrize("rank", [16, 17, 256])
+def test_a_weight_too_small_for_the_rank_is_left_whole(
+    rank: int, optim: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    rows = {row.name: row for row in hf_lowmem.explain(model, optim, {"rank": rank}).rows}
     key, query = (rows[f"model.layers.0.self_attn.{which}_proj.weight"] for which in "kq")
-    assert (key.why, key.compressed) == ("the rank is its smaller side", "full")
-    assert query.state["proj"][0] == (16, 32)
-    with pytest.raises(ValueError, match=r"k_proj\.weight: rank=17 is above 16"):
-        hf_lowmem.explain(tiny_model("llama"), "coap_adamw", {"rank": 17})
+    assert key.why == f"its smaller side is 16: rank {rank} would keep all of it"
+    assert key.state["exp_avg"][0] == key.shape
+    assert ("proj" in query.state) == (rank < 32)
+    assert not caplog.records
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args={"rank": rank})
+    names = [row.name for row in rows.values() if "would keep all of it" in row.why]
+    assert len(names) == (4 if rank < 32 else 14)
+    (line,) = [record.message for record in caplog.records if "unprojected" in record.message]
+    assert f": {len(names)}, such as {names[0]} (its smaller side is {min(rows[names[0]].shape)}: rank {rank}" in line
+    ids = torch.arange(3, 15).unsqueeze(0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    states = {name: optimizer.state[param] for name, param in model.named_parameters()}
+    assert {name for name in names if "proj" in states[name]} == set()
+
+
+def test_a_stack_too_small_for_the_rank_is_left_whole() -> None:
+    rows = {row.name: row for row in hf_lowmem.explain(tiny_model("mixtral"), "coap_adafactor", {"rank": 40}).rows}
+    experts = rows["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.why == "its smaller side is 32: rank 40 would keep all of it"
+    assert experts.state["exp_avg_sq_row"][0] == experts.shape[:2]  # each expert's own
 
 
 def test_convolutions() -> None:
@@ -370,7 +392,8 @@ def test_rules_go_before_target_modules(tmp_path: Path) -> None:
         ({"lm_head.weight": 0}, "has 0, expected true, false"),
         ({"lm_head.weight": 4.0}, "has 4.0, expected true, false"),
         ({"lm_head.weight": [0]}, r"has \[0\], expected true, false"),
-        ({"lm_head.weight": 33}, "rank=33 is above 32"),
+        ({"lm_head.weight": 33}, r"of shape \(96, 32\) cannot be projected with rank 33: use a rank below 32"),
+        ({"regex": [["_proj", 20]]}, r"k_proj.*cannot be projected with rank 20: use a rank below 16"),
         ({"model.norm.weight": True}, r"model\.norm\.weight of shape \(32,\) has no output and input axes to project"),
         ({"lm_heads.weight": True}, "matches no parameter: did you mean lm_head.weight"),
         ({"regex": [["attentions", False]]}, "'attentions' matches no parameter"),
@@ -433,17 +456,26 @@ def test_every_family_with_matrices_has_some_projected() -> None:
         assert projected(hf_lowmem.explain(tiny_model(family), "coap_adamw")), family
 
 
-def test_a_frozen_weight_that_the_rank_does_not_fit_is_no_obstacle() -> None:
+def test_target_modules_that_the_rank_is_too_large_for() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 8)})
     block = nn.ModuleDict({"attn": model})
-    with pytest.raises(ValueError, match=r"attn\.k_proj\.weight: rank=16 is above 8"):
-        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args="rank=16")
+    options: dict[str, Any] = {"target_modules": ["k_proj"], "rank": 16}
+    said = r"can be projected: attn\.k_proj\.weight, its smaller side is 8: rank 16 would keep all of it\.$"
+    with pytest.raises(ValueError, match=said):
+        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args=options)
+    assert projected(hf_lowmem.explain(block, "coap_adamw", {**options, "target_modules": ["_proj"]})) == {
+        "attn.q_proj.weight"
+    }
     model["k_proj"].requires_grad_(False)
-    rows = {row.name: row for row in hf_lowmem.explain(block, "coap_adamw", "rank=16").rows}
-    assert rows["attn.q_proj.weight"].state["proj"][0] == (16, 32)
-    assert rows["attn.k_proj.weight"].why == "frozen"
-    with pytest.raises(ValueError, match="names no trained weight"):
-        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args={"target_modules": ["k_proj"]})
+    with pytest.raises(ValueError, match=r"names no trained weight .*: names look like attn\.q_proj"):
+        hf_lowmem.build_optimizer(block, "coap_adamw", lr=1e-3, optim_args=options)
+
+
+def test_a_rule_that_says_true_takes_the_runs_rank_where_it_fits(tmp_path: Path) -> None:
+    explanation = with_rules(tmp_path, {"regex": [["self_attn|embed_tokens", True], ["", False]]}, rank=20)
+    names = {name.removeprefix("model.").removeprefix("layers.0.self_attn.") for name in projected(explanation)}
+    assert names >= {"q_proj.weight", "o_proj.weight", "embed_tokens.weight"}
+    assert len(names) == 5
 
 
 @pytest.mark.parametrize(
@@ -451,7 +483,7 @@ def test_a_frozen_weight_that_the_rank_does_not_fit_is_no_obstacle() -> None:
     [
         ({"conv.weight": 16}, "a convolution takes no rank by rule"),
         ({"small.weight": True}, "cannot be projected: a small convolution"),
-        ({"attn.weight": 8}, "cannot be projected: the rank is its smaller side"),
+        ({"attn.weight": 8}, "cannot be projected with rank 8: use a rank below 8"),
         ({"norm.weight": True}, "has no output and input axes"),
     ],
 )

@@ -828,7 +828,6 @@ def test_a_gradient_that_leaves_the_basis_stops_the_weight_until_the_next_recomp
     [
         ({"rank": 0}, r"^rank=0 must be a whole number of at least 1\.$"),
         ({"rank": 4, "rank_ratio": 4.0}, r"^rank=4 and rank_ratio=4\.0 both set the rank: give one of them\.$"),
-        ({"rank": 33}, "rank=33 is above 32, the smaller side of a weight of shape"),
         ({"update_interval": 0}, r"^update_interval=0 must be a whole number of at least 1\.$"),
         ({"reproject_factor": 0}, r"^reproject_factor=0 must be a whole number of at least 1\.$"),
         ({"rank_ratio": 0.5}, r"^rank_ratio=0\.5 must be .*at least 1"),
@@ -862,9 +861,40 @@ def test_bad_options_of_a_group_are_told_too(group: dict[str, Any]) -> None:
         CoapAdamW([{"params": [nn.Parameter(torch.ones(8, 4))], **group}])
 
 
-def test_the_rank_of_a_group_is_checked_against_its_weights() -> None:
-    with pytest.raises(ValueError, match=r"rank=5 is above 4, the smaller side of a weight of shape \(8, 4\)"):
-        CoapAdamW([{"params": [nn.Parameter(torch.ones(8, 4))], "rank": 5}])
+@BOTH
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("shape", "rank"), [((64, 32), 32), ((32, 64), 33), ((3, 64, 32), 256)], ids=str)
+def test_a_rank_that_would_keep_all_of_a_weight_is_no_rank_at_all(
+    shape: tuple[int, ...], rank: int, bits: int, cls: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"stacked": len(shape) == 3, "state_bits": bits, "min_8bit_size": 0}
+    start, grads = random(*shape), gradients(shape, 3)
+    expected, _ = run(cls, start, grads, project=False, **options)
+    assert "unprojected" not in caplog.text
+    moved, state = run(cls, start, grads, rank=rank, **options)
+    assert not any(name.startswith("proj") for name in state)
+    assert state["exp_avg"].shape == shape
+    if len(shape) == 2:  # statistics of a stack's matrices are each its own
+        assert torch.equal(moved, expected)
+    (line,) = [record.message for record in caplog.records if "unprojected" in record.message]
+    assert f"leaves unprojected: 1, such as one of shape {shape} (its smaller side is 32: rank {rank}" in line
+
+
+def test_weights_too_small_for_the_rank_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = [(8, 4), (4, 16), (16, 16), (8,)]
+    first, second, large, vector = (nn.Parameter(torch.ones(size)) for size in sizes)
+    groups = [
+        {"params": [first, large]},
+        {"params": [second, vector], "rank": 8},
+        {"params": [vector.clone().detach()]},
+    ]
+    optimizer = CoapAdamW(groups, rank=5)
+    (record,) = caplog.records
+    assert "unprojected: 2, such as one of shape (8, 4) (its smaller side is 4: rank 5 would keep" in record.message
+    large.grad = torch.ones_like(large)
+    optimizer.step()
+    assert optimizer.state[large]["proj"].shape == (5, 16)
+    assert "proj" not in optimizer.state[second]
 
 
 def peak_of_a_step(optimizer: LowMemOptimizer, param: nn.Parameter) -> float:

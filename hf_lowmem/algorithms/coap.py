@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,8 @@ from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_RANK_RATIO = 4.0
 MIN_CONV_SIZE = 32 * 32 * 3 * 3  # smaller convolutions are not projected
 
@@ -33,7 +36,8 @@ class Coap(LowMemOptimizer):
     are `stacked` matrices.
 
     Args:
-        rank: dimensions kept of each matrix's smaller side; a matrix whose smaller side it equals is not projected.
+        rank: dimensions kept of each matrix's smaller side. A matrix whose smaller side is no larger is not projected,
+            and keeps its moments whole in the same storage.
         rank_ratio: smaller side over dimensions kept, instead of `rank`; 4 where neither is given.
         conv_rank_ratio: the same for convolutions, whose two ranks are channels / sqrt(ratio); default `rank_ratio`.
             With `rank` alone convolutions are not projected.
@@ -55,7 +59,7 @@ class Coap(LowMemOptimizer):
 
     Raises:
         TypeError: an unknown option.
-        ValueError: an option out of range, `rank` together with `rank_ratio`, or a rank above a smaller side.
+        ValueError: an option out of range, or `rank` together with `rank_ratio`.
     """
 
     layout_options: ClassVar[dict[str, Any]] = {
@@ -92,6 +96,20 @@ class Coap(LowMemOptimizer):
         values = {**self.plan_options(), **options}
         check_one_rank(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
+        self._say_what_is_kept_whole(roles)
+
+    def _say_what_is_kept_whole(self, roles: Roles | None) -> None:
+        """Say once which weights a `rank` is too large for."""
+        whole = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                planned = roles.of(param) if roles is not None else None
+                name, own = planned or (f"one of shape {tuple(param.shape)}", {})
+                values = {**group, **own}
+                if values["rank"] and (why := kept_whole(tuple(param.shape), values)):
+                    whole.append(f"{name} ({why})")
+        if whole:
+            logger.warning("Weights that %s leaves unprojected: %d, such as %s.", self.algorithm, len(whole), whole[0])
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
@@ -211,14 +229,7 @@ class CoapAdafactor(Coap):
 
 
 def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projection:
-    """The space of a weight's moments under the options of its group.
-
-    Raises:
-        ValueError: the rank is above the smaller side.
-    """
-    rank, ratio = options["rank"], options["rank_ratio"]
-    if rank is None and ratio is None:
-        ratio = DEFAULT_RANK_RATIO
+    """The space of a weight's moments under the options of its group."""
     basis = BasisOptions(
         dtype=torch.bfloat16 if proj_bits(options) == 16 else torch.float32,
         update_interval=options["update_interval"],
@@ -230,19 +241,38 @@ def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projectio
     )
     if not options["project"] or 0 in shape:
         return FULL_SPACE
-    if len(shape) == 2 or (len(shape) == 3 and options["stacked"]):
-        short = min(shape[-2:])
-        kept = max(int(short / ratio), 1) if rank is None else rank
-        if kept > short:
-            raise ValueError(
-                f"rank={rank} is above {short}, the smaller side of a weight of shape {shape}: use a rank of at most "
-                f"{short}, or rank_ratio, or leave the weight out (target_modules, rules)."
-            )
-        return FULL_SPACE if rank == short else LowRank(kept, options["transposed"], basis)
-    conv_ratio = options["conv_rank_ratio"] or ratio
+    if is_matrix(shape, options):
+        return (
+            FULL_SPACE if kept_whole(shape, options) else LowRank(kept(shape, options), options["transposed"], basis)
+        )
+    conv_ratio = options["conv_rank_ratio"] or ratio_of(options)
     if len(shape) == 4 and math.prod(shape) > MIN_CONV_SIZE and conv_ratio is not None:
         return Tucker(shape, tucker_ranks(shape, conv_ratio), basis)
     return FULL_SPACE
+
+
+def is_matrix(shape: tuple[int, ...], options: dict[str, Any]) -> bool:
+    """Whether a weight is a matrix or a stack of them."""
+    return len(shape) == 2 or (len(shape) == 3 and options["stacked"])
+
+
+def ratio_of(options: dict[str, Any]) -> float | None:
+    given: float | None = options["rank_ratio"]
+    return DEFAULT_RANK_RATIO if given is None and options["rank"] is None else given
+
+
+def kept(shape: tuple[int, ...], options: dict[str, Any]) -> int:
+    """Dimensions kept of a matrix's smaller side."""
+    ratio = ratio_of(options)
+    return int(options["rank"]) if ratio is None else max(int(min(shape[-2:]) / ratio), 1)
+
+
+def kept_whole(shape: tuple[int, ...], options: dict[str, Any]) -> str:
+    """Why a matrix that could be projected is not; "" where it is, or is no matrix to project."""
+    if not options["project"] or 0 in shape or not is_matrix(shape, options):
+        return ""
+    short, rank = min(shape[-2:]), kept(shape, options)
+    return f"its smaller side is {short}: rank {rank} would keep all of it" if rank >= short else ""
 
 
 def tucker_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
@@ -290,14 +320,16 @@ class CoapRecipe(ProjectedRecipe):
             options["stacked"] = True
         if asked is not True:
             options["rank"] = asked
-        try:
-            projection = projection_for(role.shape, {**self._values(), **options})
-        except ValueError as error:
-            raise ValueError(f"{role.name}: {error}") from None
-        if projection is not FULL_SPACE:
+        values = {**self._values(), **options}
+        if why := kept_whole(role.shape, values):
+            if asked is not True:
+                raise ValueError(
+                    f"{role.name} of shape {role.shape} cannot be projected with rank {asked}: use a rank below "
+                    f"{min(role.shape[-2:])}, its smaller side, or false."
+                )
+            return options, why
+        if projection_for(role.shape, values) is not FULL_SPACE:
             return options, "a rank for each expert" if role.expert_axis == 0 else "low rank"
-        if len(role.shape) < 4:
-            return LEFT_OUT, "the rank is its smaller side"
         small = math.prod(role.shape) <= MIN_CONV_SIZE
         return LEFT_OUT, "a small convolution" if small else "a convolution, and rank is given without conv_rank_ratio"
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from hf_lowmem.param_groups import Assignment, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
+from hf_lowmem.state import FULL_SPACE
 
 # Linear-like weights of the body. Embeddings, heads, routers and LoRA factors are not.
 BODY = {
@@ -97,16 +98,19 @@ class ProjectedRecipe(Recipe):
         targets = self.target_modules
         if targets is None or self._takes_the_body:
             return
-        if any(names_module(targets, a.role.name) and is_projected(a) for a in assignments):
+        named = [a for a in assignments if a.param.requires_grad and names_module(targets, a.role.name)]
+        if any(self.state_plan(a).projection is not FULL_SPACE for a in named):
             return
-        names = [a.role.name for a in assignments if a.role.role in NAMEABLE and a.param.requires_grad]
-        hint = (
-            f"names look like {' or '.join(names[:3])}, and a string is a regular expression for the whole module name"
-        )
-        raise ValueError(
-            f"target_modules={targets!r} names no trained weight that can be projected: "
-            f"{hint if names else 'there is none (LoRA factors and frozen weights are not projected)'}."
-        )
+        refused = [f"{a.role.name}, {a.why}" for a in named if is_projectable(a.role) and self._selects(a.role)]
+        nameable = [a.role.name for a in assignments if a.role.role in NAMEABLE and a.param.requires_grad]
+        if refused:
+            hint = refused[0]
+        elif nameable:
+            names = " or ".join(nameable[:3])
+            hint = f"names look like {names}, and a string is a regular expression for the whole module name"
+        else:
+            hint = "there is none (LoRA factors and frozen weights are not projected)"
+        raise ValueError(f"target_modules={targets!r} names no trained weight that can be projected: {hint}.")
 
 
 def is_projectable(role: ParamRole) -> bool:
@@ -114,10 +118,6 @@ def is_projectable(role: ParamRole) -> bool:
     if role.fan_out is None:
         return False
     return len(role.shape) == 2 or (len(role.shape) == 3 and role.expert_axis == 0) or len(role.shape) == 4
-
-
-def is_projected(assignment: Assignment) -> bool:
-    return assignment.param.requires_grad and assignment.options.get("project") is not False
 
 
 def names_module(targets: str | Sequence[str], name: str) -> bool:
