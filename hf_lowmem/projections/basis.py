@@ -1,11 +1,14 @@
-"""What COAP's two kinds of space share: when a basis changes, how far, and what becomes of the moments then.
+"""What the spaces share: when a basis of COAP changes and how far, and the entries that a basis moves despite a mask.
 
 Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -13,8 +16,11 @@ from torch import Tensor
 
 from hf_lowmem.state import State
 
+logger = logging.getLogger(__name__)
+
 EQ5_LR, EQ5_CLIP = 0.1, 1.0
 COSINE_FLOOR = 1e-8
+LEAST_MASK = 0.01  # of a gradient's entries: fewer zeros may be what a narrow dtype has rounded away
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,37 @@ def clipped_step(basis: Tensor, gradient: Tensor) -> Tensor:
 def as_stack(tensor: Tensor) -> Tensor:
     """A matrix, or a stack of them, as a view (matrices, ...)."""
     return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+
+
+def watch_for_mask(grad: Tensor, axes: Sequence[int], *, spares_slices: bool) -> None:
+    """Warn, once in a process, of a gradient with zeros in entries that an update through a basis moves.
+
+    An entry stays where its fibre along the projected axes is all zero, since no direction of the basis reaches it.
+
+    Args:
+        grad: (matrices, ...), each with a basis of its own.
+        axes: the projected axes.
+        spares_slices: whether a slice across a projected axis stays too where it is all zero. In an eigenbasis it does
+            not: the directions without variance carry rounding errors there, which Adam scales up.
+    """
+    inner = range(1, grad.ndim)
+    reached = _not_zero(grad, axes)  # of each matrix, the entries that an update moves
+    for axis in axes:
+        reached = reached * (_not_zero(grad, [i for i in inner if i != axis]) if spares_slices else grad.shape[axis])
+    if torch.count_nonzero(grad) < (1 - LEAST_MASK) * reached.sum():
+        _warn_of_mask()
+
+
+def _not_zero(stack: Tensor, over: Sequence[int]) -> Tensor:
+    """Of each matrix (matrices, ...), the number of slices over these axes that are not all zero."""
+    magnitude = torch.linalg.vector_norm(stack, torch.inf, dim=tuple(over))  # makes no copy of the gradient
+    counts: Tensor = (magnitude != 0).view(len(stack), -1).sum(1)
+    return counts
+
+
+@cache
+def _warn_of_mask() -> None:
+    logger.warning(
+        "The gradient of a projected weight is zero in single entries: if a mask keeps them from being trained, the "
+        "update moves them all the same, so leave such weights out (rules, target_modules)."
+    )

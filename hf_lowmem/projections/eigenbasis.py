@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowmem.projections.basis import as_stack
+from hf_lowmem.projections.basis import as_stack, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
@@ -85,12 +85,12 @@ class Eigenbasis:
                 outer = outer_product(stack, self._stack_axis(axis))
                 finite = outer.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
                 gram.copy_(torch.where(finite, torch.lerp(gram, outer, 1 - decay), gram))
-            self._change_basis(state, moments, len(stack))
+            self._change_basis(stack, state, moments)
 
-    def _change_basis(self, state: State, moments: Moments, matrices: int) -> None:
+    def _change_basis(self, grad: Tensor, state: State, moments: Moments) -> None:
         updates = int(state["step"].item()) - 1
         due = updates > 0 and updates % self.frequency == 0
-        incomplete = state["proj_count"].item() < matrices
+        incomplete = state["proj_count"].item() < len(grad)
         if not due and not incomplete:
             return
         first = self.axes[0]
@@ -101,6 +101,7 @@ class Eigenbasis:
         new = (found & ~exists).nonzero().flatten()
         if not len(new):
             return
+        watch_for_mask(grad, [self._stack_axis(axis) for axis in self.axes], spares_slices=False)
         for axis in self.axes:
             as_stack(state[f"proj_{axis}"])[new] = eigenvectors(as_stack(state[f"gram_{axis}"])[new])
         state["proj_count"] += len(new)

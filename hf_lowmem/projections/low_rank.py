@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.moments import Full
-from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, as_stack, clipped_step
+from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, as_stack, clipped_step, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
@@ -112,6 +112,8 @@ class LowRank:
             if event:
                 self._change(proj, matrix, (usable & exists).nonzero().flatten(), event, moments)
             new = (usable & ~exists).nonzero().flatten()
+            if len(new) or event == "recompute":
+                watch_for_mask(matrix, (2,) if is_right(matrix) else (1,), spares_slices=True)
             if len(new):
                 found = first_basis(long_side_first(pick(matrix, new)), self.rank)
                 proj[new] = found.to(proj.dtype)

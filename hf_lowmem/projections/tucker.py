@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.moments import Full
-from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, clipped_step
+from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, clipped_step, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
@@ -76,6 +76,8 @@ class Tucker:
         magnitude = grad.abs().max().float()
         if not (magnitude.isfinite() and magnitude > 0):
             return
+        if event != "correct":
+            watch_for_mask(grad.unsqueeze(0), range(1, 1 + len(self.ranks)), spares_slices=True)
         with full_float32():
             if not exists:
                 self._store(state, decompose(grad.float(), self.ranks))
