@@ -12,9 +12,10 @@ _DEFAULT_ADAPTER = re.compile(r"(?<=\.)((?:lora_\w+|trainable_tokens_delta))\.de
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without FSDP, torch.compile, checkpointing, DDP and PEFT wrappers.
+    """The parameter's name without FSDP, torch.compile, checkpointing, DDP and PEFT wrappers, however they are nested.
 
-    Only the adapter called `default` loses its name, so that the factors of two adapters keep different names.
+    DDP's `module.` is a wrapper in front of the model only: further in, a user's own module may be called that. Only
+    the adapter called `default` loses its name, so that the factors of two adapters keep different names.
     """
-    name = _PEFT_MODEL.sub("", _DDP.sub("", _WRAPPER.sub("", name)))
+    name = _DDP.sub("", _PEFT_MODEL.sub("", _WRAPPER.sub("", name)))
     return _DEFAULT_ADAPTER.sub(r"\1", _SAVED_COPY.sub("", name))

@@ -157,7 +157,7 @@ _Found = Callable[..., ParamRole]  # ParamRole with the name, the shape and perh
 def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int, str]) -> ParamRole:
     *path, leaf = name.split(".")
     owners = _owners(model, path)
-    owner_name, owner = owners[-1]
+    owner_name, owner = owners[-1] if owners else ("", None)
     found = partial(ParamRole, canonical_name(name), tuple(param.shape))
     by_row = partial(found, fan_out=0, fan_in=tuple(range(1, param.ndim)))
 
@@ -174,6 +174,8 @@ def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int
         return found("vector", why="at most one axis")
     if id(param) in identity:
         return by_row(identity[id(param)], why="the model's own input or output embedding")
+    if owner is None:
+        return found("unknown", why="its name leads to no module")
     if {owner_name, leaf} & _RELATIVE_NAMES:
         return found("relative_bias", why="exact name")
     if isinstance(owner, nn.Embedding):
@@ -356,10 +358,16 @@ def _model_type(owners: _Owners) -> str:
 
 
 def _owners(model: nn.Module, path: list[str]) -> _Owners:
-    """The named modules from the model down to a parameter's owner, wrappers replaced by what they wrap."""
-    module, owners, previous = model, [("", model)], ""
+    """The named modules from the model down to a parameter's owner, wrappers replaced by what they wrap.
+
+    None at all where the path leads nowhere, as where a module gives its parameters names of its own.
+    """
+    module: Any = model
+    owners, previous = [("", model)], ""
     for segment in path:
-        module = module.get_submodule(segment)
+        module = getattr(module, segment, None)
+        if not isinstance(module, nn.Module):
+            return []
         if segment in _INNER or previous == "modules_to_save":
             owners[-1] = (owners[-1][0], module)
         else:

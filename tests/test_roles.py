@@ -19,6 +19,7 @@ import torch.nn as nn
 import transformers as tf
 from model_families import ADAPTED, DECODER_LMS, FAMILIES, VOCAB_SIZE, tiny_model
 
+import hf_lowmem
 from hf_lowmem import fused_layouts, roles
 from hf_lowmem.roles import ROLES, ParamRole, Part, assign_roles, canonical_name
 
@@ -742,6 +743,14 @@ def test_wrappers_change_neither_roles_nor_names() -> None:
     [
         ("module._orig_mod.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
         ("_fsdp_wrapped_module.lm_head._checkpoint_wrapped_module.weight", "lm_head.weight"),
+        ("_orig_mod.module.model.norm.weight", "model.norm.weight"),
+        ("module.module._orig_mod._fsdp_wrapped_module.module.norm.weight", "norm.weight"),
+        ("layers.0._checkpoint_wrapped_module._orig_mod.mlp._fsdp_wrapped_module.weight", "layers.0.mlp.weight"),
+        ("module.base_model.model._orig_mod.norm.weight", "norm.weight"),
+        ("base_model.model.module.norm.weight", "norm.weight"),
+        ("layers.0._orig_mod.module.weight", "layers.0.module.weight"),
+        ("layers.my_orig_mod.weight", "layers.my_orig_mod.weight"),
+        ("layers.module", "layers.module"),
         ("base_model.model.model.norm.weight", "model.norm.weight"),
         ("base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight"),
         ("base_model.model.lm_head.original_module.weight", "lm_head.original_module.weight"),
@@ -754,6 +763,70 @@ def test_wrappers_change_neither_roles_nor_names() -> None:
 def test_canonical_name(name: str, canonical: str) -> None:
     assert canonical_name(name) == canonical
     assert canonical_name(canonical) == canonical
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q_proj, self.norm = nn.Embedding(8, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.q_proj(self.embed(ids)))
+
+
+class Renamed(nn.Module):
+    """Its parameters' names lead to no module, as those of a wrapper that hides what it wraps."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.inner, self.blocks, self.prefix = Plain(), nn.ModuleList(), prefix
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((f"{self.prefix}.{name}", param) for name, param in self.inner.named_parameters())
+
+
+IDS = torch.tensor([1, 2])
+UNREAD: dict[str, Any] = {
+    "nowhere": lambda: Renamed("outer"),
+    "no_such_block": lambda: Renamed("blocks.3"),
+    "no_module": lambda: Renamed("prefix"),
+    "a_method": lambda: Renamed("forward"),
+    "scripted": lambda: torch.jit.script(Plain()),
+    "traced": lambda: torch.jit.trace(Plain(), IDS),
+    "exported": lambda: torch.export.export(Plain(), (IDS,)).module(),
+    "scripted_part": lambda: nn.Sequential(torch.jit.script(Plain())),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("case", UNREAD)
+def test_a_model_whose_modules_cannot_be_read_has_unknown_matrices(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = UNREAD[case]()
+    found = [role for _, role in assign_roles(model)]
+    assert [role.role for role in found] == ["unknown", "unknown", "bias", "vector", "bias"]
+    assert all(role.fan_out is None for role in found)
+    assert [id(param) for param, _ in assign_roles(model)] == [id(param) for param in model.parameters()]
+    optimizer_cls, kwargs = hf_lowmem.optimizer_cls_and_kwargs(model, "slim_adamw", lr=1e-2)
+    assert "2 matrices have an unknown role" in caplog.text
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = optimizer_cls(model.parameters(), **kwargs)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: nn.Sequential(torch.fx.symbolic_trace(model))])
+def test_a_wrapper_that_keeps_the_modules_keeps_their_roles(wrap: Any) -> None:
+    assert [role.role for _, role in assign_roles(wrap(Plain()))] == [
+        "embedding",
+        "attention_query",
+        "bias",
+        "norm",
+        "bias",
+    ]
 
 
 def test_roles_import_only_torch_and_each_other() -> None:
