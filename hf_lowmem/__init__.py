@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_lowmem import algorithms
     from hf_lowmem.convert import to_adamw
+    from hf_lowmem.optimizer import LowMemOptimizer
     from hf_lowmem.trainer.build import build_optimizer, optimizer_cls_and_kwargs
     from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState
     from hf_lowmem.trainer.explain import explain
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LostUpdates": "hf_lowmem.trainer.callbacks",
+    "LowMemOptimizer": "hf_lowmem.optimizer",
     "OffloadState": "hf_lowmem.trainer.callbacks",
     "build_optimizer": "hf_lowmem.trainer.build",
     "explain": "hf_lowmem.trainer.explain",
@@ -37,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "LostUpdates",
+    "LowMemOptimizer",
     "OffloadState",
     "algorithms",
     "build_optimizer",

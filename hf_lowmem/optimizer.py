@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from hf_lowmem.dense import densified, is_dense, is_plain
 from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of, warn_of_capturable
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
+from hf_lowmem.log import get_logger
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
@@ -47,7 +47,7 @@ from hf_lowmem.saved_state import (
 from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.update_rules import RULE_FLAGS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Group = dict[str, Any]
 # Of any group; a resumed run may change them.

@@ -20,7 +20,8 @@ LAYERS = [
     {"kernels"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names", "dense"},
+    {"state", "scratch", "names", "dense", "options"},
+    {"log", "sizes"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 EDGE_ONLY = {"transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"}

@@ -1,7 +1,6 @@
 """`hf-lowmem TASK` and `scripts/TASK.py`: TRL's training scripts on the user's model and data, with our names."""
 
 import json
-import logging
 import os
 import runpy
 import sys
@@ -214,7 +213,6 @@ def test_sft_trains_a_local_model_on_a_jsonl_file(model_folder, tmp_path, monkey
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert not torch.equal(old, new), name
 
-    logging.getLogger("hf_lowmem").addHandler(caplog.handler)  # which shows its own summary, and passes nothing on
     # scripts/sft.py does the same, and resumes from the last checkpoint that was not cut short
     os.truncate(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", 100)
     monkeypatch.setattr(sys, "argv", ["sft.py", *argv, "--resume_from_checkpoint", "True", "--max_steps", "3"])

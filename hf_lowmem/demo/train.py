@@ -69,6 +69,7 @@ def quieten() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    logging.getLogger("hf_lowmem").setLevel(logging.WARNING)
     # TRL sets the deprecated `gradient_checkpointing` itself, whatever the caller does.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 

@@ -4,15 +4,15 @@ A kernel takes parameters that share a key and updates them and their state in p
 defines; the rule itself runs where there is none, which is logged once, and the tests compare the two for every key.
 """
 
-import logging
 from functools import cache, partial
 
 from hf_lowmem.kernels import eager, gpu, native
 from hf_lowmem.kernels.eager import Form
 from hf_lowmem.kernels.gpu import TritonKernel
 from hf_lowmem.kernels.seam import Clip, Hyper, Kernel, KernelKey, Slot, key_of
+from hf_lowmem.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def _adamw_full(codec: str, form: Form, device: str) -> Kernel:

@@ -7,7 +7,6 @@ not covered (weights that are not contiguous, groups of an unusual shape) are le
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,11 +23,12 @@ from hf_lowmem.kernels import eager
 from hf_lowmem.kernels.eager import Form, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import noise_key
 from hf_lowmem.state import KAHAN_COMP, StatePlan
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Entries of: a line and a tile of floats, the largest group in one tile and in one program, a program's part of a sum.
 LINE, TILE, ONE_TILE, ONE_PROGRAM, SUM = 256, 1 << 12, 1 << 14, 1 << 16, 1 << 15

@@ -7,7 +7,6 @@ or non-contiguous weights, groups of an unusual shape) are left to the kernels o
 from __future__ import annotations
 
 import ctypes
-import logging
 import zlib
 from collections.abc import Sequence
 from functools import cache
@@ -22,10 +21,11 @@ from hf_lowmem.codecs.dynamic_map import DECADES, FIRST_COUNT, count_lines
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import KAHAN_COMP
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ADAMW_FULL, ADAMW_MEAN, SIGNUM = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}

@@ -7,18 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate.state import is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
 from hf_lowmem.checks import check_whole
+from hf_lowmem.log import PACKAGE, announce, get_logger, is_first_process
+from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.param_groups import Recipe, plan_roles
 from hf_lowmem.planner import Explanation, explain_plan
-from hf_lowmem.trainer.optim_args import recipe_for
+from hf_lowmem.sizes import in_unit, unit_of
+from hf_lowmem.trainer.optim_args import read_optim_args, recipe_for
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def build_optimizer(
@@ -30,7 +32,7 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     optim_args: str | Mapping[str, Any] | None = None,
-) -> torch.optim.Optimizer:
+) -> LowMemOptimizer:
     """The optimizer that a `Trainer` with `optim=name` would build for `model`.
 
     Weight decay applies to the parameters that `Trainer.get_decay_parameter_names` lists (no biases, no norms).
@@ -69,7 +71,7 @@ def optimizer_cls_and_kwargs(
     weight_decay: float = 0.0,
     optim_args: str | Mapping[str, Any] | None = None,
     target_modules: str | Sequence[str] | None = None,
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+) -> tuple[type[LowMemOptimizer], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing of transformers is changed.
 
     The Trainer's groups bring their own weight decay, from `TrainingArguments.weight_decay`; the one given here holds
@@ -94,7 +96,10 @@ def optimizer_cls_and_kwargs(
     if model is not None:
         check_weights(model)
         roles = plan_roles(model, recipe)
-        log_summary(explain_plan(roles, recipe), recipe)
+        if is_first_process():
+            explanation = explain_plan(roles, recipe)
+            announce_state(name, explanation.nbytes, roles, _explaining_call(name, optim_args, target_modules))
+            log_summary(explanation, recipe)
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
 
 
@@ -141,18 +146,39 @@ def check_weights(model: nn.Module) -> None:
 
 
 def show_summary() -> None:
-    """Let the role summary, which is logged as information, reach the terminal; other logging stays as it is."""
-    package = logging.getLogger("hf_lowmem")
-    package.setLevel(logging.INFO)
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
-        package.propagate = False
+    """Let the role summary, which is logged as information, reach the terminal."""
+    PACKAGE.setLevel(logging.INFO)
+
+
+def announce_state(name: str, nbytes: int, plan: RolePlan, details: str) -> None:
+    """Say in one line what the optimizer's state takes, and the moments of torch's AdamW for the same weights."""
+    trained = [assignment.param for assignment in plan if assignment.param.requires_grad]
+    adamw = sum(2 * param.numel() * param.element_size() for param in trained)  # in the weights' dtype
+    if adamw:
+        unit = unit_of(nbytes)
+        announce(
+            "%s: %s %s of optimizer state, AdamW %s (%+d %%); details: %s",
+            name,
+            in_unit(nbytes, unit),
+            unit,
+            in_unit(adamw, unit),
+            round(100 * (nbytes / adamw - 1)),
+            details,
+        )
+
+
+def _explaining_call(
+    name: str, optim_args: str | Mapping[str, Any] | None, target_modules: str | Sequence[str] | None
+) -> str:
+    """A line of Python that prints what each parameter gets."""
+    if target_modules is not None:
+        optim_args = {**read_optim_args(optim_args), "target_modules": target_modules}
+    options = f", {optim_args!r}" if optim_args else ""
+    return f'print(hf_lowmem.explain(model, "{name}"{options}))'
 
 
 def log_summary(explanation: Explanation, recipe: Recipe) -> None:
-    """Log what each role gets, in one process of several; matrices of unknown role are a warning."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Log what each role gets; matrices of unknown role are a warning."""
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
     if explanation.caution and not logger.isEnabledFor(logging.INFO):  # else the summary has said it
         logger.warning("%s", explanation.caution)

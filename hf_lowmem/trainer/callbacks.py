@@ -5,7 +5,6 @@ Each acts only where the optimizer is one of this package's.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_lowmem.dense import is_plain
+from hf_lowmem.log import get_logger
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.state import KAHAN_COMP
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SAMPLES = 256  # entries per weight
 GIB = 2**30

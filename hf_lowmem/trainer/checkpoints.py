@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import zipfile
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from hf_lowmem.log import get_logger
+
+logger = get_logger(__name__)
 
 TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")

@@ -14,7 +14,6 @@ Five places are changed, and `tests/contract/test_transformers_internals.py` pin
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -24,6 +23,7 @@ from typing import Any
 import transformers
 from accelerate import Accelerator
 
+from hf_lowmem.log import get_logger
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
 from hf_lowmem.trainer.callbacks import CALLBACKS
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
@@ -31,7 +31,7 @@ from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TESTED_VERSIONS = "5.2.0 to 5.23.0"
 
