@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 # Without -fno-math-errno and -fno-trapping-math, roots and selections are not vectorized; neither changes a result.
@@ -15,15 +16,28 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fno-wra
 
 
 class BuildKernels(build_ext):
-    """Compile with OpenMP, or for one thread where the compiler has none."""
+    """Compile with OpenMP, or for one thread where the compiler has none.
+
+    No OpenMP library is linked: torch's is in every process that loads the kernels (see kernels/native.py).
+    """
 
     def build_extension(self, ext: Any) -> None:
         try:
-            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp"], ["-fopenmp"]
+            ext.extra_compile_args = [*FLAGS, "-fopenmp"]
             super().build_extension(ext)
         except Exception:
-            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp-simd"], []
+            ext.extra_compile_args = [*FLAGS, "-fopenmp-simd"]
             super().build_extension(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"  # one for every Python, which does not import it
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The kernels are loaded by ctypes: the wheel depends on the platform and on no Python's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 SOURCE = "hf_lowmem/kernels/native.c"
@@ -31,7 +45,13 @@ CHECKSUM = zlib.crc32((Path(__file__).parent / SOURCE).read_bytes())  # a librar
 
 setup(
     ext_modules=[
-        Extension("hf_lowmem.kernels._native", [SOURCE], define_macros=[("CHECKSUM", f"{CHECKSUM}u")], optional=True)
+        Extension(
+            "hf_lowmem.kernels._native",
+            [SOURCE],
+            define_macros=[("CHECKSUM", f"{CHECKSUM}u")],
+            libraries=["m"],
+            optional=True,
+        )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
-from hf_lowmem.kernels import Hyper, eager, native
+from hf_lowmem.kernels import Hyper, eager, native, reinstall
 from hf_lowmem.kernels.geometry import geometry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +295,7 @@ def test_geometry(shape: Any, strides: Any, dims: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
 def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(native, "find_spec", lambda module: None)
+    monkeypatch.setattr(native, "LIBRARY", Path("missing.so"))
     native.library.cache_clear()
     try:
         layer = nn.Linear(64, 64)
@@ -304,7 +307,7 @@ def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, monkeypa
         assert not torch.equal(before, layer.weight)
     finally:
         native.library.cache_clear()
-    assert caplog.text.count("install a C compiler") == 1
+    assert caplog.text.count("install a C compiler, such as gcc, and then run `pip install --no-cache-dir") == 1
 
 
 @built
@@ -313,9 +316,68 @@ def test_a_library_of_another_source_is_not_loaded(monkeypatch, caplog) -> None:
     native.library.cache_clear()
     try:
         assert native.library() is None
-        assert "of another version: install hf_lowmem again" in caplog.text
+        assert "of another version: run `pip install --no-cache-dir" in caplog.text
     finally:
         native.library.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path: Path, caplog) -> None:
+    (tmp_path / "_native.so").write_text("of another platform")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert re.search("not loadable .*file too short|not loadable .*invalid ELF", caplog.text)
+    finally:
+        native.library.cache_clear()
+
+
+@built
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_process_has_one_openmp() -> None:
+    code = (
+        "from hf_lowmem.kernels import native\nassert native.library()\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "origin"),
+    [
+        (None, "hf_lowmem"),
+        ({"url": "file:///src/hf_lowmem", "dir_info": {}}, "file:///src/hf_lowmem"),
+        ({"url": "file:///dist/hf_lowmem-0.1.0.tar.gz", "archive_info": {}}, "file:///dist/hf_lowmem-0.1.0.tar.gz"),
+        (
+            {"url": "ssh://git@host/hf_lowmem", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "git+ssh://git@host/hf_lowmem@0a1b",
+        ),
+        ({"url": "file:///a%20folder/x y"}, "'file:///a%20folder/x y'"),
+    ],
+)
+def test_the_advice_names_what_was_installed(recorded: Any, origin: str, monkeypatch, tmp_path: Path) -> None:
+    """As pip records it; its cache is passed over, as that may hold a wheel without kernels."""
+    info = tmp_path / "hf_lowmem-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf_lowmem\nVersion: 0.1.0\n")
+    if recorded:
+        (info / "direct_url.json").write_text(json.dumps(recorded))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(reinstall, "CLONE", tmp_path)
+    said = reinstall.reinstall_command()
+    assert said == f"pip install --no-cache-dir --force-reinstall --no-deps {origin}"
+    (tmp_path / "setup.py").touch()
+    assert reinstall.reinstall_command().endswith(f"--no-deps -e {tmp_path}")
+
+
+def test_a_folder_on_the_path_alone_is_reinstalled_by_name(monkeypatch, tmp_path: Path) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(reinstall, "CLONE", tmp_path)
+    monkeypatch.setattr(reinstall, "distribution", missing)
+    assert reinstall.reinstall_command().endswith(" hf_lowmem")
 
 
 @built

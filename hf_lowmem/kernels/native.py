@@ -10,7 +10,6 @@ import ctypes
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from hf_lowmem.codecs import Float32, Int8Blockwise
 from hf_lowmem.codecs.dynamic_map import DECADES, FIRST_COUNT, count_lines
 from hf_lowmem.kernels.eager import Form, Scalars, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
+from hf_lowmem.kernels.reinstall import reinstall_command
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
@@ -27,6 +27,7 @@ from hf_lowmem.state import KAHAN_COMP
 
 logger = get_logger(__name__)
 
+LIBRARY = Path(__file__).with_name("_native.so")
 ADAMW_FULL, ADAMW_MEAN, SIGNUM = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
@@ -89,19 +90,33 @@ def kernel(rule: int, otherwise: Kernel, form: Form = adamw_form) -> Kernel:
 @cache
 def library() -> ctypes._NamedFuncPointer | None:
     """The library's function; None, said once, where it was not built, or from another version of its source."""
-    spec = find_spec("hf_lowmem.kernels._native")
-    built = ctypes.CDLL(spec.origin) if spec and spec.origin else None
-    if built is None or not _is_of_this_source(built):
+    built, fault = None, "missing: install a C compiler, such as gcc, and then"
+    if LIBRARY.is_file():
+        try:
+            built = _load()
+            fault = "" if _is_of_this_source(built) else "of another version:"
+        except OSError as error:
+            fault = f"not loadable ({error}):"
+    if built is None or fault:
         logger.warning(
-            "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s.",
-            "missing: install a C compiler, such as gcc, and then hf_lowmem again"
-            if built is None
-            else "of another version: install hf_lowmem again",
+            "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s run "
+            "`%s`.",
+            fault,
+            reinstall_command(),
         )
         return None
     function = built.hf_lowmem_step
     function.argtypes = [ctypes.POINTER(_Part), ctypes.c_int64, ctypes.c_int]
     return function
+
+
+def _load() -> ctypes.CDLL:
+    """The library takes OpenMP from the process, in which torch has put its own: a second one has other threads."""
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError:  # this torch keeps it to itself, or has none
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(LIBRARY))
 
 
 def _is_of_this_source(built: ctypes.CDLL) -> bool:
