@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowmem import __version__
-from hf_lowmem.planner.tables import size, wrapped
+from hf_lowmem.planner.tables import wrapped
+from hf_lowmem.sizes import readable
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes", "triton")
@@ -95,7 +96,7 @@ def _devices(broken: list[str]) -> Part:
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         found[f"cuda:{number}"] = (
-            f"{device.name}, {size(device.total_memory)}, compute capability {device.major}.{device.minor}"
+            f"{device.name}, {readable(device.total_memory)}, compute capability {device.major}.{device.minor}"
         )
     return {**found, "driver": f"{_driver()}; torch is built for CUDA {torch.version.cuda}"}
 

@@ -32,6 +32,7 @@ from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_k
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.log import get_logger
+from hf_lowmem.options import describe, show_options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
@@ -170,6 +171,13 @@ class LowMemOptimizer(Optimizer):
         self._clips: dict[torch.device, Clip] = {}  # of the next step
         self._clipped: dict[Tensor, Any] = {}  # weak references to the gradients, by parameter
         self._clip_captured = self._asked_to_clip = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        show_options(cls)
+
+    def __repr__(self) -> str:
+        return describe(self, {**self.defaults, **self._layout_defaults})
 
     # -- what a subclass defines ------------------------------------------------------------------------------------
 

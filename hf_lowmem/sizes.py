@@ -11,8 +11,9 @@ def in_unit(nbytes: int, unit: str) -> str:
 
 
 def unit_of(nbytes: int) -> str:
-    """The largest unit of which `nbytes` holds at least one."""
-    return UNITS[min(max(nbytes.bit_length() - 1, 0) // 10, len(UNITS) - 1)]
+    """The largest unit of which `nbytes` are at least one, as two decimals show it."""
+    number = next((n for n in range(1, len(UNITS)) if nbytes / 1024**n < 0.999995), len(UNITS))
+    return UNITS[number - 1]
 
 
 def readable(nbytes: int) -> str:

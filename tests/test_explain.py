@@ -11,7 +11,7 @@ import torch
 from model_families import DECODER_LMS, FAMILIES, tiny_model
 
 import hf_lowmem
-from hf_lowmem.planner.tables import size
+from hf_lowmem.sizes import readable
 
 
 def table(family: str, optim: str, **options: object) -> dict[str, object]:
@@ -214,7 +214,7 @@ def test_adamw_takes_no_options() -> None:
     ],
 )
 def test_bytes_are_shown_in_the_unit_that_fits(nbytes: int, shown: str) -> None:
-    assert size(nbytes) == shown
+    assert readable(nbytes) == shown
 
 
 @pytest.mark.parametrize("optim", ["lowmem_adamw_8bit", "slim_adamw_8bit", "signum_8bit"])

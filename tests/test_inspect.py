@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lowmem
 from hf_lowmem.cli import main
-from hf_lowmem.planner.tables import size
+from hf_lowmem.sizes import readable
 
 LLAMA_8B = {
     **dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=128256, hidden_size=4096),
@@ -52,11 +52,11 @@ def test_the_total_is_compared_with_adamw_in_the_same_dtype(optim, dtype, shown,
     assert max(map(len, out.splitlines())) <= 100
     state, total = (next(x for x in out.splitlines() if x.startswith(what)) for what in ("optimizer state", "all "))
     found = hf_lowmem.explain(model, optim)
-    assert f"{found.nbytes:,}  {size(found.nbytes)}  {size(adamw)}" in " ".join(state.split()).replace(
-        f"{found.nbytes:,} {size(found.nbytes)} ", f"{found.nbytes:,}  {size(found.nbytes)}  "
+    assert f"{found.nbytes:,}  {readable(found.nbytes)}  {readable(adamw)}" in " ".join(state.split()).replace(
+        f"{found.nbytes:,} {readable(found.nbytes)} ", f"{found.nbytes:,}  {readable(found.nbytes)}  "
     )
-    assert size(2 * weights + found.nbytes) in total
-    assert size(2 * weights + adamw) in total
+    assert readable(2 * weights + found.nbytes) in total
+    assert readable(2 * weights + adamw) in total
     assert f"AdamW in {dtype}" in out
 
 
@@ -72,8 +72,8 @@ def test_all_names_are_compared_without_one(shown, model_folder):
         found = hf_lowmem.explain(model, name)
         sizes.append(found.nbytes)
         assert each == f"{found.bytes_per_param:.3f}"
-        assert " ".join(rest).startswith(size(found.nbytes))
-        assert size(found.total_bytes) in line
+        assert " ".join(rest).startswith(readable(found.nbytes))
+        assert readable(found.total_bytes) in line
         percent = round(100 * found.nbytes / found.adamw_nbytes - 100)
         assert (f"{percent:+d} %" if percent else "same") in line
     assert sizes == sorted(sizes)

@@ -30,14 +30,6 @@ class LowMemAdamW(LowMemOptimizer):
 
     State per weight: exp_avg and exp_avg_sq of the weight's shape; in 8 bits uint8 codes and `_absmax`, one float32
     per `block_size` entries of a row; `step`.
-
-    Args:
-        state_bits: 32; 16 stores exp_avg as bfloat16 and exp_avg_sq as float32; 8 stores both as codes.
-        block_size: largest 8-bit block: 256, 128 or 64; a weight whose last axis none divides stays float32.
-        min_8bit_size: weights with fewer entries stay float32.
-        compile: step through torch.compile.
-        roles: options per parameter, from `param_groups.plan_roles`.
-        options: `rounding`, `rounding_seed` and `offload_state` of `LowMemOptimizer`.
     """
 
     algorithm = "lowmem_adamw"
@@ -84,7 +76,6 @@ class GroupedAdamW(LowMemAdamW):
         rows_per_block: that many consecutive entries of the last kept axis share one number too.
         segments: for fused weights, (name, axis, outer, start, stop, axes, rows_per_block) of each part instead:
             `axis`, of size n, is viewed as (outer, n // outer), and the part is `[:, start:stop]` of it.
-        state_bits, block_size, min_8bit_size, compile, roles, options: as for `LowMemAdamW`.
     """
 
     layout_options: ClassVar[dict[str, Any]] = {**STORAGE, "axes": (), "rows_per_block": 1, "segments": ()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +13,7 @@ from hf_lowmem.algorithms.adamw import STORAGE
 from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
 from hf_lowmem.checks import check_one_rank
 from hf_lowmem.codecs import codec_for
+from hf_lowmem.log import get_logger
 from hf_lowmem.moments import Full, RowColMean
 from hf_lowmem.optimizer import Group, LowMemOptimizer
 from hf_lowmem.param_groups import Treatment
@@ -23,7 +23,7 @@ from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEFAULT_RANK_RATIO = 4.0
 MIN_CONV_SIZE = 32 * 32 * 3 * 3  # smaller convolutions are not projected
@@ -53,9 +53,8 @@ class Coap(LowMemOptimizer):
         project: whether the group's weights are projected at all.
         transposed: whether they are stored (fan_in, fan_out).
         stacked: whether 3-D weights are stacks of matrices.
-        state_bits, block_size, min_8bit_size, compile, roles: as for `LowMemAdamW`; the sizes are those of the
-            projected moments, and any divisor of their rows from 32 to `block_size` will do as a block.
-        rounding, rounding_seed, offload_state: as for `LowMemOptimizer`.
+        block_size: largest 8-bit block of the projected moments: any divisor of their rows from 32 to it will do.
+        min_8bit_size: projected moments with fewer entries stay float32.
 
     Raises:
         TypeError: an unknown option.
@@ -151,7 +150,6 @@ class CoapAdamW(Coap):
 
     Args:
         correct_bias: correct the moments' bias, as the authors do by default.
-        options: those of `Coap`.
     """
 
     algorithm = "coap_adamw"
@@ -199,7 +197,6 @@ class CoapAdafactor(Coap):
         decay_rate: exponent of the second moment's decay, below 0.
         clip_threshold: largest root mean square of an update before the learning rate.
         scale_parameter: scale the learning rate by the weight's root mean square.
-        options: those of `Coap`.
     """
 
     algorithm = "coap_adafactor"

@@ -27,7 +27,7 @@ class Signum(LowMemOptimizer):
     Its lr must be far below AdamW's. In 8 bits an entry whose momentum falls below 1e-7 of its block's largest stops.
 
     State per weight: exp_avg of its shape; `step`. Only `betas[0]` is used; `betas[1]` and `eps` are accepted so that
-    a Trainer's arguments fit. The options are those of `LowMemAdamW`.
+    a Trainer's arguments fit.
     """
 
     algorithm = "signum"

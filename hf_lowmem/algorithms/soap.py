@@ -46,7 +46,6 @@ class Soap(LowMemOptimizer):
         normalize_grads: scale every update to unit root mean square; the authors advise it for frequencies near 100.
         project: whether the group's weights are preconditioned at all.
         stacked: whether 3-D weights are stacks of matrices.
-        state_bits, block_size, min_8bit_size, compile, roles, options: as for `LowMemAdamW`.
 
     Raises:
         TypeError: an unknown option.

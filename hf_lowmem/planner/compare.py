@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowmem.planner.explain import Explanation
-from hf_lowmem.planner.tables import change, size, table
+from hf_lowmem.planner.tables import change, table
+from hf_lowmem.sizes import readable
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Comparison:
             (
                 name,
                 f"{found.bytes_per_param:.3f}",
-                size(found.nbytes),
+                readable(found.nbytes),
                 change(found.nbytes, found.adamw_nbytes),
-                size(found.total_bytes),
+                readable(found.total_bytes),
                 change(found.total_bytes, found.adamw_total_bytes),
             )
             for name, found in ordered
@@ -37,8 +38,8 @@ class Comparison:
         one = ordered[0][1]
         return "\n".join(
             [
-                f"{one.numel:,} trainable parameters in {one.dtypes}: weights of {size(one.weight_bytes)}, "
-                f"gradients of {size(one.gradient_bytes)}.",
+                f"{one.numel:,} trainable parameters in {one.dtypes}: weights of {readable(one.weight_bytes)}, "
+                f"gradients of {readable(one.gradient_bytes)}.",
                 "State is the optimizer's; all is weights, gradients and state, without activations.",
                 "",
                 *table(head, lines),

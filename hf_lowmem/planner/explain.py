@@ -13,7 +13,8 @@ import torch
 
 from hf_lowmem.moments import Full, GroupMean, RowColMean
 from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Roles
-from hf_lowmem.planner.tables import change, size, table, wrapped
+from hf_lowmem.planner.tables import change, table, wrapped
+from hf_lowmem.sizes import readable
 from hf_lowmem.state import STEP, StatePlan
 
 ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # both moments of one parameter, by `state_bits`
@@ -119,7 +120,7 @@ class Explanation:
     def __str__(self) -> str:
         """One line per parameter."""
         lines = [
-            (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", size(r.nbytes), _treatment(r))
+            (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", readable(r.nbytes), _treatment(r))
             for r in self.rows
         ]
         head = ("parameter", "shape", "role", "bytes", "", "what is kept (why)")
@@ -134,7 +135,7 @@ class Explanation:
         for (role, _), rows in groups.items():
             numel, nbytes = sum(row.numel for row in rows), sum(row.nbytes for row in rows)
             each = f"{nbytes / max(numel, 1):.3f}"
-            lines.append((role, str(len(rows)), f"{numel:,}", f"{nbytes:,}", size(nbytes), each))
+            lines.append((role, str(len(rows)), f"{numel:,}", f"{nbytes:,}", readable(nbytes), each))
         head, *shown = table(("role", "tensors", "parameters", "bytes", "", "bytes/param"), lines)
         for at, (_, treatment) in enumerate(groups):
             shown[at] += "\n" + wrapped(treatment, indent=4)
@@ -148,7 +149,7 @@ class Explanation:
             ("all", self.total_bytes, self.adamw_total_bytes),
         )
         lines = [
-            (what, f"{ours:,}", size(ours), size(adamw), change(ours, adamw) if ours != adamw else "")
+            (what, f"{ours:,}", readable(ours), readable(adamw), change(ours, adamw) if ours != adamw else "")
             for what, ours, adamw in sums
         ]
         bits = "" if self.state_bits is None else f", state_bits={self.state_bits}"

@@ -25,16 +25,6 @@ def wrapped(text: str, indent: int = 0, hanging: int = 0) -> str:
     return fill(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging))
 
 
-def size(nbytes: int) -> str:
-    """Bytes in the largest unit that they fill: 1536 is "1.50 KiB"."""
-    value, unit = float(nbytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1023.995:  # which would be shown as 1024
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-
-
 def change(new: int, old: int) -> str:
     """How much less or more `new` is, in percent of `old`."""
     percent = round(100 * (new - old) / max(old, 1))

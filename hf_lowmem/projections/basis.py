@@ -5,7 +5,6 @@ Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_lowmem.log import get_logger
 from hf_lowmem.state import State
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EQ5_LR, EQ5_CLIP = 0.1, 1.0
 COSINE_FLOOR = 1e-8

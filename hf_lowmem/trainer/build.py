@@ -98,7 +98,7 @@ def optimizer_cls_and_kwargs(
         roles = plan_roles(model, recipe)
         if is_first_process():
             explanation = explain_plan(roles, recipe)
-            announce_state(name, explanation.nbytes, roles, _explaining_call(name, optim_args, target_modules))
+            announce_state(name, explanation, _explaining_call(name, optim_args, target_modules))
             log_summary(explanation, recipe)
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
 
@@ -150,19 +150,17 @@ def show_summary() -> None:
     PACKAGE.setLevel(logging.INFO)
 
 
-def announce_state(name: str, nbytes: int, plan: RolePlan, details: str) -> None:
+def announce_state(name: str, explanation: Explanation, details: str) -> None:
     """Say in one line what the optimizer's state takes, and the moments of torch's AdamW for the same weights."""
-    trained = [assignment.param for assignment in plan if assignment.param.requires_grad]
-    adamw = sum(2 * param.numel() * param.element_size() for param in trained)  # in the weights' dtype
-    if adamw:
-        unit = unit_of(nbytes)
+    if explanation.adamw_nbytes:
+        unit = unit_of(explanation.nbytes)
         announce(
             "%s: %s %s of optimizer state, AdamW %s (%+d %%); details: %s",
             name,
-            in_unit(nbytes, unit),
+            in_unit(explanation.nbytes, unit),
             unit,
-            in_unit(adamw, unit),
-            round(100 * (nbytes / adamw - 1)),
+            in_unit(explanation.adamw_nbytes, unit),
+            round(100 * (explanation.nbytes / explanation.adamw_nbytes - 1)),
             details,
         )
 
