@@ -91,20 +91,21 @@ class FullMoment(Moment, Protocol):
 
 @dataclass(frozen=True)
 class BoundMoment:
-    """One moment of one parameter, with the state that it is stored in."""
+    """One moment of one parameter, with the state that it is stored in and the dtype of the arithmetic."""
 
     moment: Moment
     state: State
     name: str
     codec: Codec
+    arithmetic: torch.dtype = torch.float32
 
     def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
         """Load the moment, average `value` in, store it and return the estimate."""
         return self.moment.ema(self.state, self.name, self.codec, value, beta)
 
     def load(self) -> Tensor:
-        """A full moment as float32, perhaps the stored tensor itself."""
-        return self.codec.decode(self.state, self.name, self._spec())
+        """A full moment in the dtype of the arithmetic, perhaps the stored tensor itself."""
+        return self.codec.decode(self.state, self.name, self._spec()).to(self.arithmetic)
 
     def store(self, value: Tensor) -> None:
         """Overwrite a full moment."""
@@ -229,15 +230,18 @@ class StatePlan:
             for key, spec in moment.specs(name, space, self.codec).items():
                 dims = tuple(None if dim is None else param_dims[dim] for dim in spec.param_dims)
                 declared[key] = replace(spec, param_dims=dims)
-        return {"step": STEP, **{name: self._in_arithmetic(spec) for name, spec in declared.items()}}
+        return {"step": STEP, **{name: self._in_arithmetic(name, spec) for name, spec in declared.items()}}
 
-    def _in_arithmetic(self, spec: TensorSpec) -> TensorSpec:
-        counts = spec.on_host or spec.dtype != torch.float32
-        return spec if counts else replace(spec, dtype=self.arithmetic)
+    def _in_arithmetic(self, name: str, spec: TensorSpec) -> TensorSpec:
+        kept = spec.on_host or spec.dtype != torch.float32 or name.endswith("_absmax")
+        return spec if kept else replace(spec, dtype=self.arithmetic)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(spec.nbytes for spec in self.specs(shape).values())
 
     def bind(self, state: State) -> dict[str, BoundMoment]:
         """The moments with the state of one parameter."""
-        return {name: BoundMoment(moment, state, name, self.codec) for name, moment in self.moments.items()}
+        return {
+            name: BoundMoment(moment, state, name, self.codec, self.arithmetic)
+            for name, moment in self.moments.items()
+        }

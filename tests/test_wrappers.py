@@ -84,7 +84,7 @@ def test_wrapped_weights_are_trained_as_plain_ones(cls: type, options: dict, wra
     for mine, theirs in zip(*found, strict=True):
         if dtype == torch.bfloat16 and "rounding" not in options:  # float32 kernels, whose sums are in another order
             assert (mine - theirs).float().abs().max() < 0.02
-            assert (mine != theirs).float().mean() < 0.06
+            assert (mine != theirs).float().mean() < (0.3 if cls in (CoapAdamW, Soap) else 0.01)
         else:
             assert torch.equal(mine, theirs)
 

@@ -95,18 +95,16 @@ class Coap(LowMemOptimizer):
         values = {**self.plan_options(), **options}
         check_one_rank(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
-        self._say_what_is_kept_whole(roles)
+        self._say_what_is_kept_whole()
 
-    def _say_what_is_kept_whole(self, roles: Roles | None) -> None:
+    def _say_what_is_kept_whole(self) -> None:
         """Say once which weights a `rank` is too large for."""
         whole = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                planned = roles.of(param) if roles is not None else None
-                name, own = planned or (f"one of shape {tuple(param.shape)}", {})
-                values = {**group, **own}
-                if values["rank"] and (why := kept_whole(tuple(param.shape), values)):
-                    whole.append(f"{name} ({why})")
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for param, (name, pairs) in zip(group["params"], layouts.layouts, strict=True):
+                options, shape = dict(pairs), tuple(param.shape)
+                if options["rank"] and (why := kept_whole(shape, options)):
+                    whole.append(f"{name or f'one of shape {shape}'} ({why})")
         if whole:
             logger.warning("Weights that %s leaves unprojected: %d, such as %s.", self.algorithm, len(whole), whole[0])
 

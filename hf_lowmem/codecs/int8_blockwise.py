@@ -63,7 +63,7 @@ class Int8Blockwise:
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
         codes, absmax = state[name], state[f"{name}_absmax"]
-        value = value.clone() if spec.signed else value.sqrt()
+        value = value.to(torch.float32, copy=True) if spec.signed else value.sqrt().float()
         if torch.compiler.is_compiling():
             blocks = self._padded(value.nan_to_num(0.0, 0.0, 0.0))
             largest = blocks.abs().amax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowmem.projections.basis import as_stack, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
-from hf_lowmem.state import Moments, Space, State, TensorSpec
+from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 _JITTER = 1e-7  # of the largest diagonal entry: repeated eigenvalues of a tiny matrix keep LAPACK from converging
 
@@ -62,7 +62,7 @@ class Eigenbasis:
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         for axis in self.axes:
-            grad = rotate(grad.float(), axis, state[f"proj_{axis}"])
+            grad = rotate(widened(grad), axis, state[f"proj_{axis}"])
         return grad
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Eigenbasis:
         pass
 
     def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
-        stack = (grad if self.stacked else grad.unsqueeze(0)).float()
+        stack = widened(grad if self.stacked else grad.unsqueeze(0))
         decay = beta2 if self.shampoo_beta is None else self.shampoo_beta
         with full_float32():
             for axis in self.axes:
@@ -142,7 +142,7 @@ def eigenvectors(gram: Tensor) -> Tensor:
     try:
         vectors: Tensor = torch.linalg.eigh(jittered).eigenvectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        vectors = torch.linalg.eigh(jittered.double()).eigenvectors.float()
+        vectors = torch.linalg.eigh(jittered.double()).eigenvectors.to(gram.dtype)
     descending: Tensor = vectors.flip(-1)
     return descending
 

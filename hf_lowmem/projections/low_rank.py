@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lowmem.moments import Full
 from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, as_stack, clipped_step, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
-from hf_lowmem.state import Moments, Space, State, TensorSpec
+from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 SKETCH_SEED = 3407
 
@@ -88,7 +88,7 @@ class LowRank:
 
     def _back(self, state: State, update: Tensor) -> tuple[Tensor, Tensor]:
         """The two matrices whose product is an update, in the weight's own layout."""
-        basis = state["proj"].float()
+        basis = state["proj"].to(update.dtype)
         right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
         first, second = (update, basis) if right else (basis.mT, update)
         return (second.mT, first.mT) if self.transposed else (first, second)
@@ -124,7 +124,8 @@ class LowRank:
         if not len(which):
             return
         options = self.options
-        old, grad = proj[which].float(), pick(matrix, which)
+        grad = pick(matrix, which)
+        old = proj[which].to(grad.dtype)
         if event == "recompute":
             new = options.aligned(recomputed_basis(long_side_first(grad), old), old)
         else:
@@ -132,7 +133,7 @@ class LowRank:
             new = corrected_basis(grad, old, exp_avg, unit=options.eq5_scale == "rms")
         proj[which] = new.to(proj.dtype)
         if options.restore_state != "none":
-            rotation = old @ proj[which].float().mT
+            rotation = old @ proj[which].to(old.dtype).mT
             carry_over(moments, which, rotation, is_right(grad), reference=options.restore_state == "reference")
 
     def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
@@ -144,17 +145,19 @@ def is_right(matrix: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32, in which products of bfloat16 are exact: CUDA takes those without a copy in float32."""
+    """In float32, in which products of bfloat16 are exact and which CUDA takes without a copy, or in float64."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and torch.version.hip is None:
         multiply = torch.bmm if left.ndim == 3 else torch.mm
         found: Tensor = multiply(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
         return found
-    return left.float() @ right.float()
+    left, right = widened(left), widened(right)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def pick(stack: Tensor, which: Tensor) -> Tensor:
-    """The matrices `which` of a stack as float32, copied only where that cannot be avoided."""
-    return (stack if len(which) == len(stack) else stack[which]).float()
+    """The matrices `which` of a stack as float32 or float64, copied only where that cannot be avoided."""
+    return widened(stack if len(which) == len(stack) else stack[which])
 
 
 def long_side_first(matrix: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ def long_side_first(matrix: Tensor) -> Tensor:
 def first_basis(x: Tensor, rank: int) -> Tensor:
     """P (..., rank, short) from a randomized range finder; the same sketch for every matrix, device and process."""
     generator = torch.Generator().manual_seed(SKETCH_SEED)
-    sketch = torch.randn(x.shape[-1], rank, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
+    sketch = torch.randn(x.shape[-1], rank, generator=generator, dtype=torch.float32, device="cpu").to(x)
     return leading_rows(x, sketch)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_lowmem.moments import Full
 from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, clipped_step, watch_for_mask
 from hf_lowmem.projections.precision import full_float32
-from hf_lowmem.state import Moments, Space, State, TensorSpec
+from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 _MIN_SWEEPS, _MAX_SWEEPS, _TOLERANCE = 3, 100, 1e-4
 
@@ -58,10 +58,11 @@ class Tucker:
         return f"Tucker {channels} channels"
 
     def project(self, state: State, grad: Tensor) -> Tensor:
-        return contract(grad.float(), self._factors(state)).flatten(1)
+        grad = widened(grad)
+        return contract(grad, self._factors(state, grad.dtype)).flatten(1)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        return self.options.scale * expand(self._core(update), self._factors(state))
+        return self.options.scale * expand(self._core(update), self._factors(state, update.dtype))
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
         param.mul_(decay).add_(self.project_back(state, update))
@@ -80,16 +81,16 @@ class Tucker:
             watch_for_mask(grad.unsqueeze(0), range(1, 1 + len(self.ranks)), spares_slices=True)
         with full_float32():
             if not exists:
-                self._store(state, decompose(grad.float(), self.ranks))
+                self._store(state, decompose(widened(grad), self.ranks))
                 state["proj_count"] += 1
             else:
-                self._change(grad.float(), state, moments, event == "recompute")
+                self._change(widened(grad), state, moments, event == "recompute")
 
     def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
         pass
 
     def _change(self, grad: Tensor, state: State, moments: Moments, recompute: bool) -> None:
-        old = [factor.clone() for factor in self._factors(state)]
+        old = [factor.clone() for factor in self._factors(state, grad.dtype)]
         if recompute:
             found = decompose(grad, self.ranks)
             new = [self.options.aligned(factor, before) for factor, before in zip(found, old, strict=True)]
@@ -99,7 +100,7 @@ class Tucker:
         self._store(state, new)
         if self.options.restore_state == "none":
             return
-        rotations = [factor @ before.mT for factor, before in zip(self._factors(state), old, strict=True)]
+        rotations = [factor @ before.mT for factor, before in zip(self._factors(state, grad.dtype), old, strict=True)]
         for name, squared in (("exp_avg", False), ("exp_avg_sq", True)):
             if isinstance(moments[name].moment, Full):
                 core = self._core(moments[name].load())
@@ -120,8 +121,8 @@ class Tucker:
         """A moment (r0, r1 kh kw) as (r0, r1, kh, kw)."""
         return moment.view(self._core_shape)
 
-    def _factors(self, state: State) -> Factors:
-        return [state[f"proj_{axis}"].float() for axis in range(len(self.ranks))]
+    def _factors(self, state: State, dtype: torch.dtype) -> Factors:
+        return [state[f"proj_{axis}"].to(dtype) for axis in range(len(self.ranks))]
 
     def _store(self, state: State, factors: Factors) -> None:
         for axis, factor in enumerate(factors):
@@ -167,7 +168,7 @@ def _energy(tensor: Tensor) -> float:
 
 
 def _identity(tensor: Tensor, axis: int) -> Tensor:
-    return torch.eye(tensor.shape[axis], dtype=torch.float32, device=tensor.device)
+    return torch.eye(tensor.shape[axis], dtype=tensor.dtype, device=tensor.device)
 
 
 def leading_left(matrix: Tensor, rank: int) -> Tensor:
