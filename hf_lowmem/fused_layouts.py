@@ -44,8 +44,8 @@ _QKV_PER_HEAD = {"bloom", "deberta", "gpt_neox", "gpt_neox_japanese", "minimax",
 # [gate | up]: the first half goes through the activation and multiplies the second
 _GATE_THEN_UP = {
     "dia_decoder", "dia_encoder", "dots3_note_audio_encoder", "glm", "glm4", "glm4v_text", "glm_image_text",
-    "glm_ocr_text", "llama4_text", "longcat_flash", "minimax_m3_vl_text", "modernbert", "modernbert-decoder",
-    "phi3", "phi4_multimodal", "zamba2",
+    "glm_ocr_text", "jetmoe", "kyutai_speech_to_text", "llama4_text", "longcat_flash", "minimax_m3_vl_text",
+    "modernbert", "modernbert-decoder", "moshi", "moshi_depth", "phi3", "phi4_multimodal", "zamba2",
 }  # fmt: skip
 _UP_THEN_GATE = {"phi4_multimodal_audio"}
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from hf_lowmem.fused_layouts import Part, gate_up_parts, key_value_parts, qkv_parts
@@ -39,7 +40,8 @@ ROLES = {
     "embedding": "any other nn.Embedding (token types)",
     "lm_head": "one row per token, not tied",
     "classifier": "classification, regression, pooling and value heads",
-    "ssm": "matrices of a state-space or gated linear-attention mixer, and A_log",
+    "ssm": "matrices of a state-space, gated linear-attention or gated short-convolution mixer, and A_log",
+    "projection": "other linear maps of the body: between towers or widths, gates of an attention's output",
     "conv": "general convolution; no axes where it is grouped or depthwise",
     "patch_conv": "convolution whose stride is its kernel: a Linear over patches",
     "norm": "scale of a normalisation layer",
@@ -102,9 +104,11 @@ _ADAPTER_LEAVES = {
     "trainable_tokens_delta": "token_embedding",
 }
 _ATTENTION_NAMES = {
-    **dict.fromkeys(("q_proj", "q", "query", "q_lin", "query_proj", "wq", "q_attn", "q_b_proj"), "attention_query"),
-    **dict.fromkeys(("k_proj", "k", "key", "k_lin", "key_proj", "wk"), "attention_key"),
-    **dict.fromkeys(("v_proj", "v", "value", "v_lin", "value_proj", "wv"), "attention_value"),
+    **dict.fromkeys(
+        ("q_proj", "q", "query", "q_lin", "query_proj", "wq", "Wq", "q_attn", "q_b_proj"), "attention_query"
+    ),
+    **dict.fromkeys(("k_proj", "k", "key", "k_lin", "key_proj", "wk", "Wk"), "attention_key"),
+    **dict.fromkeys(("v_proj", "v", "value", "v_lin", "value_proj", "wv", "Wv"), "attention_value"),
     **dict.fromkeys(("o_proj", "out_lin"), "attention_output"),
     **dict.fromkeys(("qkv_proj", "Wqkv", "qkv", "query_key_value", "c_attn", "att_proj"), "attention_qkv"),
     **dict.fromkeys(("kv_b_proj", "kv_proj", "kv"), "attention_key_value"),
@@ -112,29 +116,58 @@ _ATTENTION_NAMES = {
 }
 _MLP_NAMES = {
     **dict.fromkeys(("up_proj", "fc1", "c_fc", "fc_in", "wi", "wi_1", "lin1", "linear1", "w3"), "mlp_up"),
-    **dict.fromkeys(("dense_h_to_4h", "ffn"), "mlp_up"),
+    **dict.fromkeys(("dense_h_to_4h", "ffn", "pwconv1", "pointwise_conv1", "linear_fc1", "ffw_layer_1"), "mlp_up"),
+    "linear_up": "mlp_up",
     **dict.fromkeys(("gate_proj", "wi_0", "w1"), "mlp_gate"),
     **dict.fromkeys(("down_proj", "fc2", "fc_out", "lin2", "linear2", "w2"), "mlp_down"),
-    **dict.fromkeys(("dense_4h_to_h", "ffn_output"), "mlp_down"),
+    **dict.fromkeys(("dense_4h_to_h", "ffn_output", "pwconv2", "pointwise_conv2"), "mlp_down"),
+    **dict.fromkeys(("linear_fc2", "ffw_layer_2", "linear_down"), "mlp_down"),
     **dict.fromkeys(("gate_up_proj", "Wi"), "mlp_gate_up"),
 }
+_PROJECTIONS = {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection", "embedding_projection"}
+_PROJECTIONS |= {"altup_projections", "altup_unembed_projections", "correction_coefs", "prediction_coefs"}  # Gemma 3n
+_PROJECTIONS |= {"linear_left", "linear_right", "input_proj_linear", "input_projections"}
+_PROJECTIONS |= {"linear_start", "linear_end", "pointwise_lin1", "pointwise_lin2"}  # of a Conformer's convolution
 # Names that mean something only inside a block of that kind.
 _BLOCK_NAMES = {
     "attention": {
+        **dict.fromkeys(("q_head", "linear_q", "project_q", "to_q", "query_global", "wq_b"), "attention_query"),
+        **dict.fromkeys(("layout_query", "w2e_query", "e2w_query", "e2e_query"), "attention_query"),
+        **dict.fromkeys(("k_head", "linear_k", "project_k", "to_k", "key_global", "layout_key"), "attention_key"),
+        **dict.fromkeys(("linear_pos", "pos_proj", "relative_k_proj"), "attention_key"),  # keys of positions
+        **dict.fromkeys(
+            ("v_head", "linear_v", "project_v", "to_v", "value_global", "layout_value"), "attention_value"
+        ),
+        **{f"projection_{part}": f"attention_{part}" for part in ("query", "key", "value")},
         **dict.fromkeys(("out_proj", "dense", "proj", "c_proj", "o", "wo", "Wo", "output_proj"), "attention_output"),
-        "in_proj": "attention_qkv",
+        **dict.fromkeys(
+            ("linear_out", "post_proj", "post", "attention_out", "o_b_proj", "to_out"), "attention_output"
+        ),
+        **dict.fromkeys(("projection", "projection_layer", "output", "output_linear"), "attention_output"),
+        **dict.fromkeys(("in_proj", "queries_keys_values"), "attention_qkv"),
+        **dict.fromkeys(("to_kv", "keys_values"), "attention_key_value"),
+        **dict.fromkeys(("gate_proj", "g_proj", "q_gate_proj", "o_a_proj", "weights_proj"), "projection"),
+        "input_linear": "attention_query",
     },
-    "mlp": {**dict.fromkeys(("c_proj", "wo", "Wo", "down"), "mlp_down"), "up": "mlp_up", "gate": "mlp_gate"},
+    "mlp": {
+        **dict.fromkeys(("intermediate_dense", "dense1", "linear_1", "intermediate"), "mlp_up"),
+        **dict.fromkeys(("proj_in", "in_proj", "input_linear", "w_1"), "mlp_up"),
+        **dict.fromkeys(("c_proj", "wo", "Wo", "down", "output_dense", "dense2", "linear_2"), "mlp_down"),
+        **dict.fromkeys(("output", "proj_out", "out_proj", "output_linear", "w_out"), "mlp_down"),
+        **{"up": "mlp_up", "gate": "mlp_gate", "w_0": "mlp_gate"},
+    },
     "mlp_input": {"dense": "mlp_up"},
     "mlp_output": {"dense": "mlp_down"},
 }
 # How a block's own attribute name, or its class name, ends.
 _BLOCKS = {
-    "attention": re.compile(r"(attn|attention)$", re.I),
+    "attention": re.compile(r"((attn|attention)|(?-i:MoA))$", re.I),
     "mlp": re.compile(r"(mlp|^ff|ffn|feed_?forward|actdense|densereludense|moe|experts?)$", re.I),
     "mlp_input": re.compile(r"intermediate$", re.I),
     "mlp_output": re.compile(r"(?<!Self)(?<!Attention)Output$"),
     "router": re.compile(r"^router$|(Router|Gating)$"),
+    "projection": re.compile(r"(projector|merger|merging|connector|aligner|feature_?projection)$", re.I),
+    "patch": re.compile(r"patch_?embed(ding|der)?s?$", re.I),
     "head": re.compile(r"^(pooler|classifier|classification_head|v_head|head)$|(Pooler|Head|HeadTransform)$"),
 }
 _HEAD_NAMES = {"score", "classifier", "qa_outputs", "pre_classifier", "seq_relationship", "summary"}
@@ -142,9 +175,11 @@ _HEAD_NAMES |= {"pooler", "v_head", "head"}
 _TOKEN_NAMES = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings", "token_embedding"}
 _POSITION_NAMES = {"wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"}
 _RELATIVE_NAMES = {"relative_attention_bias", "relative_position_bias_table"}
-_ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
+_ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "modality_router"}
 _MAX_ROUTER_OUTPUTS = 512
 _NORM_CLASS = re.compile(r"Norm(?![a-z])")
+_HYPER_CONNECTION = re.compile(r"Hyper(Connection|Head)$")
+_STACKED_LINEAR = re.compile(r"(ParallelExperts|FlexibleLinear)$")  # weights (stack, fan_out, fan_in)
 _HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 # Children that stand for their parent: they take its name, and the parent is forgotten.
 _INNER = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
@@ -162,7 +197,7 @@ def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int
     by_row = partial(found, fan_out=0, fan_in=tuple(range(1, param.ndim)))
 
     if leaf == "bias" or (leaf.endswith("_bias") and leaf != "dt_bias"):
-        return found("bias", expert_axis=0 if param.ndim > 1 else None, why="leaf name")
+        return found("bias", expert_axis=0 if _has_axes(param) else None, why="leaf name")
     for segment in (*path, leaf):
         if segment in _ADAPTER_LEAVES:
             return _assign_adapter(_ADAPTER_LEAVES[segment], owners, found, by_row)
@@ -186,16 +221,29 @@ def _assign(model: nn.Module, name: str, param: nn.Parameter, identity: dict[int
         return _assign_stacked_experts(owners, leaf, param, found)
     if leaf == "A_log":
         return found("ssm", why="leaf name")
+    if leaf == "mm_input_projection_weight":
+        return found("projection", fan_out=1, fan_in=(0,), why="leaf name")
+    if param.ndim == 3 and leaf == "weight" and _STACKED_LINEAR.search(type(owner).__name__):
+        return _assign_matrix(owners, param, partial(found, expert_axis=0), fan_out=1)
     if isinstance(owner, nn.MultiheadAttention):
         owners = [*owners, (leaf.removesuffix("_weight"), owner)]
         return _assign_matrix(owners, param, found, fan_out=0)
-    if leaf == "weight" and isinstance(owner, nn.Linear):
+    if leaf == "weight" and (isinstance(owner, nn.Linear) or _names_its_features(owner, tuple(param.shape))):
         return _assign_matrix(owners, param, found, fan_out=0)
     if leaf == "weight" and _is_transformers_conv1d(owner):
         return _assign_matrix(owners, param, found, fan_out=1)
     if leaf == "weight" and param.ndim == 2 and _is_router(owners, param.shape[0]):
         return by_row("router", why=f"named {owner_name}")
+    if leaf in ("fn", "hc_fn") and param.ndim == 2 and _HYPER_CONNECTION.search(type(owner).__name__):
+        return by_row("projection", why=f"in {type(owner).__name__}")
+    if not _has_axes(param):
+        return found("vector", why="one axis longer than 1")
     return found("unknown", why=f"raw parameter of {type(owner).__name__}")
+
+
+def _has_axes(param: Tensor) -> bool:
+    """Whether more than one axis is longer than 1."""
+    return sum(size != 1 for size in param.shape) > 1
 
 
 def _assign_adapter(role: str, owners: _Owners, found: _Found, by_row: _Found) -> ParamRole:
@@ -246,13 +294,15 @@ def _assign_stacked_experts(owners: _Owners, leaf: str, param: nn.Parameter, fou
 
 
 def _assign_matrix(owners: _Owners, param: nn.Parameter, found: _Found, fan_out: int) -> ParamRole:
-    rows = param.shape[fan_out]
+    rows, fan_in = param.shape[fan_out], 2 if param.ndim == 3 else 1 - fan_out
     role, why = _matrix_role(owners, rows)
     parent = owners[-2][1] if len(owners) > 1 else owners[-1][1]
     head_dim: int | None = None
     parts: tuple[Part, ...] = ()
-    if role in ("attention_query", "attention_key", "attention_qkv", "attention_key_value"):
-        head_dim = _head_dim(owners, role)
+    if role == "mlp_up" and rows == 2 * _inputs_of_down(parent, fan_in - param.ndim):
+        role = "mlp_gate_up"
+    if role in ("attention_query", "attention_key", "attention_qkv", "attention_key_value") and param.ndim == 2:
+        head_dim = _head_dim(owners, role, rows)
     if role == "attention_qkv":
         parts = qkv_parts(parent, _model_type(owners), rows, head_dim)
     elif role == "attention_key_value":
@@ -264,7 +314,7 @@ def _assign_matrix(owners: _Owners, param: nn.Parameter, found: _Found, fan_out:
     heads = [part.stop - part.start for part in parts if part.role != "attention_value"] or [rows]
     if head_dim and any(size % head_dim for size in heads):
         head_dim = None
-    return found(role, fan_out=fan_out, fan_in=(1 - fan_out,), head_dim=head_dim, parts=parts, why=why)
+    return found(role, fan_out=fan_out, fan_in=(fan_in,), head_dim=head_dim, parts=parts, why=why)
 
 
 def _matrix_role(owners: _Owners, rows: int) -> tuple[str, str]:
@@ -283,12 +333,47 @@ def _matrix_role(owners: _Owners, rows: int) -> tuple[str, str]:
         names |= _ATTENTION_NAMES
     if block != "attention":
         names |= _MLP_NAMES
-    role = names.get(name)
-    if role is None and name == "lm_head":
+    role = names.get(name) or _role_in_sequential(owners)
+    if role is None and name in ("lm_head", "lm_heads"):
         role = "lm_head"
     if role is None and (name in _HEAD_NAMES or block == "head"):
         role = "classifier"
+    if role is None and (name in _PROJECTIONS or block == "projection"):
+        role = "projection"
+    if role is None and (block == "patch" or _BLOCKS["patch"].search(name)):
+        role = "patch_conv"
+    if role is None and name in ("in_proj", "out_proj") and _has_depthwise_conv(owners[-2][1]):
+        return "ssm", f"{name} beside a depthwise convolution"
     return (role, why) if role else ("unknown", f"{why}: not a known name")
+
+
+def _role_in_sequential(owners: _Owners) -> str | None:
+    """The role of one of the two Linear of an `nn.Sequential` that is called an MLP and applies them in turn."""
+    (name, module), (_, linear) = (("", None), *owners)[-2:]
+    if not isinstance(module, nn.Sequential) or not _BLOCKS["mlp"].search(name):
+        return None
+    linears = [child for child in module if isinstance(child, nn.Linear)]
+    if len(linears) != 2 or any(list(child.children()) for child in module):
+        return None
+    return "mlp_up" if linear is linears[0] else "mlp_down"
+
+
+def _inputs_of_down(mlp: nn.Module, fan_in: int) -> int:
+    """The inputs of the MLP output projection among a module's children, 0 if there is none."""
+    for name, child in mlp.named_children():
+        if (_BLOCK_NAMES["mlp"] | _MLP_NAMES).get(name) == "mlp_down":
+            return next((p.shape[fan_in] for p in child.parameters() if p.ndim > 1), 0)
+    return 0
+
+
+def _has_depthwise_conv(module: nn.Module) -> bool:
+    return any(isinstance(conv, nn.Conv1d) and conv.groups == conv.in_channels for conv in module.children())
+
+
+def _names_its_features(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a linear layer that is no nn.Linear says itself that its weight is (out_features, in_features)."""
+    features = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return type(module).__name__.endswith("Linear") and shape == features
 
 
 def _embedding_role(name: str, embedding: nn.Embedding) -> str:
@@ -319,7 +404,7 @@ def _experts_transposed(experts: nn.Module) -> bool | None:
     return None
 
 
-def _head_dim(owners: _Owners, role: str) -> int | None:
+def _head_dim(owners: _Owners, role: str, rows: int) -> int | None:
     names = ("qk_nope_head_dim", *_HEAD_DIMS) if role == "attention_key_value" else _HEAD_DIMS
     for _, module in _layer(owners):
         for name in names:
@@ -328,16 +413,22 @@ def _head_dim(owners: _Owners, role: str) -> int | None:
                 return value
     config = _config(owners)
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None)
+    given: int | None = getattr(config, "head_dim", None) or getattr(config, "d_head", None)
+    if given or not (hidden and heads):
+        return given
+    fits = rows == hidden if role == "attention_query" else role != "attention_key" or rows <= hidden
+    return hidden // heads if fits else None
 
 
 def _block(owners: _Owners) -> str:
     """The kind of the nearest block around a module, "" if there is none in its layer."""
-    for name, module in _layer(owners):
-        for kind, ending in _BLOCKS.items():
-            if ending.search(name) or ending.search(type(module).__name__):
-                return kind
-    return ""
+    return next((kind for name, module in _layer(owners) if (kind := _block_of(name, module))), "")
+
+
+def _block_of(name: str, module: nn.Module) -> str:
+    """The kind of block that a module is by its own attribute name or class name, "" if it is none."""
+    cls = type(module).__name__
+    return next((kind for kind, ending in _BLOCKS.items() if ending.search(name) or ending.search(cls)), "")
 
 
 def _layer(owners: _Owners) -> Iterator[tuple[str, nn.Module]]:
@@ -373,6 +464,21 @@ def _owners(model: nn.Module, path: list[str]) -> _Owners:
         else:
             owners.append((segment, module))
         previous = segment
+    return _without_inner_linear(owners)
+
+
+def _without_inner_linear(owners: _Owners) -> _Owners:
+    """A module takes the name of what holds it: of a wrapper whose one linear layer is called `linear`, or of a list.
+
+    So `q_proj.linear` is a q_proj, and `altup_projections.0` an altup_projections. What is a block is no wrapper.
+    """
+    if len(owners) < 3:
+        return owners
+    (outer_name, outer), (name, module) = owners[-2:]
+    linears = [child for child in outer.children() if isinstance(child, nn.Linear)]
+    wraps = name == "linear" and (not linears or linears == [module]) and not _block_of(outer_name, outer)
+    if wraps or (name.isdigit() and isinstance(outer, nn.ModuleList)):
+        return [*owners[:-2], (outer_name, module)]
     return owners
 
 

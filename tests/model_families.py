@@ -10,6 +10,8 @@ from typing import Any
 
 import torch.nn as nn
 import transformers as tf
+from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
+from transformers.models.moshi.modeling_moshi import MoshiDepthDecoder
 
 VOCAB_SIZE = 96
 
@@ -136,6 +138,81 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+_VLM_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+_QWEN_VISION = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "patch_size": 4}
+_TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+_PER_LAYER_INPUTS = _GQA | _TWO_KINDS | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+_MOSHI = _SIZES | {"vocab_size": VOCAB_SIZE, "head_dim": 8, "ffn_dim": 96}
+_GEMMA3N_AUDIO = {"hidden_size": 32, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "input_feat_size": 16}
+_DEEPSEEK_V4 = {**_TOKENS, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
+_DEEPSEEK_V4 |= {"q_lora_rank": 20, "o_groups": 2, "o_lora_rank": 12, "moe_intermediate_size": 24}
+_DEEPSEEK_V4 |= {"num_local_experts": 4, "n_shared_experts": 1, "index_n_heads": 2, "index_head_dim": 8}
+_CONVNEXT: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+
+# More names and layouts, for what reads them alone.
+LAYOUTS: dict[str, Callable[[], nn.Module]] = {
+    "moshi": lambda: tf.MoshiForCausalLM(tf.MoshiConfig(**_MOSHI)),
+    "moshi_depth": lambda: MoshiDepthDecoder(
+        MoshiDepthConfig(**_MOSHI | {"num_hidden_layers": 1}, input_size=24, num_codebooks=3, audio_vocab_size=20)
+    ),
+    "kyutai": lambda: tf.KyutaiSpeechToTextModel(
+        tf.KyutaiSpeechToTextConfig(**_MOSHI, pad_token_id=0, codebook_vocab_size=20, audio_pad_token_id=19)
+    ),
+    "gemma3_vlm": lambda: tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config=_GQA | {"head_dim": 16}, vision_config=_VISION | {"hidden_size": 24})
+    ),
+    "gemma3n": lambda: tf.Gemma3nForCausalLM(
+        tf.Gemma3nTextConfig(
+            **_PER_LAYER_INPUTS | {"head_dim": 16, "intermediate_size": [48, 48]},
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0, 0.0],
+        )
+    ),
+    "gemma3n_audio": lambda: tf.AutoModel.from_config(tf.Gemma3nAudioConfig(**_GEMMA3N_AUDIO)),
+    "gemma4": lambda: tf.Gemma4ForConditionalGeneration(
+        tf.Gemma4Config(
+            text_config=_PER_LAYER_INPUTS | {"head_dim": 16, "global_head_dim": 16},
+            vision_config=_SIZES | {"num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 48},
+            audio_config=_SIZES | {"output_proj_dims": 24},
+        )
+    ),
+    "deepseek_v4": lambda: tf.DeepseekV4ForCausalLM(tf.DeepseekV4Config(**_DEEPSEEK_V4)),
+    "ctrl": lambda: tf.CTRLLMHeadModel(
+        tf.CTRLConfig(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4)
+    ),
+    "funnel": lambda: tf.FunnelForMaskedLM(
+        tf.FunnelConfig(vocab_size=VOCAB_SIZE, block_sizes=[1, 1], d_model=32, n_head=4, d_head=16, d_inner=48)
+    ),
+    "jetmoe": lambda: tf.JetMoeForCausalLM(
+        tf.JetMoeConfig(
+            **_TOKENS,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            kv_channels=8,
+            intermediate_size=24,
+            num_local_experts=4,
+        )
+    ),
+    "convnext": lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(**_CONVNEXT)),
+    "convnextv2": lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(**_CONVNEXT)),
+    "hubert": lambda: tf.HubertModel(
+        tf.HubertConfig(**_SIZES, intermediate_size=48, conv_dim=(8, 8), conv_kernel=(4, 3), conv_stride=(2, 2))
+    ),
+    "qwen2_5_vl": lambda: tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(
+            text_config=_QWEN2_VL_TEXT, vision_config=_QWEN_VISION | {"out_hidden_size": 32}, **_VLM_TOKENS
+        )
+    ),
+    "qwen3_vl": lambda: tf.Qwen3VLForConditionalGeneration(
+        tf.Qwen3VLConfig(
+            text_config=_QWEN2_VL_TEXT | {"head_dim": 8},
+            vision_config=_QWEN_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+            **_VLM_TOKENS,
+        )
+    ),
+}
+
 DECODER_LMS = tuple(_DECODER_FAMILIES)
 
 
@@ -155,5 +232,5 @@ ADAPTED: dict[str, Callable[[], nn.Module]] = {
 
 
 def tiny_model(family: str) -> nn.Module:
-    """A new randomly initialised model of a family in FAMILIES or ADAPTED."""
-    return (FAMILIES | ADAPTED)[family]()
+    """A new randomly initialised model of a family in FAMILIES, LAYOUTS or ADAPTED."""
+    return (FAMILIES | LAYOUTS | ADAPTED)[family]()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers as tf
-from model_families import ADAPTED, DECODER_LMS, FAMILIES, VOCAB_SIZE, tiny_model
+from model_families import ADAPTED, DECODER_LMS, FAMILIES, LAYOUTS, VOCAB_SIZE, tiny_model
 
 import hf_lowmem
 from hf_lowmem import fused_layouts, roles
@@ -320,7 +320,7 @@ EXPECTED: dict[str, Table] = {
         **BIAS,
     },
     "vit": {
-        "*.cls_token": no_axes("unknown"),
+        "*.cls_token": no_axes("vector"),
         "*.position_embeddings": no_axes("unknown"),
         "*.patch_embeddings.projection.weight": VISION_CONV,
         **attention(8, "o_proj", "*.attention"),
@@ -349,9 +349,221 @@ EXPECTED: dict[str, Table] = {
         "model.visual.patch_embed.proj.weight": ParamRole("", (), "patch_conv", fan_out=0, fan_in=(1, 2, 3, 4)),
         "*.attn.qkv.weight": linear("attention_qkv", 8, qkv(1, 32, 64, 96)),
         "*.attn.proj.weight": linear("attention_output"),
-        "*.merger.mlp.?.weight": linear("unknown"),
+        "*.merger.mlp.0.weight": linear("mlp_up"),
+        "*.merger.mlp.2.weight": linear("mlp_down"),
         "model.visual.*.norm?.weight": no_axes("norm"),
         "*.ln_q.weight": no_axes("norm"),
+    },
+}
+
+MOSHI = {
+    "*.self_attn.q_proj.linear.weight": linear("attention_query", 8),
+    "*.self_attn.k_proj.linear.weight": linear("attention_key", 8),
+    "*.self_attn.v_proj.linear.weight": linear("attention_value"),
+    "*.self_attn.o_proj.linear.weight": linear("attention_output"),
+    "*.mlp.fc1.weight": linear("mlp_gate_up", None, gate_up(1, 48, 96)),
+    "*.mlp.fc2.weight": linear("mlp_down"),
+    "*norm.weight": no_axes("norm"),
+}
+PER_LAYER_INPUTS = {
+    "*.embed_tokens_per_layer.weight": linear("embedding"),
+    "*.per_layer_input_gate.weight": linear("projection"),
+    "*.per_layer_projection.weight": linear("projection"),
+    "*.per_layer_model_projection.weight": linear("projection"),
+}
+SIGLIP = {
+    "*.patch_embedding.weight": VISION_CONV,
+    "*.position_embedding.weight": linear("position_embedding"),
+    "*.head.probe": no_axes("vector"),
+    "*.head.attention.in_proj_weight": linear("attention_qkv", 6, qkv(1, 24, 48, 72)),
+    "*.head.attention.out_proj.weight": linear("attention_output"),
+    "*.in_proj_bias": no_axes("bias"),
+    "*layer*norm*.weight": no_axes("norm"),
+    **attention(6, "out_proj", "*.vision_tower.*.self_attn"),
+    **FC_MLP,
+    **BIAS,
+}
+CONFORMER = {
+    "*.ffw_layer_1*.weight": linear("mlp_up"),
+    "*.ffw_layer_2*.weight": linear("mlp_down"),
+    "*.lconv1d.linear_*.weight": linear("projection"),
+    "*.lconv1d.depthwise_conv1d.weight": no_axes("conv"),
+    "*.per_dim_scale": no_axes("vector"),
+    "*.input_proj_linear.weight": linear("projection"),
+    "*conv.weight": ParamRole("", (), "conv", fan_out=0, fan_in=(1, 2, 3)),
+    "*norm*.weight": no_axes("norm"),
+}
+CONVNEXT = {
+    "*.patch_embeddings.weight": VISION_CONV,
+    "*.downsampling_layer.1.weight": VISION_CONV,
+    "*.dwconv.weight": no_axes("conv"),
+    "*.pwconv1.weight": linear("mlp_up"),
+    "*.pwconv2.weight": linear("mlp_down"),
+    "*norm*.weight": no_axes("norm"),
+    "*.downsampling_layer.0.weight": no_axes("norm"),
+    "classifier.weight": linear("classifier"),
+    **BIAS,
+}
+QWEN_VISION = {
+    "model.visual.patch_embed.proj.weight": ParamRole("", (), "patch_conv", fan_out=0, fan_in=(1, 2, 3, 4)),
+    "*.attn.qkv.weight": linear("attention_qkv", 8, qkv(1, 32, 64, 96)),
+    "*.attn.proj.weight": linear("attention_output"),
+    "model.visual.*norm*.weight": no_axes("norm"),
+    **BIAS,
+}
+EXPECTED_LAYOUTS: dict[str, Table] = {
+    "moshi": MOSHI | EMBEDDING | HEAD,
+    "moshi_depth": {  # (codebook, fan_out, fan_in), but for the token embeddings
+        "text_embed_tokens.weight": linear("embedding"),
+        "embed_tokens.?.weight": linear("token_embedding"),
+        "input_projections.weight": experts("projection", 1, 2),
+        "*.self_attn.q_proj.linear.weight": experts("attention_query", 1, 2),
+        "*.self_attn.k_proj.linear.weight": experts("attention_key", 1, 2),
+        "*.self_attn.v_proj.linear.weight": experts("attention_value", 1, 2),
+        "*.self_attn.o_proj.linear.weight": experts("attention_output", 1, 2),
+        "*.mlp.fc1.weight": experts("mlp_gate_up", 1, 2, gate_up(1, 48, 96)),
+        "*.mlp.fc2.weight": experts("mlp_down", 1, 2),
+        "lm_heads.weight": experts("lm_head", 1, 2),
+        "*norm.weight": no_axes("norm"),
+    },
+    "kyutai": MOSHI | {"embed_tokens.embed_tokens.weight": linear("token_embedding")},
+    "gemma3_vlm": SIGLIP
+    | TIED_EMBEDDING
+    | NORM
+    | GATED_MLP
+    | attention(16, block="model.language_model.*.self_attn")
+    # stored (fan_in, fan_out), a parameter of its own
+    | {"*.mm_input_projection_weight": conv1d("projection")},
+    "gemma3n": llama_like(16)
+    | TIED_EMBEDDING
+    | PER_LAYER_INPUTS
+    | {
+        "*.altup.*_coefs.weight": linear("projection"),
+        "*.altup.modality_router.weight": linear("router"),
+        "*.altup.correct_output_scale": no_axes("vector"),
+        "*.laurel.linear_*.weight": linear("projection"),
+        "model.altup_*projections.?.weight": linear("projection"),
+    },
+    "gemma3n_audio": CONFORMER
+    | {
+        "*.attn.q_proj.weight": linear("attention_query", 8),
+        "*.attn.k_proj.weight": linear("attention_key", 8),
+        "*.attn.v_proj.weight": linear("attention_value"),
+        "*.attention.post.weight": linear("attention_output"),
+        "*.pos_proj.weight": linear("attention_key", 8),
+    },
+    "gemma4": CONFORMER
+    | TIED_EMBEDDING
+    | PER_LAYER_INPUTS
+    | attention(16, block="model.language_model.*.self_attn")
+    | GATED_MLP
+    | {
+        f"*_tower.*.self_attn.{name}_proj.linear.weight": role
+        for name, role in (
+            ("q", linear("attention_query", 8)),
+            ("k", linear("attention_key", 8)),
+            ("v", linear("attention_value")),
+            ("o", linear("attention_output")),
+        )
+    }
+    | {
+        "*.mlp.gate_proj.linear.weight": linear("mlp_gate"),
+        "*.mlp.up_proj.linear.weight": linear("mlp_up"),
+        "*.mlp.down_proj.linear.weight": linear("mlp_down"),
+        "*.self_attn.post.linear.weight": linear("attention_output"),
+        "*.relative_k_proj.weight": linear("attention_key", 8),
+        "*.patch_embedder.input_proj.weight": linear("patch_conv"),
+        "*.position_embedding_table": no_axes("unknown"),
+        "*.audio_tower.output_proj.weight": linear("unknown"),
+        "*.embedding_projection.weight": linear("projection"),
+        **BIAS,
+    },
+    "deepseek_v4": EMBEDDING
+    | HEAD
+    | NORM
+    | moe(24)
+    | {
+        "*.shared_experts.gate_proj.weight": linear("mlp_gate"),
+        "*.shared_experts.up_proj.weight": linear("mlp_up"),
+        "*.shared_experts.down_proj.weight": linear("mlp_down"),
+        "*.q_a_proj.weight": linear("attention_down"),
+        "*.self_attn.q_b_proj.weight": linear("attention_query", 16),
+        "*.kv_proj.weight": linear("attention_key_value", 16),  # keys are values
+        "*.o_a_proj.weight": linear("projection"),
+        "*.o_b_proj.weight": linear("attention_output"),
+        "*.compressor.gate_proj.weight": linear("projection"),
+        "*.position_bias": no_axes("bias", expert_axis=0),
+        "*_hc.fn": linear("projection"),
+        "*.hc_fn": linear("projection"),
+        "*.sinks": no_axes("vector"),
+        "*.*base": no_axes("vector"),
+        "*.*scale": no_axes("vector"),
+    },
+    "ctrl": {
+        "transformer.w.weight": TIED,
+        "*.Wq.weight": linear("attention_query", 8),
+        "*.Wk.weight": linear("attention_key", 8),
+        "*.Wv.weight": linear("attention_value"),
+        "*.multi_head_attention.dense.weight": linear("attention_output"),
+        "*.ffn.0.weight": linear("mlp_up"),
+        "*.ffn.2.weight": linear("mlp_down"),
+        "*norm*.weight": no_axes("norm"),
+        **BIAS,
+    },
+    "funnel": {
+        "*.word_embeddings.weight": TIED,
+        "*.q_head.weight": linear("attention_query", 16),
+        "*.k_head.weight": linear("attention_key", 16),
+        "*.v_head.weight": linear("attention_value"),
+        "*.post_proj.weight": linear("attention_output"),
+        "*.ffn.linear_1.weight": linear("mlp_up"),
+        "*.ffn.linear_2.weight": linear("mlp_down"),
+        "*.r_kernel": no_axes("unknown"),  # (fan_in, head, head_dim)
+        "*.seg_embed": no_axes("unknown"),
+        "*.r_?_bias": no_axes("bias", expert_axis=0),
+        "*norm.weight": no_axes("norm"),
+        **BIAS,
+    },
+    "jetmoe": TIED_EMBEDDING
+    | NORM
+    | {
+        "*.mlp.input_linear.weight": experts("mlp_gate_up", 1, 2, gate_up(1, 24, 48)),
+        "*.mlp.output_linear.weight": experts("mlp_down", 1, 2),
+        "*.router.layer.weight": linear("router"),
+        "*.experts.input_linear.weight": experts("attention_query", 1, 2),
+        "*.experts.output_linear.weight": experts("attention_output", 1, 2),
+        "*.kv_proj.weight": linear("attention_key_value", 8),
+        **BIAS,
+    },
+    "convnext": CONVNEXT | {"*.layer_scale_parameter": no_axes("vector")},
+    "convnextv2": CONVNEXT | {"*.grn.weight": no_axes("vector")},
+    "hubert": {
+        "*.conv_layers.?.conv.weight": ParamRole("", (), "conv", fan_out=0, fan_in=(1, 2)),
+        "feature_projection.projection.weight": linear("projection"),
+        "*.pos_conv_embed.*.original0": no_axes("vector"),
+        "*.pos_conv_embed.*.original1": no_axes("unknown"),
+        "*.intermediate_dense.weight": linear("mlp_up"),
+        "*.output_dense.weight": linear("mlp_down"),
+        "masked_spec_embed": no_axes("vector"),
+        "*layer*norm.weight": no_axes("norm"),
+        **attention(8, "out_proj", "*.attention"),
+        **BIAS,
+    },
+    "qwen2_5_vl": llama_like(8)
+    | HEAD
+    | QWEN_VISION
+    | {
+        "*.merger.mlp.0.weight": linear("mlp_up"),
+        "*.merger.mlp.2.weight": linear("mlp_down"),
+        "*.merger.ln_q.weight": no_axes("norm"),
+    },
+    "qwen3_vl": llama_like(8)
+    | HEAD
+    | QWEN_VISION
+    | {
+        "model.visual.pos_embed.weight": linear("embedding"),
+        "model.visual.*.linear_fc1.weight": linear("mlp_up"),  # blocks and mergers
+        "model.visual.*.linear_fc2.weight": linear("mlp_down"),
     },
 }
 
@@ -398,9 +610,9 @@ def meta_model(family: str) -> nn.Module:
         return tiny_model(family)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *ADAPTED])
+@pytest.mark.parametrize("family", [*FAMILIES, *LAYOUTS, *ADAPTED])
 def test_every_tensor_has_the_expected_role(family: str) -> None:
-    table = (EXPECTED | EXPECTED_ADAPTED)[family]
+    table = (EXPECTED | EXPECTED_LAYOUTS | EXPECTED_ADAPTED)[family]
     unused = set(table)
     for _, found in assign_roles(meta_model(family)):
         patterns = [pattern for pattern in table if fnmatchcase(found.name, pattern)]
@@ -411,7 +623,7 @@ def test_every_tensor_has_the_expected_role(family: str) -> None:
     assert not unused
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *ADAPTED])
+@pytest.mark.parametrize("family", [*FAMILIES, *LAYOUTS, *ADAPTED])
 def test_every_parameter_once_in_order_and_parts_fill_the_rows(family: str) -> None:
     model = meta_model(family)
     assigned = assign_roles(model)
@@ -437,6 +649,7 @@ def test_no_decoder_lm_has_an_unknown_role(family: str) -> None:
 TOKENS = torch.arange(3, 11).unsqueeze(0)
 FUSED_ATTENTION = [family for family in DECODER_LMS if any("qkv" in role.role for role in EXPECTED[family].values())]
 FUSED_MLP = ["phi3", "glm4", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4", "modernbert"]
+FUSED_MLP += ["moshi", "jetmoe"]
 
 
 @pytest.fixture(autouse=True)

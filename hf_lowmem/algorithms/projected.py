@@ -15,7 +15,7 @@ from hf_lowmem.state import FULL_SPACE
 BODY = {
     *("attention_query", "attention_key", "attention_value", "attention_output"),
     *("attention_qkv", "attention_key_value", "attention_down"),
-    *("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down", "ssm", "conv"),
+    *("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down", "ssm", "conv", "projection"),
 }
 # What `target_modules` may name besides: other nn.Linear, as in transformers. The rest takes a rules file.
 NAMEABLE = BODY | {"lm_head", "classifier", "router", "unknown"}
