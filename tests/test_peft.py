@@ -167,7 +167,8 @@ def test_the_log_says_what_adapters_get(folders: dict[str, Path], tmp_path: Path
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
-    (summary,) = said
+    start, summary = said
+    assert start.startswith("adam_mini: ")
     assert "elementwise: lora_A" in summary
     assert "elementwise: lora_B" in summary
     (query,) = [line for line in summary.splitlines() if line.startswith("attention_query")]
