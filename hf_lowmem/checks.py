@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
 from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
@@ -75,6 +76,8 @@ def check_one_rank(values: Mapping[str, Any]) -> None:
 
 def check_param(param: Tensor) -> None:
     """Refuse a parameter whose entries no optimizer of this package can step."""
+    if is_lazy(param):
+        raise ValueError("A lazy parameter has no shape yet: take one forward pass before the optimizer is built.")
     if param.is_complex():
         raise ValueError(
             f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "

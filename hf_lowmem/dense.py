@@ -13,17 +13,23 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_stored(tensor: Tensor) -> bool:
     """Whether a plain tensor's storage holds all of its entries: storage may have been freed or cut."""
-    return tensor.is_meta or not tensor.numel() or _end(tensor) <= tensor.untyped_storage().nbytes()
+    return (
+        tensor.is_meta
+        or tensor._is_zerotensor()
+        or not tensor.numel()
+        or _end(tensor) <= tensor.untyped_storage().nbytes()
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the storage holds the tensor's entries as they are, so that a kernel may take their address.
 
-    Wrapper subclasses, sparse layouts, the negative and conjugate bits of a view, and missing storage say no.
+    Wrapper subclasses, sparse layouts, zeros that are not stored, the negative and conjugate bits of a view, and
+    missing storage say no.
     """
-    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor._is_zerotensor():
         return False
-    return is_stored(tensor)
+    return not tensor.is_neg() and not tensor.is_conj() and is_stored(tensor)
 
 
 def _end(tensor: Tensor) -> int:

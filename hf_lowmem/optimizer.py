@@ -413,12 +413,15 @@ class LowMemOptimizer(Optimizer):
                 torch._foreach_add_(
                     steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
                 )
-            buckets: dict[tuple[KernelKey, torch.device, bool], list[Slot]] = defaultdict(list)
+            buckets: dict[tuple[KernelKey, torch.device, bool, int], list[Slot]] = defaultdict(list)
+            times, seen = Counter(id(member.param) for member in with_grad), Counter[int]()
             for member in with_grad:
                 param, plan = member.param, member.plan
+                seen[id(param)] += 1  # torch steps a weight as often as its group names it, one time after the other
+                later = times[id(param)] - seen[id(param)]
                 if param.numel():
                     key = key_of(self.rule_of(plan, group), plan, param.device.type)
-                    buckets[key, param.device, is_plain(param)].append(self._slot(member, group))
+                    buckets[key, param.device, is_plain(param), -later].append(self._slot(member, group, later))
             found += [(group, key, slots) for (key, *_), slots in buckets.items()]
         return found
 
@@ -454,6 +457,11 @@ class LowMemOptimizer(Optimizer):
                 f"{name} has shape {tuple(param.shape)}, but its optimizer state was made for {tuple(last.shape)}: if "
                 "the weight was resized, call optimizer.resize_state() before the next step."
             )
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{name} of shape {tuple(param.shape)} is an inference tensor, which cannot be updated outside of "
+                "torch.inference_mode(): train a clone of it."
+            )
         if is_plain(param) and not is_dense(param):
             raise RuntimeError(
                 f"{name} of shape {tuple(param.shape)} has no storage that holds all of its entries as they are: "
@@ -473,10 +481,11 @@ class LowMemOptimizer(Optimizer):
         self._checked[param] = checked
         return checked
 
-    def _slot(self, member: Member, group: Group) -> Slot:
+    def _slot(self, member: Member, group: Group, later: int = 0) -> Slot:
+        """A member to step; `later` more of its steps have been counted already."""
         number, param, grad, plan = member
         state = self.state[param]
-        step: Any = state["step"] if group["capturable"] else state["step"].item() - self.idle_calls
+        step: Any = state["step"] - later if group["capturable"] else state["step"].item() - self.idle_calls - later
         key: Any = 0
         if plan.rounding.kind == "stochastic":
             seed = group["rounding_seed"]
@@ -516,8 +525,8 @@ class LowMemOptimizer(Optimizer):
         beta1, beta2 = group["betas"]
         flags = {flag: group[flag] for flag in RULE_FLAGS.get(key.rule, ())}
         lr = group["lr"]
-        if not (group["capturable"] and isinstance(lr, Tensor) and lr.device == slots[0].param.device):
-            lr = float(lr)
+        on_device = group["capturable"] and isinstance(lr, Tensor) and lr.device == slots[0].param.device
+        lr = lr.reshape(()) if on_device else float(lr)
         hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
         kernel = None if group["compile"] or not is_plain(slots[0].param) else find_kernel(key)
         if group["capturable"]:  # the other kernels take their numbers from the host
@@ -545,7 +554,8 @@ class LowMemOptimizer(Optimizer):
     def _fetch_state(self) -> None:
         self._host_copies.fetch()
         offloads = any(group["offload_state"] for group in self.param_groups)
-        if offloads and not self._host_copies.used and any(state.get("step", 0) > 0 for state in self.state.values()):
+        stepped = any(self.state.get(param, {}).get("step", 0) > 0 for g in self.param_groups for param in g["params"])
+        if offloads and not self._host_copies.used and stepped:
             self._host_copies.used = True
             logger.warning(
                 "offload_state=true, but the state stays on the device: hf_lowmem.register() adds the callback that "
@@ -670,7 +680,10 @@ class LowMemOptimizer(Optimizer):
                 group["lr"] = torch.full_like(lr, rate) if taken else lr.fill_(rate)
         self._host_copies.forget()
         self._checked.clear()
+        known = {key for saved_group in saved_groups for key in saved_group["params"]}
         self.state.clear()
+        # What belongs to no weight is the user's, and is carried along as torch carries it.
+        self.state.update({key: value for key, value in state_dict["state"].items() if key not in known})
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

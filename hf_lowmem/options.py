@@ -20,7 +20,7 @@ from hf_lowmem.sizes import readable
 # Of classes that have no other docstring in common.
 STORAGE_TEXTS = """Args:
     state_bits: 32; 16 stores exp_avg as bfloat16; 8 stores exp_avg, and a full exp_avg_sq, as codes.
-    block_size: largest 8-bit block: 256, 128 or 64; a weight whose last axis none divides stays float32.
+    block_size: largest 8-bit block: 256, 128 or 64; the last block of a row may be short.
     min_8bit_size: weights with fewer entries stay float32.
     compile: step through torch.compile.
 """
@@ -83,9 +83,8 @@ def describe(optimizer: Optimizer, options: Mapping[str, Any]) -> str:
         if any(value != parameter.default for value in values):
             chosen.append(f"{name}={' | '.join(dict.fromkeys(map(repr, values)))}")
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    state = sum(
-        value.nbytes for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)
-    )
+    kept = [optimizer.state[param] for param in params if param in optimizer.state]
+    state = sum(value.nbytes for each in kept for value in each.values() if isinstance(value, Tensor))
     return (
         f"{type(optimizer).__name__}({', '.join(chosen)}): groups: {len(optimizer.param_groups)}, parameters: "
         f"{len(params)} of {sum(param.numel() for param in params):,} entries, state: "

@@ -57,15 +57,21 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
         if name not in saved:
             continue
         value = saved[name]
-        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), type(value))
-        kinds = {spec.dtype, float, int} if not spec.shape else {spec.dtype}
-        if spec.dtype in FLOATS:
-            kinds |= FLOATS
-        if found[0] != spec.shape or found[1] not in kinds:
+        if not spec.shape:
+            check_count(name, value)
+            continue
+        if value.shape != spec.shape or (value.dtype != spec.dtype and {value.dtype, spec.dtype} != FLOATS):
             raise ValueError(
-                f"Checkpoint state {name!r} has shape {found[0]} and {found[1]}, expected {spec.shape} and "
-                f"{spec.dtype}. {hint}"
+                f"Checkpoint state {name!r} has shape {tuple(value.shape)} and {value.dtype}, expected {spec.shape} "
+                f"and {spec.dtype}. {hint}"
             )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no count: a number, or a tensor of one element, that is finite and at least 0."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+        raise ValueError(f"Checkpoint state {name!r} is {value!r}, expected a finite number of at least 0.")
 
 
 def check_layouts(current: Iterable[GroupLayouts], saved: Iterable[Iterable[Mapping[str, Any]]]) -> None:
@@ -95,7 +101,7 @@ def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
         return value.to(param.device, copy=True)  # type: ignore[no-any-return]
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
-    return tensor.copy_(torch.as_tensor(value))
+    return tensor.copy_(torch.as_tensor(value).reshape(spec.shape))
 
 
 def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:

@@ -53,7 +53,9 @@ def test_the_signature_is_what_the_class_takes(cls: Any) -> None:
     assert inspect.Parameter.empty not in given.values()
     written, plain = (cls([nn.Parameter(torch.zeros(64, 64))], **keywords) for keywords in (given, {}))
     assert written.defaults == plain.defaults
-    assert set(written.defaults) - {"algorithm", "lr", "betas", "eps", "weight_decay"} == set(given) - {"roles"}
+    assert {*written.defaults, *cls.layout_options} - {"algorithm", "lr", "betas", "eps", "weight_decay"} == set(
+        given
+    ) - {"roles"}
     with pytest.raises(TypeError):
         cls([nn.Parameter(torch.zeros(64, 64))], not_an_option=1)
 
