@@ -152,27 +152,25 @@ def one_edit_apart(a: str, b: str) -> bool:
     return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
-def check_grad(param: Tensor, owner: str) -> Tensor:
-    """The gradient of a weight, as a dense copy where its storage does not hold its entries as they are.
+def check_grad(param: Tensor, grad: Tensor, device: torch.device, owner: str) -> Tensor:
+    """The gradient of a weight on `device`, as a dense copy where its storage does not hold its entries as they are.
 
     Raises:
         RuntimeError: the gradient is sparse, has another shape or device than the weight, or has lost its storage.
     """
-    grad = param.grad
-    assert grad is not None
+    if is_dense(grad) and grad.shape == param.shape and grad.device == device:
+        return grad
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{owner} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
             "use sparse=False in the embedding."
         )
-    if grad.shape != param.shape or grad.device != param.device:
+    if grad.shape != param.shape or grad.device != device:
         raise RuntimeError(
             f"A gradient of shape {tuple(grad.shape)} on {grad.device} does not fit its weight of shape "
-            f"{tuple(param.shape)} on {param.device}, which has been replaced since the backward pass: call "
+            f"{tuple(param.shape)} on {device}, which has been replaced since the backward pass: call "
             "optimizer.zero_grad() and take a new backward pass."
         )
-    if is_dense(grad):
-        return grad
     if is_plain(grad) and not is_stored(grad):
         raise RuntimeError(
             f"The storage of a gradient of shape {tuple(grad.shape)} has been freed or cut: call "

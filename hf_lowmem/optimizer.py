@@ -63,25 +63,20 @@ def not_compiled(function: Function) -> Function:
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
-class Member(NamedTuple):
-    """One parameter to step: its place among all of the optimizer's, its gradient as a dense tensor, and its plan."""
-
-    number: int
-    param: Tensor
-    grad: Tensor
-    plan: StatePlan
-
-
 class Checked(NamedTuple):
-    """What was true of a parameter and its state when they were last compared with the plan."""
+    """What was true of a parameter, its state and its group's values when they were last compared with the plan.
+
+    `bucket` says which parameters it is stepped with: those of one kernel and device, wrapper subclasses apart.
+    """
 
     layout: ParamLayout
-    schedule: tuple[Any, ...]
+    values: tuple[Any, ...]
     shape: torch.Size
     dtype: torch.dtype
     pointer: int
     tensors: tuple[tuple[Tensor, int], ...]
     plan: StatePlan
+    bucket: tuple[KernelKey, torch.device, bool]
 
     def still_holds(self, param: Tensor, state: State) -> bool:
         """Whether weight and state are the same tensors at the same addresses, so that nothing need be compared."""
@@ -89,10 +84,20 @@ class Checked(NamedTuple):
             return False
         if not is_plain(param) or self.pointer != param.data_ptr():
             return False
-        return all(
-            mine is theirs and mine.data_ptr() == pointer
-            for mine, (theirs, pointer) in zip(state.values(), self.tensors, strict=True)
-        )
+        for mine, (theirs, pointer) in zip(state.values(), self.tensors, strict=True):
+            if mine is not theirs or mine.data_ptr() != pointer:
+                return False
+        return True
+
+
+class Member(NamedTuple):
+    """One parameter to step: its place among all of the optimizer's, its gradient as a dense tensor, and its state."""
+
+    number: int
+    param: Tensor
+    grad: Tensor
+    state: State
+    checked: Checked
 
 
 class LowMemOptimizer(Optimizer):
@@ -202,6 +207,7 @@ class LowMemOptimizer(Optimizer):
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
+    @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; the layout options of its parameters are kept beside it.
 
@@ -389,6 +395,7 @@ class LowMemOptimizer(Optimizer):
             self._clip_captured = any(map(capturing, self._clips))
         return norm
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; a clipping whose step was not taken is forgotten."""
         self._clips, self._clipped = {}, {}
@@ -408,26 +415,22 @@ class LowMemOptimizer(Optimizer):
         found = []
         for group, with_grad in zip(self.param_groups, members, strict=True):
             if advance and with_grad:
-                steps = [self.state[member.param]["step"] for member in with_grad]
+                steps = [member.state["step"] for member in with_grad]
                 # On the host this is a loop, in which a number would be made a tensor each time.
                 torch._foreach_add_(
                     steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
                 )
-            buckets: dict[tuple[KernelKey, torch.device, bool, int], list[Slot]] = defaultdict(list)
-            times, seen = Counter(id(member.param) for member in with_grad), Counter[int]()
-            for member in with_grad:
-                param, plan = member.param, member.plan
-                seen[id(param)] += 1  # torch steps a weight as often as its group names it, one time after the other
-                later = times[id(param)] - seen[id(param)]
-                if param.numel():
-                    key = key_of(self.rule_of(plan, group), plan, param.device.type)
-                    buckets[key, param.device, is_plain(param), -later].append(self._slot(member, group, later))
-            found += [(group, key, slots) for (key, *_), slots in buckets.items()]
+            buckets: dict[tuple[Any, int], list[Slot]] = defaultdict(list)
+            for member, later in zip(with_grad, repeats(with_grad), strict=True):
+                if member.param.numel():
+                    buckets[member.checked.bucket, -later].append(self._slot(member, group, later))
+            found += [(group, bucket[0], slots) for (bucket, _), slots in buckets.items()]
         return found
 
     def _members(self, group: Group, layouts: GroupLayouts, first: int) -> list[Member]:
         """The parameters of a group that have a gradient; each trainable one has its state afterwards."""
-        schedule, found = self._schedule(group), []
+        schedule, found, owner = self._schedule(group), [], type(self).__name__
+        values = (*schedule, group["capturable"], *[group[flag] for flag in RULE_FLAGS.get(self.rule, ())])
         for number, (param, layout) in enumerate(zip(group["params"], layouts.layouts, strict=True), first):
             grad = param.grad
             if grad is None and not param.requires_grad:
@@ -440,14 +443,16 @@ class LowMemOptimizer(Optimizer):
             if (
                 checked is None
                 or checked.layout is not layout
-                or checked.schedule != schedule
+                or checked.values != values
                 or not checked.still_holds(param, state)
             ):
-                checked = self._check(param, layout, schedule, group)
-            found.append(Member(number, param, check_grad(param, type(self).__name__), checked.plan))
+                checked = self._check(param, layout, schedule, values, group)
+            found.append(Member(number, param, check_grad(param, grad, checked.bucket[1], owner), state, checked))
         return found
 
-    def _check(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> Checked:
+    def _check(
+        self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], values: tuple[Any, ...], group: Group
+    ) -> Checked:
         """Compare a weight and its state with their plan; what a change of options or dtype has left is fitted."""
         check_whole(param, layout.name)
         name = layout.name or "A parameter"
@@ -477,21 +482,24 @@ class LowMemOptimizer(Optimizer):
         check_stored(param, state, specs, name)
         tensors = tuple((tensor, tensor.data_ptr()) for tensor in state.values())
         pointer = param.data_ptr() if is_plain(param) else 0
-        checked = Checked(layout, schedule, param.shape, param.dtype, pointer, tensors, plan)
+        kernel = key_of(self.rule_of(plan, group), plan, param.device.type)
+        bucket = (kernel, param.device, is_plain(param))
+        checked = Checked(layout, values, param.shape, param.dtype, pointer, tensors, plan, bucket)
         self._checked[param] = checked
         return checked
 
     def _slot(self, member: Member, group: Group, later: int = 0) -> Slot:
         """A member to step; `later` more of its steps have been counted already."""
-        number, param, grad, plan = member
-        state = self.state[param]
+        number, param, grad, state, checked = member
+        plan, clip = checked.plan, None
         step: Any = state["step"] - later if group["capturable"] else state["step"].item() - self.idle_calls - later
         key: Any = 0
         if plan.rounding.kind == "stochastic":
             seed = group["rounding_seed"]
             key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
-        clips = param in self._clipped and self._clipped[param]() is param.grad
-        return Slot(param, grad, state, plan, step, key, self._clips.get(param.device) if clips else None)
+        if self._clipped and param in self._clipped and self._clipped[param]() is param.grad:
+            clip = self._clips.get(param.device)
+        return Slot(param, grad, state, plan, step, key, clip)
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
         # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
@@ -554,13 +562,16 @@ class LowMemOptimizer(Optimizer):
     def _fetch_state(self) -> None:
         self._host_copies.fetch()
         offloads = any(group["offload_state"] for group in self.param_groups)
-        stepped = any(self.state.get(param, {}).get("step", 0) > 0 for g in self.param_groups for param in g["params"])
-        if offloads and not self._host_copies.used and stepped:
+        if offloads and not self._host_copies.used and self._has_stepped():
             self._host_copies.used = True
             logger.warning(
                 "offload_state=true, but the state stays on the device: hf_lowmem.register() adds the callback that "
                 "moves it, or call release_state() after each step."
             )
+
+    def _has_stepped(self) -> bool:
+        params = (param for group in self.param_groups for param in group["params"] if param in self.state)
+        return any(self.state[param]["step"] > 0 for param in params)
 
     def _check_capture(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
@@ -586,6 +597,7 @@ class LowMemOptimizer(Optimizer):
         """What `release_state` and the steps after it have moved, both ways, since the last call of this method."""
         return self._host_copies.transferred()
 
+    @not_compiled
     @torch.no_grad()
     def resize_state(self) -> None:
         """Fit the state to weights whose first axis has become longer or shorter, as of an extended vocabulary.
@@ -611,6 +623,7 @@ class LowMemOptimizer(Optimizer):
             self.state[param] = state
             self._checked.pop(param, None)
 
+    @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters and state, as plain numbers and tensors.
 
@@ -632,6 +645,7 @@ class LowMemOptimizer(Optimizer):
         """The optim name that users know this optimizer by."""
         return f"{self.algorithm}_8bit" if self._layout_defaults["state_bits"] == 8 else self.algorithm
 
+    @not_compiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned: hyperparameters and bit-exact state.
@@ -687,6 +701,22 @@ class LowMemOptimizer(Optimizer):
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def repeats(members: list[Member]) -> list[int]:
+    """For each member, how often its parameter comes again after it.
+
+    torch steps a parameter as often as its group names it, one time after the other.
+    """
+    left = Counter(id(member.param) for member in members)
+    if len(left) == len(members):
+        return [0] * len(members)
+    left.subtract(left.keys())
+    found = []
+    for member in members:
+        found.append(left[id(member.param)])
+        left[id(member.param)] -= 1
+    return found
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

@@ -76,7 +76,7 @@ def test_adamw_is_counted_in_the_weights_dtype(name: str, dtype: str, adamw: int
 
 @pytest.mark.parametrize(
     ("nbytes", "said"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**40 - 1, "1024.00 GiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**40 - 1, "1.00 TiB")],
 )
 def test_units_fit_the_size(nbytes: int, said: str) -> None:
     assert readable(nbytes) == said

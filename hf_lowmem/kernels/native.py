@@ -73,8 +73,11 @@ def kernel(rule: int, otherwise: Kernel, form: Form = adamw_form) -> Kernel:
         steps = library()
         parts: list[_Part] = []
         left = []
+        scalars: dict[float, Scalars] = {}  # by the number of the step, which most slots share
         for slot in slots:
-            covered = None if steps is None else parts_of(slot, hyper, rule, form)
+            if slot.step not in scalars:
+                scalars[slot.step] = form(slot, hyper)
+            covered = None if steps is None else parts_of(slot, hyper, rule, scalars[slot.step])
             if covered is None:
                 left.append(slot)
             else:
@@ -126,7 +129,7 @@ def _is_of_this_source(built: ctypes.CDLL) -> bool:
     return not source.is_file() or built.hf_lowmem_checksum() == zlib.crc32(source.read_bytes())
 
 
-def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | None:
+def parts_of(slot: Slot, hyper: Hyper, rule: int, scalars: Scalars) -> list[_Part] | None:
     """The parts of a slot, or None where the library does not cover it."""
     param, grad, codec = slot.param, slot.grad, slot.plan.codec
     if param.dtype not in (torch.float32, torch.bfloat16) or grad.dtype != param.dtype:
@@ -135,20 +138,28 @@ def parts_of(slot: Slot, hyper: Hyper, rule: int, form: Form) -> list[_Part] | N
         return None
     if rule == ADAMW_FULL and param.dtype == torch.float32 and isinstance(codec, Float32) and slot.clip is None:
         return None  # torch's fused AdamW is as fast
-    scalars, moment = form(slot, hyper), slot.plan.moments.get("exp_avg_sq")
+    moment = slot.plan.moments.get("exp_avg_sq")
     shape, block_size, row = tuple(param.shape), 1, None
     if isinstance(codec, Int8Blockwise):
         block_size, row = codec.block_size, codec.ragged_row(shape)
     if not isinstance(moment, GroupMean):
-        return [_part(slot, elementwise(param.numel(), row), None, rule, scalars, hyper)]
+        return [_part(slot, elementwise(param.numel(), row), None, row, rule, scalars, hyper)]
     found = geometries(moment, shape, block_size, row)
     if found is None:
         return None
     means = [slot.state[moment.state_name("exp_avg_sq", segment)] for segment in moment.segments]
-    return [_part(slot, *part, rule, scalars, hyper) for part in zip(found, means, strict=True)]
+    return [_part(slot, *part, row, rule, scalars, hyper) for part in zip(found, means, strict=True)]
 
 
-def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars: Scalars, hyper: Hyper) -> _Part:
+def _part(
+    slot: Slot,
+    found: Geometry,
+    means: Tensor | None,
+    row: int | None,
+    rule: int,
+    scalars: Scalars,
+    hyper: Hyper,
+) -> _Part:
     param, start = slot.param, found.start
     rounding = "nearest" if param.dtype == torch.float32 else slot.plan.rounding.kind
     return _Part(
@@ -156,8 +167,8 @@ def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars:
         _address(slot.grad, start),
         _address(slot.state[KAHAN_COMP], start) if rounding == "kahan" else None,
         None if means is None else means.data_ptr(),
-        _moment(slot, "exp_avg", start),
-        _moment(slot, "exp_avg_sq", start, signed=False) if rule == ADAMW_FULL else _Moment(),
+        _moment(slot, "exp_avg", start, row),
+        _moment(slot, "exp_avg_sq", start, row, signed=False) if rule == ADAMW_FULL else _Moment(),
         *found,
         _DTYPES[param.dtype],
         rule,
@@ -172,12 +183,12 @@ def _part(slot: Slot, found: Geometry, means: Tensor | None, rule: int, scalars:
     )
 
 
-def _moment(slot: Slot, name: str, start: int, signed: bool = True) -> _Moment:
+def _moment(slot: Slot, name: str, start: int, ragged_row: int | None, signed: bool = True) -> _Moment:
     data, codec = slot.state[name], slot.plan.codec
     if not isinstance(codec, Int8Blockwise):
         return _Moment(_address(data, start), None, _DTYPES[data.dtype], 1, 1, None)
     absmax, size = slot.state[f"{name}_absmax"], codec.block_size
-    row = codec.ragged_row(tuple(data.shape)) or size  # whole blocks are rows of their own
+    row = ragged_row or size  # whole blocks are rows of their own
     scales = _address(absmax, start // row * -(-row // size))
     return _Moment(_address(data, start), scales, _DTYPES[data.dtype], size, row, _map(signed))
 
