@@ -117,7 +117,7 @@ _ATTENTION_NAMES = {
 _MLP_NAMES = {
     **dict.fromkeys(("up_proj", "fc1", "c_fc", "fc_in", "wi", "wi_1", "lin1", "linear1", "w3"), "mlp_up"),
     **dict.fromkeys(("dense_h_to_4h", "ffn", "pwconv1", "pointwise_conv1", "linear_fc1", "ffw_layer_1"), "mlp_up"),
-    "linear_up": "mlp_up",
+    **{"linear_up": "mlp_up", "proj_up": "mlp_up", "proj_up_gate": "mlp_gate", "proj_down": "mlp_down"},
     **dict.fromkeys(("gate_proj", "wi_0", "w1"), "mlp_gate"),
     **dict.fromkeys(("down_proj", "fc2", "fc_out", "lin2", "linear2", "w2"), "mlp_down"),
     **dict.fromkeys(("dense_4h_to_h", "ffn_output", "pwconv2", "pointwise_conv2"), "mlp_down"),
@@ -150,9 +150,9 @@ _BLOCK_NAMES = {
         "input_linear": "attention_query",
     },
     "mlp": {
-        **dict.fromkeys(("intermediate_dense", "dense1", "linear_1", "intermediate"), "mlp_up"),
+        **dict.fromkeys(("intermediate_dense", "dense1", "linear_1", "layer_1", "intermediate"), "mlp_up"),
         **dict.fromkeys(("proj_in", "in_proj", "input_linear", "w_1"), "mlp_up"),
-        **dict.fromkeys(("c_proj", "wo", "Wo", "down", "output_dense", "dense2", "linear_2"), "mlp_down"),
+        **dict.fromkeys(("c_proj", "wo", "Wo", "down", "output_dense", "dense2", "linear_2", "layer_2"), "mlp_down"),
         **dict.fromkeys(("output", "proj_out", "out_proj", "output_linear", "w_out"), "mlp_down"),
         **{"up": "mlp_up", "gate": "mlp_gate", "w_0": "mlp_gate"},
     },
@@ -367,7 +367,7 @@ def _inputs_of_down(mlp: nn.Module, fan_in: int) -> int:
 
 
 def _has_depthwise_conv(module: nn.Module) -> bool:
-    return any(isinstance(conv, nn.Conv1d) and conv.groups == conv.in_channels for conv in module.children())
+    return any(isinstance(conv, _ConvNd) and 1 < conv.groups == conv.in_channels for conv in module.children())
 
 
 def _names_its_features(module: nn.Module, shape: tuple[int, ...]) -> bool:

@@ -33,7 +33,7 @@ from hf_lowmem.trainer.optim_args import read_optim_args
 
 logger = get_logger(__name__)
 
-TESTED_VERSIONS = "5.2.0 to 5.23.0"
+TESTED_VERSIONS = "5.2.0 to 5.24.0"
 
 
 def _internal(module: str, name: str) -> Any:
