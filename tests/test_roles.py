@@ -872,6 +872,79 @@ def test_gate_beside_up_is_an_mlp_gate_and_beside_experts_a_router() -> None:
     assert [role.role for _, role in assign_roles(nn.ModuleDict({"mlp": MLP("gate")}))] == ["router"]
 
 
+def roles_of(model: nn.Module) -> list[str]:
+    return [found.role for _, found in assign_roles(model)]
+
+
+def bare(fan_in: int = 4, fan_out: int = 4) -> nn.Linear:
+    return nn.Linear(fan_in, fan_out, bias=False)
+
+
+def test_a_wrapper_lends_its_name_to_its_one_linear() -> None:
+    def attention_with(**wrapped: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.ModuleDict(wrapped)})})
+
+    assert roles_of(attention_with(linear=bare())) == ["attention_query"]
+    assert roles_of(attention_with(linear=bare(), batch_norm=nn.BatchNorm1d(4)))[0] == "attention_query"
+    assert roles_of(attention_with(linear=bare(), other=bare())) == ["unknown", "unknown"]
+    assert roles_of(attention_with(inner=bare())) == ["unknown"]
+    block = nn.ModuleDict({"self_attn": nn.ModuleDict({"linear": bare()})})
+    assert roles_of(nn.ModuleDict({"layers": block})) == ["unknown"], "a block is no wrapper"
+
+
+def test_a_list_lends_its_name_to_what_it_holds() -> None:
+    heads = nn.ModuleDict({"decoder": nn.ModuleDict({"lm_heads": nn.ModuleList([bare(), bare()])})})
+    assert roles_of(heads) == ["lm_head", "lm_head"]
+    assert roles_of(nn.ModuleDict({"decoder": nn.ModuleDict({"layers": nn.ModuleList([bare()])})})) == ["unknown"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([bare(4, 8), nn.GELU(), bare(8, 4)], ["mlp_up", "mlp_down"]),
+        ([bare(4, 8), nn.GELU(), nn.Dropout(), bare(8, 4)], ["mlp_up", "mlp_down"]),
+        ([bare(4, 8), nn.GELU(), bare(8, 8), nn.GELU(), bare(8, 4)], ["unknown"] * 3),
+        ([bare(4, 8), nn.Sequential(bare(8, 8)), bare(8, 4)], ["unknown"] * 3),
+        ([bare(4, 8)], ["unknown"]),
+    ],
+)
+def test_two_linears_in_a_sequential_mlp(layers: list[nn.Module], expected: list[str]) -> None:
+    assert roles_of(nn.ModuleDict({"ffn": nn.Sequential(*layers)})) == expected
+    assert set(roles_of(nn.ModuleDict({"encoder": nn.Sequential(*layers)}))) == {"unknown"}
+
+
+@pytest.mark.parametrize("names", [("fc1", "fc2"), ("in_proj", "out_proj"), ("intermediate_dense", "output_dense")])
+def test_an_up_projection_of_twice_the_rows_is_gate_and_up(names: tuple[str, str]) -> None:
+    """Which half is which is known of no model type here, so no part is named."""
+    up, down = names
+    for rows, expected in ((8, "mlp_up"), (16, "mlp_gate_up")):
+        (_, first), (_, second) = assign_roles(
+            nn.ModuleDict({"mlp": nn.ModuleDict({up: bare(4, rows), down: bare(8, 4)})})
+        )
+        assert (first.role, first.parts, second.role) == (expected, (), "mlp_down")
+
+
+def test_a_linear_layer_of_its_own_class_says_which_axis_is_which() -> None:
+    class QuantizedLinear(nn.Module):
+        def __init__(self, shape: tuple[int, int]) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 4, 8
+            self.weight = nn.Parameter(torch.zeros(shape))
+
+    for shape, expected in (((8, 4), ("attention_query", 0)), ((4, 8), ("unknown", None))):
+        ((_, found),) = assign_roles(nn.ModuleDict({"q_proj": QuantizedLinear(shape)}))
+        assert (found.role, found.fan_out) == expected
+
+
+def test_a_head_size_that_does_not_fit_is_not_guessed() -> None:
+    """Queries of more rows than hidden_size have another head_dim than hidden_size over the heads."""
+    config = tf.BertConfig(hidden_size=8, num_attention_heads=2)
+    for rows, expected in ((8, 4), (16, None)):
+        block = nn.ModuleDict({"attn": nn.ModuleDict({"query": bare(8, rows)})})
+        block.config = config
+        assert assign_roles(block)[0][1].head_dim == expected
+
+
 def test_stacked_experts_of_unknown_orientation_are_unknown() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
