@@ -31,6 +31,7 @@ from hf_lowmem.kernels import eager, gpu, key_of, native
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
 INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
 LAST_AXIS = (("query", 1, 1, 0, 128, (0,), 64), ("key", 1, 1, 128, 256, (0,), 1), ("value", 1, 1, 256, 384, (1,), 1))
+ODD_LAST_AXIS = (("query", 1, 1, 0, 65, (0,), 5), ("key", 1, 1, 65, 130, (0,), 1), ("value", 1, 1, 130, 195, (1,), 1))
 
 # Each class with options that bring out its branches, and a shape that they fit.
 VARIANTS: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
@@ -47,6 +48,19 @@ VARIANTS: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (Adalayer, {"axes": (0, 1)}, (16, 128)),
     (Adalayer, {"axes": (1, 2)}, (3, 8, 64)),
     (Signum, {}, (16, 128)),
+    # Rows whose last 8-bit block is short, and rows of several axes.
+    (LowMemAdamW, {}, (5, 67)),
+    (LowMemAdamW, {}, (131,)),
+    (Signum, {}, (6, 3, 5, 5)),
+    (SlimAdamW, {"axes": (1,)}, (7, 131)),
+    (SlimAdamW, {"axes": (0,)}, (16, 65)),
+    (SlimAdamW, {"axes": (1,)}, (3, 8, 67)),
+    (SlimAdamW, {"axes": (2,)}, (5, 4, 23)),
+    (SlimAdamW, {"segments": QKV}, (16, 131)),
+    (SlimAdamW, {"segments": ODD_LAST_AXIS}, (24, 195)),
+    (AdamMini, {"axes": (1, 2, 3)}, (6, 3, 3, 3)),
+    (AdamMini, {"axes": (1,), "rows_per_block": 4}, (16, 65)),
+    (Adalayer, {"axes": (1, 2)}, (12, 3, 25)),
 ]
 IDS = [f"{cls.__name__}-{'x'.join(map(str, shape))}-{n}" for n, (cls, _, shape) in enumerate(VARIANTS)]
 
@@ -158,7 +172,10 @@ def test_any_shape(shape: tuple[int, ...], which: type, bits: int, transposed: b
             start.permute(order).contiguous().permute(order),
             [g.permute(order).contiguous().permute(order) for g in grads],
         )
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 if bits == 8 else 1e-5)
+        if which is Signum:  # a momentum of almost nothing has either sign
+            assert ((actual - expected).abs() > 1e-3).sum() <= 1 + 1e-5 * actual.numel()
+        else:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 if bits == 8 else 1e-5)
 
 
 # -- NaN and Inf ----------------------------------------------------------------------------------------------------
@@ -505,3 +522,51 @@ def test_compiled_steps_do_not_recompile_with_the_lr() -> None:
             optimizer.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(params[0], params[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cls", "options", "shape"),
+    [(LowMemAdamW, {}, (5, 300)), (SlimAdamW, {"axes": (1,)}, (7, 513)), (Signum, {}, (9, 30, 3, 3))],
+)
+def test_compiled_steps_take_short_blocks(cls: type, options: dict, shape: tuple[int, ...]) -> None:
+    options, start, grads = {**options, "state_bits": 8, "min_8bit_size": 0}, torch.randn(shape), gradients(shape)
+    expected, plain = run(cls, options, start, grads)
+    actual, compiled = run(cls, {**options, "compile": True}, start, grads)
+    (mine,), (theirs,) = compiled.state.values(), plain.state.values()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-2 if cls is Signum else 1e-3)  # a sign may flip
+    assert (actual - expected).abs().gt(1e-4).float().mean() < 0.02
+    torch.testing.assert_close(mine["exp_avg_absmax"], theirs["exp_avg_absmax"], rtol=1e-2, atol=0)
+    assert (mine["exp_avg"].int() - theirs["exp_avg"].int()).abs().float().mean() < 0.02
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.lists(st.sampled_from([1, 2, 3, 5]), max_size=3),
+    columns=st.sampled_from([1, 2, 7, 63, 64, 65, 127, 129, 251, 255, 256, 257, 521]),
+    which=st.sampled_from([LowMemAdamW, SlimAdamW, Signum]),
+    block_size=st.sampled_from([256, 128, 64]),
+)
+def test_8_bit_state_of_any_size_is_as_planned_and_resumes(
+    rows: list[int], columns: int, which: type, block_size: int
+) -> None:
+    """Bytes as declared, and a run that is saved and loaded goes on bit for bit."""
+    shape = (*rows, columns)
+    options: dict[str, Any] = {"state_bits": 8, "min_8bit_size": 0, "block_size": block_size}
+    options |= {"axes": (len(shape) - 1,)} if which is SlimAdamW else {}
+    start, grads = torch.randn(shape), gradients(shape, 4)
+    whole, _ = run(which, options, start, grads)
+    half, optimizer = run(which, options, start, grads[:2])
+    (state,) = optimizer.state.values()
+    declared = optimizer.plan(optimizer.param_groups[0], shape)
+    assert sum(t.numel() * t.itemsize for t in state.values()) == declared.nbytes(shape)
+    assert (state["exp_avg"].dtype == torch.uint8) == (start.numel() > 1)
+    assert state["exp_avg"].shape == shape
+    param = nn.Parameter(half.clone())
+    resumed = which([param], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for grad in grads[2:]:
+        param.grad = grad
+        resumed.step()
+    assert torch.equal(param, whole)

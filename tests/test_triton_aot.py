@@ -196,6 +196,28 @@ def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:
     assert torch.finfo(torch.bfloat16).bits in report.accesses("LDG")
 
 
+RAGGED = {
+    "adamw": ("full", elementwise(1152 * 4304, 4304)),
+    "signum": ("none", elementwise(1153 * 4303, 4303)),
+    "depthwise": ("full", elementwise(3072 * 4, 4)),
+    "rows": ("group", means(SlimAdamW, (1152, 4304), axes=(1,))),
+    "columns": ("column", means(SlimAdamW, (1152, 4304), axes=(0,))),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", RAGGED)
+def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch: int, tmp_path: Path) -> None:
+    second, geometry = RAGGED[shape]
+    layout = gpu.layout_of(geometry, second, 256 if geometry.columns > 256 else geometry.columns)
+    align = 16 if layout.aligned else 1
+    tile = (layout.means, layout.nest, layout.line, layout.lines, align)
+    v = gpu.Variant(tl.bfloat16, tl.uint8, "stochastic", second, *tile, ragged=True)
+    report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
+    assert (report.stack, report.local) == (0, 0)
+    assert (128 in report.accesses("LDG")) == layout.aligned
+
+
 class NoDevice:
     """What Triton asks its driver before it compiles."""
 

@@ -29,7 +29,7 @@ class LowMemAdamW(LowMemOptimizer):
     Departs from the latter: blocks end with the row, and the codes of v hold its square root.
 
     State per weight: exp_avg and exp_avg_sq of the weight's shape; in 8 bits uint8 codes and `_absmax`, one float32
-    per `block_size` entries of a row; `step`.
+    per block of a row, of which the last may be short; `step`.
     """
 
     algorithm = "lowmem_adamw"

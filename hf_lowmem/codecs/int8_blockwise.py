@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lowmem.codecs.dynamic_map import CELL_BITS, decode_lines, decode_table, encode_lines, encode_table
 from hf_lowmem.scratch import Scratch, known_finite
@@ -53,9 +53,9 @@ class Int8Blockwise:
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
         codes, absmax = state[name], state[f"{name}_absmax"]
         if torch.compiler.is_compiling():
-            blocks = self._padded(decode_lines(codes, spec.signed))
-            scaled = (blocks * absmax.unsqueeze(-1)).flatten(-2)
-            value: Tensor = scaled[..., : self.row(spec.shape)].reshape(codes.shape)
+            parts = in_blocks(codes, absmax, self.block_size)
+            values = [(decode_lines(part, spec.signed) * scales.unsqueeze(-1)).flatten(-2) for part, scales in parts]
+            value: Tensor = (torch.cat(values, -1) if len(values) > 1 else values[0]).view(codes.shape)
         else:
             value = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
             dequantize(codes, absmax, self.block_size, spec.signed, out=value, scratch=Scratch(codes.device))
@@ -63,34 +63,28 @@ class Int8Blockwise:
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
         codes, absmax = state[name], state[f"{name}_absmax"]
-        value = value.to(torch.float32, copy=True) if spec.signed else value.sqrt().float()
+        value = (value.to(torch.float32, copy=True) if spec.signed else value.sqrt().float()).contiguous()
         if torch.compiler.is_compiling():
-            blocks = self._padded(value.nan_to_num(0.0, 0.0, 0.0))
-            largest = blocks.abs().amax(-1)
-            units = (blocks / largest.clamp(min=_TINY).unsqueeze(-1)).flatten(-2)[..., : self.row(spec.shape)]
-            codes.copy_(encode_lines(units, spec.signed).reshape(codes.shape))
-            absmax.copy_(largest)
+            finite = in_blocks(value.nan_to_num(0.0, 0.0, 0.0), absmax, self.block_size)
+            for (part, scales), (blocks, _) in zip(in_blocks(codes, absmax, self.block_size), finite, strict=True):
+                largest = blocks.abs().amax(-1)
+                part.copy_(encode_lines(blocks / largest.clamp(min=_TINY).unsqueeze(-1), spec.signed))
+                scales.copy_(largest)
         else:
-            scratch = Scratch(value.device)
-            quantize(value.contiguous(), codes, absmax, self.block_size, spec.signed, scratch=scratch)
-
-    def _padded(self, value: Tensor) -> Tensor:
-        """The blocks of each row, (..., blocks, block_size), the last filled up with zeros: a graph can fuse that."""
-        rows = value.flatten(-self.row_axes)
-        short = -rows.shape[-1] % self.block_size
-        blocks: Tensor = (nn.functional.pad(rows, (0, short)) if short else rows).unflatten(-1, (-1, self.block_size))
-        return blocks
+            quantize(value, codes, absmax, self.block_size, spec.signed, scratch=Scratch(value.device))
 
 
 def in_blocks(value: Tensor, absmax: Tensor, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of the whole blocks of all rows, (..., n, block_size), and of the short last ones, (..., 1, rest), each
     with their scales, (..., n) and (..., 1); `value` is contiguous."""
     rows = value.view(*absmax.shape[:-1], -1)
-    whole, rest = divmod(rows.shape[-1], block_size)
-    if whole:
-        yield rows[..., : whole * block_size].unflatten(-1, (whole, block_size)), absmax[..., :whole]
-    if rest:
-        yield rows[..., whole * block_size :].unsqueeze(-2), absmax[..., whole:]
+    rest = rows.shape[-1] % block_size
+    if not rest:
+        yield rows.unflatten(-1, (-1, block_size)), absmax
+        return
+    if absmax.shape[-1] > 1:
+        yield rows[..., :-rest].unflatten(-1, (-1, block_size)), absmax[..., :-1]
+    yield rows[..., -rest:].unsqueeze(-2), absmax[..., -1:]
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, out: Tensor, scratch: Scratch) -> None:

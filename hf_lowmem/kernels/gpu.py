@@ -329,6 +329,8 @@ class Layout(NamedTuple):
 def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
     """The tiles of a part: a line has room for an 8-bit `block`, or for a run of at most LINE entries."""
     line = _power_of_two(min(block or LINE, found.columns))
+    if block:
+        line = max(line, min(BLOCK_SIZES))  # the scales of more lines to a tile would not fit into registers
     across = -(-found.columns // line)
     lines, means = max(TILE // line, 1), "before" if second in ("group", "column") else "none"
     if second == "column":
@@ -360,8 +362,9 @@ def span_of(line: int, lines: int) -> int:
 
 
 def warps(variant: Variant) -> int:
-    """Of a program: 32 entries per thread, or 16 of the floats that would not fit into an A100's registers."""
+    """Of a program: 32 entries per thread, or 16 of those that would not fit into an A100's registers."""
     many = variant.rounding == "kahan" and variant.second == "full" and variant.moment.primitive_bitwidth > 8
+    many |= variant.ragged and variant.align == 1  # an address for each entry
     return min(max(variant.line * variant.lines // (512 if many else 1024), 1), 16)
 
 

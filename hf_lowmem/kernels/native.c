@@ -227,6 +227,7 @@ INLINE float largest_of(const float *value, int n) {
 INLINE int64_t first_block(const Moment *moment, int64_t at) {
     if (moment->dtype != CODES) return 0;
     int64_t row = at / moment->row, column = at % moment->row;
+    if (moment->row == moment->block_size) return row; /* divisions are slow */
     return row * parts_of(moment->row, moment->block_size) + column / moment->block_size;
 }
 
