@@ -20,8 +20,8 @@ from hf_lowmem.sizes import readable
 # Of classes that have no other docstring in common.
 STORAGE_TEXTS = """Args:
     state_bits: 32; 16 stores exp_avg as bfloat16; 8 stores exp_avg, and a full exp_avg_sq, as codes.
-    block_size: largest 8-bit block: 256, 128 or 64. A row is the last axis, or as many axes as make 64 entries; its last
-        block may be short.
+    block_size: largest 8-bit block: 256, 128 or 64. A row is the last axis, or as many of the last as make 64
+        entries, and its last block may be short.
     min_8bit_size: weights with fewer entries stay float32.
     compile: step through torch.compile.
 """

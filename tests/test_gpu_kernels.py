@@ -118,7 +118,7 @@ def test_kernels_follow_the_rules(case: tuple, dtype: torch.dtype, rounding: str
 
 @pytest.mark.parametrize("means", ["loop", "before"])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("case", [c for c in CASES if "axes" in c[1]], ids=lambda case: f"{case[1]}-{case[2]}")
+@pytest.mark.parametrize("case", [c for c in CASES + RAGGED if "axes" in c[1]], ids=lambda c: f"{c[1]}-{c[2]}")
 def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups larger than a tile, and than what one program takes."""
     for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=1 << 20 if means == "loop" else 0, SUM=1024).items():
@@ -130,20 +130,10 @@ def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monke
         gpu.layout_of.cache_clear()
 
 
-@pytest.mark.parametrize("means", ["as they come", "loop", "before"])
 @pytest.mark.parametrize("case", RAGGED, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
-def test_rows_that_end_in_a_short_block_follow_the_rules(
-    case: tuple, means: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if means != "as they come":
-        for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=1 << 20 if means == "loop" else 0, SUM=1024).items():
-            monkeypatch.setattr(gpu, name, value)
-    gpu.layout_of.cache_clear()
-    try:
-        check_gpu_kernel(case, 8, torch.float32, "nearest", DEVICE.type, clip=0.5)
-        check_gpu_kernel(case, 8, torch.bfloat16, "kahan" if means == "loop" else "stochastic", DEVICE.type)
-    finally:
-        gpu.layout_of.cache_clear()
+def test_rows_that_end_in_a_short_block_follow_the_rules(case: tuple) -> None:
+    check_gpu_kernel(case, 8, torch.float32, "nearest", DEVICE.type, clip=0.5)
+    check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type)
 
 
 @pytest.mark.parametrize("rank", [8, 33, 96])
