@@ -21,16 +21,16 @@ STORAGE = {"state_bits": 32, "block_size": 256, "min_8bit_size": 4096}
 class LowMemAdamW(LowMemOptimizer):
     """AdamW whose state is stored in 32, 16 or 8 bits.
 
-            m <- b1 m + (1 - b1) g
-            v <- b2 v + (1 - b2) g^2
-            w <- w - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay w)
+        m <- b1 m + (1 - b1) g
+        v <- b2 v + (1 - b2) g^2
+        w <- w - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay w)
 
-        Source: arXiv:1711.05101, algorithm 2; 8-bit state: arXiv:2110.02861.
-        Departs from the latter: blocks end with the row, and the codes of v hold its square root.
+    Source: arXiv:1711.05101, algorithm 2; 8-bit state: arXiv:2110.02861.
+    Departs from the latter: blocks end with the row, and the codes of v hold its square root.
 
-        State per weight: exp_avg and exp_avg_sq of the weight's shape; in 8 bits uint8 codes and `_absmax`, one float32
-        per block of a row, of which the last may be short; `step`.
-        """
+    State per weight: exp_avg and exp_avg_sq of the weight's shape; in 8 bits uint8 codes and `_absmax`, one float32
+    per block of a row, of which the last may be short; `step`.
+    """
 
     algorithm = "lowmem_adamw"
     rule = "adamw"

@@ -53,8 +53,8 @@ class Coap(LowMemOptimizer):
         project: whether the group's weights are projected at all.
         transposed: whether they are stored (fan_in, fan_out).
         stacked: whether 3-D weights are stacks of matrices.
-        block_size: largest 8-bit block of the projected moments: any divisor of their rows from 32 to it is taken before
-            a short block.
+        block_size: largest 8-bit block of the projected moments: any divisor of their rows from 32 to it is taken
+            before a short block.
         min_8bit_size: projected moments with fewer entries stay float32.
 
     Raises:
