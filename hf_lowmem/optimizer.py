@@ -570,8 +570,8 @@ class LowMemOptimizer(Optimizer):
             )
 
     def _has_stepped(self) -> bool:
-        params = (param for group in self.param_groups for param in group["params"] if param in self.state)
-        return any(self.state[param]["step"] > 0 for param in params)
+        params = (param for group in self.param_groups for param in group["params"])
+        return any(self.state.get(param, {}).get("step", 0) > 0 for param in params)
 
     def _check_capture(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import Action, ArgumentParser, HelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter
 from copy import copy
 from typing import Any
 
@@ -66,7 +66,10 @@ def short_help_first(task: str, parser: Any) -> None:
             used.print_help()
             used.exit()
 
-    parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show all options and exit")
+    # Without a value of its own in what is parsed, which TRL's scripts unpack.
+    parser.add_argument(
+        "--help-all", action=HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="show all options and exit"
+    )
     parser.format_help = lambda: short_help(task, parser)
 
 
