@@ -1121,3 +1121,20 @@ def test_roles_import_only_torch_and_each_other() -> None:
         imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert {name.partition(".")[0] for name in imported} & {"transformers", "peft", "trl"} == set()
+
+
+def test_weight_decay_reaches_weights_whose_names_lead_nowhere() -> None:
+    class Renamed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            for name, param in super().named_parameters(*args, **kwargs):
+                yield f"elsewhere.{name}", param
+
+    for model in (Renamed(), torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 4)))):
+        optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-3, weight_decay=0.1)
+        decayed, others = (group["params"] for group in optimizer.param_groups)
+        assert [param.ndim for param in decayed] == [2]
+        assert [param.ndim for param in others] == [1]

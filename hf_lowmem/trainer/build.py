@@ -52,13 +52,22 @@ def build_optimizer(
     optimizer_cls, kwargs = optimizer_cls_and_kwargs(
         model, name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, optim_args=optim_args
     )
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    decayed = _decayed(model)
+    trainable = [param for param in model.parameters() if param.requires_grad]
     groups = [
-        {"params": [param for name, param in trainable if name in decayed], "weight_decay": weight_decay},
-        {"params": [param for name, param in trainable if name not in decayed], "weight_decay": 0.0},
+        {"params": [param for param in trainable if id(param) in decayed], "weight_decay": weight_decay},
+        {"params": [param for param in trainable if id(param) not in decayed], "weight_decay": 0.0},
     ]
     return optimizer_cls(groups, **kwargs)
+
+
+def _decayed(model: nn.Module) -> set[int]:
+    """The ids of the parameters that a Trainer decays, whatever names a module of the user's gives them."""
+    try:
+        names = set(Trainer.get_decay_parameter_names(None, model))
+    except TypeError:  # a scripted module, in which transformers cannot look for norms
+        return {id(param) for param in model.parameters() if param.ndim > 1}
+    return {id(param) for name, param in nn.Module.named_parameters(model) if name in names}
 
 
 def optimizer_cls_and_kwargs(
