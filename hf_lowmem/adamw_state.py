@@ -11,31 +11,41 @@ from torch import Tensor
 from hf_lowmem.state import State, StatePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HYPERPARAMETERS = {
-    "lr",
-    "initial_lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "param_names",
-}  # of its groups, that are ours too
+# Keys that the groups of AdamW and ours have.
+TAKEN_OVER = {"lr", "initial_lr", "betas", "eps", "weight_decay", "param_names"}
 LEFT_OUT = "max_exp_avg_sq"  # amsgrad's, which no plan has
 QUANTIZED = {"state1", "state2", "__bnb_optimizer_quant_state__"}  # by bitsandbytes, also where it keeps 32 bits
 ANEW = "delete optimizer.pt and scheduler.pt from the checkpoint's folder to start the optimizer and its schedule anew"
 
 
-def is_adamw(groups: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether saved parameter groups look like those of torch's AdamW, or of an optimizer with its hyperparameters."""
-    return all("algorithm" not in group and {"betas", "eps"} <= set(group) for group in groups)
+def is_adamw(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
+    """Whether a saved state dict is that of torch's AdamW or Adam, or of bitsandbytes', which is like it."""
+    quantized = any(isinstance(each, Mapping) and QUANTIZED & set(each) for each in state.values())
+    return all(
+        "algorithm" not in group and {"betas", "eps"} <= set(group) and ("amsgrad" in group or quantized)
+        for group in groups
+    )
 
 
-def check_takes_adamw(rule: str, optim: str) -> None:
-    """Raise ValueError where an optimizer's moments are not averages of the gradient and of its square.
+def check_takes_adamw(groups: Iterable[Mapping[str, Any]], rule: str, optim: str) -> None:
+    """Raise ValueError where AdamW's steps cannot be carried on.
+
+    That is where an optimizer's moments are not averages of the gradient and of its square, or where the saved groups
+    maximize or let weight decay pass through the moments, as Adam's does.
 
     Args:
+        groups: the saved ones.
         rule: the optimizer's update rule.
         optim: its optim name, for the sentence.
     """
+    for group in groups:
+        coupled = group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0) > 0
+        if group.get("maximize") or coupled:
+            flag = "maximize=True" if group.get("maximize") else "weight decay inside of the gradient (Adam's)"
+            raise ValueError(
+                f"The checkpoint's optimizer state was written under {flag}, which optim={optim!r} does not have: "
+                f"{ANEW}."
+            )
     if rule != "adamw":
         raise ValueError(
             f"The checkpoint's optimizer state was written by AdamW, whose moments optim={optim!r} cannot take over: "
@@ -66,6 +76,8 @@ def from_adamw(saved: Mapping[str, Any], plan: StatePlan, shape: tuple[int, ...]
     if set(saved) - {LEFT_OUT} != {"step", *MOMENTS}:
         raise ValueError(f"The checkpoint's optimizer state {sorted(saved)} is not AdamW's step and moments: {ANEW}.")
     for name in MOMENTS:
+        if not saved[name].is_floating_point():
+            raise ValueError(f"The checkpoint's AdamW state {name!r} is {saved[name].dtype}, expected floats: {ANEW}.")
         if tuple(saved[name].shape) != tuple(shape):
             raise ValueError(
                 f"The checkpoint's AdamW state {name!r} has shape {tuple(saved[name].shape)}, but its parameter has "

@@ -98,6 +98,20 @@ SYNONYMS = {
 }
 
 
+def check_flags(group: Group, owner: str) -> None:
+    """Refuse flags of torch's optimizers that are on, as `owner` has none of them."""
+    for flag in TORCH_FLAGS:
+        if group.get(flag):
+            raise ValueError(
+                f"A parameter group has {flag}={group[flag]}, which {owner} does not support: leave it out."
+            )
+    if group.get("decoupled_weight_decay") is False:
+        raise ValueError(
+            f"A parameter group has decoupled_weight_decay=False, but {owner} decouples weight decay as AdamW does: "
+            "leave it out of the group."
+        )
+
+
 def check_group_keys(group: Group, options: Iterable[str], owner: str) -> None:
     """Refuse flags of torch's optimizers that are on, and keys that look like a misspelt option.
 
@@ -108,19 +122,11 @@ def check_group_keys(group: Group, options: Iterable[str], owner: str) -> None:
         options: the options that a group may have.
         owner: the optimizer's name for the message.
     """
-    known = {*options, "params", "param_names"}
-    for flag in TORCH_FLAGS:
-        if flag not in known and isinstance(group.get(flag), (bool, int)) and group[flag]:
-            raise ValueError(
-                f"A parameter group has {flag}={group[flag]}, which {owner} does not support: leave it out."
-            )
-    if group.get("decoupled_weight_decay") is False:
-        raise ValueError(
-            f"A parameter group has decoupled_weight_decay=False, but {owner} decouples weight decay as AdamW does: "
-            "leave it out of the group."
-        )
+    check_flags(group, owner)
+    known = set(options)
     for key in group:
-        meant = None if key in known else nearest_option(str(key), known)
+        own = key in known or key in ("params", "param_names")
+        meant = None if own else nearest_option(str(key), known)
         if meant:
             raise ValueError(
                 f"A parameter group has {key}={group[key]!r}, which is no option of {owner}, though {meant!r} is: "

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from hf_lowmem.adamw_state import to_adamw as to_adamw_state
-from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.trainer.build import build_optimizer
 from hf_lowmem.trainer.checkpoints import refuse_incomplete
 
@@ -40,7 +39,6 @@ def to_adamw(
         ValueError: the optimizer does not keep AdamW's moments, or the checkpoint is that of another optim or model.
     """
     ours = build_optimizer(model, optim, lr=0.0, optim_args=optim_args)
-    assert isinstance(ours, LowMemOptimizer)
     if ours.rule != "adamw":
         raise ValueError(f"optim={optim!r} keeps moments that are not AdamW's: there is nothing to convert.")
     ours.load_state_dict(dict(checkpoint if isinstance(checkpoint, Mapping) else _saved_state(Path(checkpoint))))
@@ -88,11 +86,12 @@ def _saved_state(source: Path) -> dict[str, Any]:
 
 
 def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
-    """The optim name by which a state dict was written, 8 bits told from its codes."""
+    """The optim name by which a state dict was written."""
     algorithms = {group.get("algorithm") for group in saved["param_groups"]}
     if len(algorithms) != 1 or None in algorithms:
         raise ValueError(f"The optimizer state in {source} was not written by an optim of this package.")
-    coded = any(tensor.dtype == torch.uint8 for state in saved["state"].values() for tensor in state.values())
+    layouts = [entry for group in saved.get("layouts", ()) for entry in group]
+    coded = any(entry.get("state_bits") == 8 for entry in layouts)
     return f"{algorithms.pop()}_8bit" if coded else str(algorithms.pop())
 
 
@@ -106,6 +105,11 @@ def _model_of(source: Path) -> nn.Module:
             "trained."
         )
     config = transformers.AutoConfig.from_pretrained(source)
-    (architecture,) = config.architectures
-    model: nn.Module = getattr(transformers, architecture).from_pretrained(source, dtype="auto")
+    known = [name for name in config.architectures or () if hasattr(transformers, name)]
+    if not known:
+        raise ValueError(
+            f"{source / 'config.json'} names no architecture that transformers {transformers.__version__} knows: call "
+            "hf_lowmem.to_adamw with the model that was trained."
+        )
+    model: nn.Module = getattr(transformers, known[0]).from_pretrained(source, dtype="auto")
     return model

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +118,11 @@ def _kernels(broken: list[str]) -> Part:
     import torch
 
     from hf_lowmem.kernels import gpu, native
+    from hf_lowmem.kernels.reinstall import reinstall_command
 
-    if native.library() is not None:
-        compiled = "built"
-    elif find_spec("hf_lowmem.kernels._native") is None:
-        compiled = "missing: steps on the CPU take several times longer; install a C compiler, and hf_lowmem again"
-    else:
-        compiled = "of another version: install hf_lowmem again"
+    function, fault = native.loaded()
+    compiled = "built" if function else f"{fault} run `{reinstall_command()}`"
+    if fault and not fault.startswith("missing"):
         broken.append(f"The compiled CPU kernels are {compiled}.")
     if not torch.cuda.is_available():
         triton = "not needed, there is no CUDA device"

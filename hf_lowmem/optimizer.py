@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowmem.adamw_state import HYPERPARAMETERS, check_takes_adamw, from_adamw, is_adamw
+from hf_lowmem.adamw_state import check_takes_adamw, from_adamw, is_adamw
 from hf_lowmem.checks import (
     check_capturable,
+    check_flags,
     check_grad,
     check_group_keys,
     check_hyperparameters,
@@ -32,7 +33,7 @@ from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_k
 from hf_lowmem.kernels.gpu import capturing
 from hf_lowmem.kernels.norms import moved, total_norm
 from hf_lowmem.log import get_logger
-from hf_lowmem.options import describe, show_options
+from hf_lowmem.options import HYPERPARAMETERS, describe, show_options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.rounding import noise_key
@@ -61,6 +62,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def not_compiled(function: Function) -> Function:
     """The function left out of what torch.compile traces: kernels write through addresses, which it cannot see."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+class NoLongerKnown:
+    """The roles of a copied optimizer: its parameters are other objects than those that roles were found for."""
+
+    def of(self, param: Tensor) -> None:
+        """No parameter is known; those that were there before the copy have their layouts."""
+
+
+def algorithms() -> set[str]:
+    """What the `algorithm` of a group may be: that of any optimizer class."""
+    classes, found = [LowMemOptimizer], set()
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        found.add(getattr(cls, "algorithm", ""))
+    return found
 
 
 class Checked(NamedTuple):
@@ -123,7 +141,7 @@ class LowMemOptimizer(Optimizer):
 
     algorithm: ClassVar[str]
     rule: ClassVar[str]
-    layout_options: ClassVar[dict[str, Any]]  # the group values that a state's layout depends on, with their defaults
+    layout_options: ClassVar[dict[str, Any]]  # the options that a state's layout depends on, with their defaults
     schedule_options: ClassVar[dict[str, Any]] = {}  # those that the plan needs too, which a resumed run may change
     idle_calls: ClassVar[int] = 0  # first calls of a parameter that prepare its projection and do not update it
 
@@ -143,8 +161,9 @@ class LowMemOptimizer(Optimizer):
         capturable: bool = False,
         **options: Any,
     ) -> None:
-        known = self._known_options()
-        if unknown := set(options) - known:
+        legal = self._known_options()
+        if unknown := set(options) - legal:
+            known = {*HYPERPARAMETERS, "roles", *legal}
             meant = nearest_option(name := min(unknown), known)
             raise TypeError(
                 f"{type(self).__name__} has no option {name!r}{f', did you mean {meant!r}?' if meant else ';'} it has "
@@ -188,7 +207,7 @@ class LowMemOptimizer(Optimizer):
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
-        """The state of a parameter of `shape` under the group's `layout_options` and `schedule_options`."""
+        """The state of a parameter of `shape` under `layout_options` and `schedule_options`."""
         raise NotImplementedError
 
     @classmethod
@@ -216,14 +235,19 @@ class LowMemOptimizer(Optimizer):
             ValueError: a hyperparameter out of range, an option that is misspelt or does not fit a parameter, a flag
                 of torch's optimizers that this one does not support, or a parameter that is in another group.
         """
+        known = {*HYPERPARAMETERS, "algorithm", *self._known_options()}
         if isinstance(param_group, dict):
-            hyperparameters = ("lr", "betas", "eps", "weight_decay", "algorithm")
-            check_group_keys(param_group, (*hyperparameters, *self._known_options()), type(self).__name__)
+            check_group_keys(param_group, known, type(self).__name__)
+            if param_group.get("algorithm", self.algorithm) not in algorithms():
+                raise ValueError(
+                    f"A parameter group has algorithm={param_group['algorithm']!r}, a key that says which optimizer "
+                    "wrote a checkpoint: give a tag of your own another name."
+                )
             param_group["algorithm"] = self.algorithm
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            check_hyperparameters(group)
+            check_hyperparameters({key: group[key] for key in known & group.keys()})
             self._layouts.append(self._layouts_of(group))
             schedule = self._schedule(group)
             for param, layout in zip(group["params"], self._layouts[-1].layouts, strict=True):
@@ -247,7 +271,7 @@ class LowMemOptimizer(Optimizer):
                 unplanned.append(tuple(param.shape))
             role_name, chosen = planned or ("", {})
             options = {**self._layout_defaults, **chosen, **own}
-            layouts.append(ParamLayout(role_name or name, tuple(sorted(options.items()))))
+            layouts.append(ParamLayout(role_name or name, tuple(sorted(options.items())), bool(role_name)))
         if unplanned:
             logger.warning(
                 "%d parameters are not those of the model that the roles were read from (shapes %s%s): they get the "
@@ -320,6 +344,7 @@ class LowMemOptimizer(Optimizer):
         plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
         state = {name: spec.zeros(param.device) for name, spec in self._specs(param, plan, group).items()}
         self.state[param] = state
+        self._checked.pop(param, None)
         return state
 
     @staticmethod
@@ -410,6 +435,7 @@ class LowMemOptimizer(Optimizer):
             )
         for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
             layouts.check(group, number, self.layout_options)
+            check_flags(group, type(self).__name__)
         firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
         members = [self._members(*entry) for entry in zip(self.param_groups, self._layouts, firsts, strict=False)]
         found = []
@@ -472,6 +498,13 @@ class LowMemOptimizer(Optimizer):
                 f"{name} of shape {tuple(param.shape)} has no storage that holds all of its entries as they are: "
                 "train a plain tensor."
             )
+        if is_plain(param) and torch._debug_has_internal_overlap(param) == 1:
+            raise RuntimeError(
+                f"{name} of shape {tuple(param.shape)} has entries that share memory, as those of an expanded tensor "
+                "do: train a clone of it."
+            )
+        if last is None and not is_plain(param):
+            densified(param)  # a class that cannot be read is refused before anything is written
         plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
         specs = self._specs(param, plan, group)
         self._fit_rounding(param, state, plan)
@@ -486,6 +519,9 @@ class LowMemOptimizer(Optimizer):
         bucket = (kernel, param.device, is_plain(param))
         checked = Checked(layout, values, param.shape, param.dtype, pointer, tensors, plan, bucket)
         self._checked[param] = checked
+        if len(self._checked) > sum(len(group["params"]) for group in self.param_groups):  # some were swapped out
+            params = [member for group in self.param_groups for member in group["params"] if member in self._checked]
+            self._checked = {member: self._checked[member] for member in params}
         return checked
 
     def _slot(self, member: Member, group: Group, later: int = 0) -> Slot:
@@ -634,10 +670,10 @@ class LowMemOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._host_copies.fetch()
-        return {**super().__getstate__(), "_layouts": self._layouts, "_layout_defaults": self._layout_defaults}
+        kept = {"_layouts": self._layouts, "_layout_defaults": self._layout_defaults}
+        return {**super().__getstate__(), **kept, "_roles": NoLongerKnown() if self._roles else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._roles = None  # parameters are other objects after a copy; the layouts hold all that is needed
         self._forget_caches()
         super().__setstate__(state)
 
@@ -663,14 +699,15 @@ class LowMemOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         saved_groups = state_dict["param_groups"]
-        adamw = is_adamw(saved_groups)
+        adamw = is_adamw(saved_groups, state_dict["state"])
         if adamw:
-            check_takes_adamw(self.rule, self._optim_name())
+            check_takes_adamw(saved_groups, self.rule, self._optim_name())
             check_group_sizes(self.param_groups, saved_groups)
         else:
-            check_groups(self.param_groups, saved_groups)
-        named = ([{"name": name} for name in group.get("param_names", ())] for group in saved_groups)
-        check_layouts(self._layouts, state_dict.get("layouts") or named)
+            check_groups(self.param_groups, saved_groups, self._optim_name())
+        for saved_group in saved_groups:
+            check_flags({} if adamw else saved_group, type(self).__name__)
+        check_layouts(self._layouts, state_dict.get("layouts"), saved_groups)
         loaded: dict[Tensor, State] = {}
         for group, layouts, saved_group in zip(self.param_groups, self._layouts, saved_groups, strict=True):
             for param, layout, key in zip(group["params"], layouts.layouts, saved_group["params"], strict=True):

@@ -1,4 +1,4 @@
-"""From a model and a recipe to the options of every parameter: what the optimizer's groups are split by."""
+"""From a model and a recipe to the options of every parameter, which decide what its state looks like."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_lowmem.state import StatePlan
 STORAGE_OPTIONS = ("state_bits", "block_size", "min_8bit_size")
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
-Treatment = tuple[dict[str, Any], str]  # group options (axes, segments, rank, ...), and why in a few words
+Treatment = tuple[dict[str, Any], str]  # layout options (axes, segments, rank, ...), and why in a few words
 Roles = Sequence[tuple[nn.Parameter, ParamRole]]
 FULL: dict[str, Any] = {}
 
@@ -90,7 +90,7 @@ class Recipe:
         return treatment != self.untreated
 
     def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
-        """The group values of a parameter: plain values only."""
+        """The layout options of a parameter: plain values only."""
         bits: int = self.state_bits
         if role.role in EMBEDDINGS:
             full = self.full_second_moment and not self.is_treated(treatment)
@@ -102,7 +102,7 @@ class Recipe:
         return {name: getattr(self, name) for name in (*STORAGE_OPTIONS, *RUN_OPTIONS)}
 
     def state_plan(self, assignment: Assignment) -> StatePlan:
-        """The state of a parameter with its group options."""
+        """The state of a parameter with its options."""
         cls, shape, dtype = self.optimizer_cls, assignment.role.shape, assignment.param.dtype
         return cls.state_plan(shape, dtype, {**cls.plan_options(), **self.shared_options(), **assignment.options})
 
@@ -118,7 +118,7 @@ class Assignment:
 
 
 class RolePlan(Sequence[Assignment]):
-    """The assignments of all of a model's parameters; an optimizer splits its groups by their options."""
+    """The assignments of all of a model's parameters; an optimizer keeps their options beside its groups."""
 
     def __init__(self, assignments: Sequence[Assignment]) -> None:
         self._assignments = tuple(assignments)

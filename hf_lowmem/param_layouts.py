@@ -20,10 +20,14 @@ class Roles(Protocol):
 
 
 class ParamLayout(NamedTuple):
-    """The name of one parameter, "" if it is not known, and its layout options as (option, value) pairs."""
+    """The name of one parameter, "" if it is not known, and its layout options as (option, value) pairs.
+
+    `from_model` says that the name is the model's own, and not one that the group's `param_names` has already.
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...]
+    from_model: bool = False
 
 
 def as_tuple(value: Any) -> Any:
@@ -64,4 +68,4 @@ class GroupLayouts:
 
     def saved(self) -> list[dict[str, Any]]:
         """As plain values for a state dict."""
-        return [{"name": layout.name, **dict(layout.options)} for layout in self.layouts]
+        return [{**({"name": each.name} if each.from_model else {}), **dict(each.options)} for each in self.layouts]

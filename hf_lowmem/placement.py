@@ -47,7 +47,9 @@ class HostCopies:
             (param, state, name) for param, state in states for name, tensor in state.items() if on_accelerator(tensor)
         ]
         for param, state, name in leaving:
-            if (param, name) not in self._buffers:
+            buffer = self._buffers.get((param, name))
+            # The weight's shape or dtype may have changed since, and that of its state with it.
+            if buffer is None or (buffer.shape, buffer.dtype) != (state[name].shape, state[name].dtype):
                 pinned = torch.empty_like(state[name], device="cpu", pin_memory=state[name].is_cuda)
                 self._buffers[param, name] = pinned
         with self._copying(leaving) as streams:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_lowmem.adamw_state import ANEW
 from hf_lowmem.names import canonical_name
 from hf_lowmem.param_layouts import GroupLayouts, as_tuple
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
@@ -16,19 +17,19 @@ Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
 
 
-def check_groups(current: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse a checkpoint whose groups were made by another algorithm or for another model."""
+def check_groups(current: Sequence[Group], saved: Sequence[Group], optim: str) -> None:
+    """Refuse a checkpoint whose groups were made by another algorithm or for another model; `optim` is the name."""
     algorithm = current[0]["algorithm"]
     written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
     if written_by != {algorithm}:
         raise ValueError(
             f"The checkpoint's optimizer state was written by {', '.join(sorted(written_by))}, not by {algorithm}: "
-            "resume with the same optim name, or without the checkpoint's optimizer state."
+            f"resume with the same optim name, or, to go on with optim={optim!r}, {ANEW}."
         )
     check_group_sizes(current, saved)
 
 
-HINT = "resume with the same model, optim name, optim_args, rules and target modules as the checkpoint"
+HINT = "resume with the model, optim name, optim_args, rules and target modules of the run that wrote the checkpoint"
 
 
 def check_group_sizes(current: Sequence[Group], saved: Sequence[Group]) -> None:
@@ -74,15 +75,24 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"Checkpoint state {name!r} is {value!r}, expected a finite number of at least 0.")
 
 
-def check_layouts(current: Iterable[GroupLayouts], saved: Iterable[Iterable[Mapping[str, Any]]]) -> None:
+def check_layouts(
+    current: Sequence[GroupLayouts], saved: Sequence[Sequence[Mapping[str, Any]]] | None, groups: Sequence[Group]
+) -> None:
     """Refuse a checkpoint of other parameters, or one whose state was laid out by other options.
+
+    Args:
+        current: the optimizer's own.
+        saved: the checkpoint's, by group; None where what wrote it keeps no layouts.
+        groups: the checkpoint's, whose `param_names` name the parameters that `saved` does not.
 
     Raises:
         ValueError: with the first parameter that differs.
     """
-    for number, (group, theirs) in enumerate(zip(current, saved, strict=False)):
-        for layout, entry in zip(group.layouts, theirs, strict=False):
-            name = canonical_name(str(entry.get("name") or ""))
+    for number, (mine, group) in enumerate(zip(current, groups, strict=True)):
+        theirs = saved[number] if saved else [{}] * len(mine.layouts)
+        names = group.get("param_names") or [""] * len(mine.layouts)
+        for layout, entry, its_name in zip(mine.layouts, theirs, names, strict=False):
+            name = canonical_name(str(entry.get("name") or its_name))
             if layout.name and name and canonical_name(layout.name) != name:
                 raise ValueError(
                     f"Checkpoint group {number} holds the parameter {name!r}, expected {layout.name!r}: {HINT}."

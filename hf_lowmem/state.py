@@ -123,7 +123,7 @@ class Projection(Protocol):
     """The space that the moments live in, and when its basis changes.
 
     `before_step` and `after_step` run outside any compiled region, with `step` counting the current step; they may
-    change the basis and rewrite the moments. Gradients come in the parameter's dtype; all arithmetic is float32.
+    change the basis and rewrite the moments. Gradients come in the parameter's dtype; the arithmetic is the plan's.
     """
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:

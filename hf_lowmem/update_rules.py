@@ -2,7 +2,7 @@
 
 Each takes the parameter, its gradient, its moments and its projection, the number of the step, and the
 hyperparameters as keywords (numbers, or 0-D tensors where a compiled step must not recompile as they change; flags
-are plain values). It returns the new parameter, all in float32.
+are plain values). It returns the new parameter, all in float32, or in float64 for float64 weights.
 """
 
 from __future__ import annotations

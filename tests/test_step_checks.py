@@ -394,3 +394,45 @@ def test_a_compiled_training_step_is_the_step() -> None:
         found.append([param.detach() for param in model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# -- after the state is gone, or was made for another weight --------------------------------------------------------
+
+
+@EACH
+def test_cleared_state_is_made_anew_for_the_weight_as_it_is(cls: type, options: dict[str, Any]) -> None:
+    param, optimizer = stepped(cls, options)
+    optimizer.state.clear()
+    param.data, param.grad = torch.randn(32, 64), None
+    param.grad = torch.randn(32, 64)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].shape[0] in (32, 4)
+    assert param.isfinite().all()
+
+
+def test_an_expanded_weight_is_refused() -> None:
+    param = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    optimizer = SlimAdamW([param])
+    param.grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        optimizer.step()
+
+
+def test_host_copies_fit_the_state_of_now(monkeypatch) -> None:
+    """A weight may have been resized, or its dtype changed, since its state was last moved to the host."""
+    monkeypatch.setattr("hf_lowmem.placement.on_accelerator", lambda tensor: tensor.ndim > 0)
+    monkeypatch.setattr("torch.empty_like", lambda t, **_: torch.empty(t.shape, dtype=t.dtype))
+    param, optimizer = stepped(LowMemAdamW, {"offload_state": True})
+    optimizer.release_state()
+    param.data, param.grad = torch.randn(72, 64), None
+    param.grad = torch.randn(72, 64)
+    optimizer.resize_state()
+    optimizer.step()
+    optimizer.release_state()
+    param.data, param.grad = param.data.double(), None
+    param.grad = torch.randn(72, 64, dtype=torch.float64)
+    optimizer.step()
+    before = optimizer.state[param]["exp_avg"].clone()
+    optimizer.release_state()
+    assert torch.equal(optimizer.state[param]["exp_avg"], before)
+    assert before.dtype == torch.float64

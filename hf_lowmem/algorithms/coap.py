@@ -96,16 +96,23 @@ class Coap(LowMemOptimizer):
         values = {**self.plan_options(), **options}
         check_one_rank(values)
         super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
-        self._say_what_is_kept_whole()
+        self._say_what_is_kept_whole(0)
+        self._is_built = True
 
-    def _say_what_is_kept_whole(self) -> None:
-        """Say once which weights a `rank` is too large for."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; a group that is added later is looked at for weights that `rank` is too large for."""
+        super().add_param_group(param_group)
+        if getattr(self, "_is_built", False):
+            self._say_what_is_kept_whole(len(self.param_groups) - 1)
+
+    def _say_what_is_kept_whole(self, first: int) -> None:
+        """Say once which weights of the groups from number `first` on a `rank` is too large for."""
         whole = []
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            for param, (name, pairs) in zip(group["params"], layouts.layouts, strict=True):
-                options, shape = dict(pairs), tuple(param.shape)
+        for group, layouts in zip(self.param_groups[first:], self._layouts[first:], strict=True):
+            for param, layout in zip(group["params"], layouts.layouts, strict=True):
+                options, shape = dict(layout.options), tuple(param.shape)
                 if options["rank"] and (why := kept_whole(shape, options)):
-                    whole.append(f"{name or f'one of shape {shape}'} ({why})")
+                    whole.append(f"{layout.name or f'one of shape {shape}'} ({why})")
         if whole:
             logger.warning("Weights that %s leaves unprojected: %d, such as %s.", self.algorithm, len(whole), whole[0])
 

@@ -93,6 +93,19 @@ def kernel(rule: int, otherwise: Kernel, form: Form = adamw_form) -> Kernel:
 @cache
 def library() -> ctypes._NamedFuncPointer | None:
     """The library's function; None, said once, where it was not built, or from another version of its source."""
+    function, fault = loaded()
+    if function is None:
+        logger.warning(
+            "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s run "
+            "`%s`.",
+            fault,
+            reinstall_command(),
+        )
+    return function
+
+
+def loaded() -> tuple[ctypes._NamedFuncPointer | None, str]:
+    """The library's function, or None and what is wrong with the library."""
     built, fault = None, "missing: install a C compiler, such as gcc, and then"
     if LIBRARY.is_file():
         try:
@@ -101,16 +114,10 @@ def library() -> ctypes._NamedFuncPointer | None:
         except OSError as error:
             fault = f"not loadable ({error}):"
     if built is None or fault:
-        logger.warning(
-            "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s run "
-            "`%s`.",
-            fault,
-            reinstall_command(),
-        )
-        return None
+        return None, fault
     function = built.hf_lowmem_step
     function.argtypes = [ctypes.POINTER(_Part), ctypes.c_int64, ctypes.c_int]
-    return function
+    return function, ""
 
 
 def _load() -> ctypes.CDLL:

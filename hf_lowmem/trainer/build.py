@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
-from hf_lowmem.checks import check_whole
+from hf_lowmem.checks import check_param, check_whole
 from hf_lowmem.log import PACKAGE, announce, get_logger, is_first_process
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.param_groups import Recipe, plan_roles
@@ -151,6 +151,7 @@ def check_weights(model: nn.Module) -> None:
     """Raise ValueError if a trained parameter of `model` is a piece of a weight, such as FSDP leaves to a process."""
     for name, param in model.named_parameters():
         if param.requires_grad:
+            check_param(param)
             check_whole(param, name)
 
 

@@ -328,3 +328,52 @@ def test_an_unknown_option_is_told_with_all_that_there_are(optim: str) -> None:
         assert option in str(raised.value)
     with pytest.raises(TypeError, match=r"'roundin', did you mean 'rounding'\?"):
         cls([nn.Parameter(torch.ones(4))], roundin="kahan")
+
+
+def test_options_of_other_optimizers_are_tags() -> None:
+    from hf_lowmem.algorithms import SlimAdamW
+
+    tags = {"rank": 0, "scale": 0, "sides": "left", "align": "top", "decay_rate": 1}
+    (group,) = SlimAdamW([{"params": [nn.Parameter(torch.ones(4, 64))], **tags}]).param_groups
+    assert {tag: group[tag] for tag in tags} == tags
+
+
+@EACH
+def test_a_tag_that_says_who_wrote_a_checkpoint_is_refused(optim: str) -> None:
+    cls = recipe_for(optim).optimizer_cls
+    with pytest.raises(ValueError, match=r"algorithm='muon'.*another name"):
+        cls([{"params": [nn.Parameter(torch.ones(4, 64))], "algorithm": "muon"}])
+
+
+@pytest.mark.parametrize("when", ["set", "loaded"])
+@EACH
+def test_a_flag_is_refused_whenever_it_comes(optim: str, when: str) -> None:
+    cls = recipe_for(optim).optimizer_cls
+    param = nn.Parameter(torch.ones(4, 64))
+    optimizer = cls([param])
+    if when == "set":
+        optimizer.param_groups[0]["maximize"] = True
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match="maximize=True"):
+            optimizer.step()
+    else:
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["maximize"] = True
+        with pytest.raises(ValueError, match="maximize=True"):
+            optimizer.load_state_dict(saved)
+
+
+def test_a_copy_says_that_it_does_not_know_the_role_of_a_new_group(caplog) -> None:
+    model = tiny()
+    params = list(model.parameters())
+    twin = copy.deepcopy(build(model, "slim_adamw", [{"params": params[1:]}]))
+    twin.add_param_group({"params": [nn.Parameter(torch.ones(4, 64))]})
+    assert "1 parameters are not those of the model that the roles were read from" in caplog.text
+
+
+def test_misspelt_arguments_are_told_with_what_was_meant() -> None:
+    from hf_lowmem.algorithms import SlimAdamW
+
+    for wrong, meant in (("learning_rate", "lr"), ("weight_decays", "weight_decay"), ("axis", "axes")):
+        with pytest.raises(TypeError, match=rf"'{wrong}', did you mean '{meant}'"):
+            SlimAdamW([nn.Parameter(torch.ones(4, 64))], **{wrong: 1})
