@@ -76,8 +76,8 @@ def from_adamw(saved: Mapping[str, Any], plan: StatePlan, shape: tuple[int, ...]
     if set(saved) - {LEFT_OUT} != {"step", *MOMENTS}:
         raise ValueError(f"The checkpoint's optimizer state {sorted(saved)} is not AdamW's step and moments: {ANEW}.")
     for name in MOMENTS:
-        if not saved[name].is_floating_point():
-            raise ValueError(f"The checkpoint's AdamW state {name!r} is {saved[name].dtype}, expected floats: {ANEW}.")
+        if not isinstance(saved[name], Tensor) or not saved[name].is_floating_point():
+            raise ValueError(f"The checkpoint's AdamW state {name!r} is no tensor of floats: {ANEW}.")
         if tuple(saved[name].shape) != tuple(shape):
             raise ValueError(
                 f"The checkpoint's AdamW state {name!r} has shape {tuple(saved[name].shape)}, but its parameter has "

@@ -83,6 +83,11 @@ def check_param(param: Tensor) -> None:
             f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "
             "train torch.view_as_real of it, or give it to another optimizer."
         )
+    if param.is_floating_point() and param.itemsize < 2:
+        raise ValueError(
+            f"Parameters of {param.dtype} are not supported (shape {tuple(param.shape)}): train them in bfloat16 or "
+            "float16, or give them to another optimizer."
+        )
     if param.layout is not torch.strided:
         raise ValueError(
             f"Parameters of layout {param.layout} are not supported (shape {tuple(param.shape)}): "
@@ -193,8 +198,8 @@ def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str,
     """
     for key, spec in specs.items():
         tensor = state.get(key)
-        if tensor is None or tensor.shape != spec.shape:
-            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        if not isinstance(tensor, Tensor) or tensor.shape != spec.shape:
+            found = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is {tensor!r}"
             raise RuntimeError(
                 f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} "
                 "is expected: if the weight was resized, call optimizer.resize_state() before the next step."

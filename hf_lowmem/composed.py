@@ -49,10 +49,10 @@ def _tiles(rule: str, slot: Slot) -> Iterator[tuple[slice, ...]]:
 def compiled_step(rule: str, slot: Slot, hyper: Hyper) -> None:
     """The same through torch.compile: one graph per plan and shape, never another as the hyperparameters change."""
     slot = slot.clipped()
-    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in hyper.numbers.items()}
-    step = torch.tensor(slot.step, dtype=torch.float64)
+    numbers = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in hyper.numbers.items()}
+    step = torch.tensor(slot.step, dtype=torch.float64, device="cpu")
     key = torch.tensor(slot.noise_key, dtype=torch.int32, device=slot.param.device)
-    weight, values = slot._replace(noise_key=key).weight(), {**numbers, **hyper.flags}
+    weight, values = slot._replace(noise_key=key, param=slot.param.detach()).weight(), {**numbers, **hyper.flags}
     with torch._dynamo.utils.disable_cache_limit():
         if slot.plan.rounding.kind == "kahan":
             # A compiled store would leave out the rounding to the weight's dtype, whose error it is to keep.

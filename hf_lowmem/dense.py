@@ -13,12 +13,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_stored(tensor: Tensor) -> bool:
     """Whether a plain tensor's storage holds all of its entries: storage may have been freed or cut."""
-    return (
-        tensor.is_meta
-        or tensor._is_zerotensor()
-        or not tensor.numel()
-        or _end(tensor) <= tensor.untyped_storage().nbytes()
-    )
+    if tensor.is_meta or tensor._is_zerotensor() or not tensor.numel():
+        return True
+    # A functional tensor says how large its storage is, and has none.
+    return _end(tensor) <= tensor.untyped_storage().nbytes() and tensor.data_ptr() != 0
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -92,7 +92,7 @@ class Checked(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     pointer: int
-    tensors: tuple[tuple[Tensor, int], ...]
+    tensors: tuple[tuple[Tensor, torch.Size, int], ...]
     plan: StatePlan
     bucket: tuple[KernelKey, torch.device, bool]
 
@@ -100,10 +100,12 @@ class Checked(NamedTuple):
         """Whether weight and state are the same tensors at the same addresses, so that nothing need be compared."""
         if self.shape != param.shape or self.dtype is not param.dtype or len(state) != len(self.tensors):
             return False
-        if not is_plain(param) or self.pointer != param.data_ptr():
+        if not is_plain(param) or self.pointer != param.data_ptr() or param.is_neg():
             return False
-        for mine, (theirs, pointer) in zip(state.values(), self.tensors, strict=True):
-            if mine is not theirs or mine.data_ptr() != pointer:
+        for mine, (theirs, shape, pointer) in zip(state.values(), self.tensors, strict=True):
+            if mine is not theirs or mine.data_ptr() != pointer or mine.shape != shape:
+                return False
+            if mine.is_neg() or not mine.is_contiguous():
                 return False
         return True
 
@@ -190,9 +192,12 @@ class LowMemOptimizer(Optimizer):
         """Start with what belongs to the next step, and to this process, empty."""
         self._plans: dict[tuple, StatePlan] = {}
         self._checked: dict[Tensor, Checked] = {}
+        self._turns: dict[int, int] | None = (
+            None  # of weights that share memory with others, by id; None where unknown
+        )
         self._host_copies = HostCopies()
         self._rounding_changed: Counter[str] = Counter()
-        self._clips: dict[torch.device, Clip] = {}  # of the next step
+        self._clips: dict[tuple[torch.device, torch.dtype], Clip] = {}  # of the next step, by device and arithmetic
         self._clipped: dict[Tensor, Any] = {}  # weak references to the gradients, by parameter
         self._clip_captured = self._asked_to_clip = False
 
@@ -320,6 +325,7 @@ class LowMemOptimizer(Optimizer):
         found = self._plans.get(key)
         if found is None:
             values = dict(options) | dict(zip((*self.schedule_options, "rounding"), schedule, strict=True))
+            check_hyperparameters(values)
             found = self._plans[key] = self.state_plan(shape, dtype, values)
         return found
 
@@ -399,8 +405,8 @@ class LowMemOptimizer(Optimizer):
             max_norm: at least 0; infinity finds the norm and changes nothing.
 
         Returns:
-            The norm before clipping, of all gradients of the optimizer's parameters: 0-D float32, on the device of
-            the first.
+            The norm before clipping, of all gradients of the optimizer's parameters: 0-D float32, or float64 where
+            one of them is float64, on the device of the first.
 
         Raises:
             ValueError: `max_norm` is negative or no number.
@@ -415,9 +421,10 @@ class LowMemOptimizer(Optimizer):
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             clipped = [slot for _, _, slots in buckets for slot in slots]
-            self._clips = {device: Clip(moved(scale, device), kept) for device in {s.param.device for s in clipped}}
+            kinds = {(slot.param.device, slot.plan.arithmetic) for slot in clipped}
+            self._clips = {kind: Clip(moved(scale, kind[0]).to(kind[1]), kept) for kind in kinds}
             self._clipped = {slot.param: weakref.ref(slot.param.grad) for slot in clipped}
-            self._clip_captured = any(map(capturing, self._clips))
+            self._clip_captured = any(capturing(device) for device, _ in self._clips)
         return norm
 
     @not_compiled
@@ -438,6 +445,8 @@ class LowMemOptimizer(Optimizer):
             check_flags(group, type(self).__name__)
         firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
         members = [self._members(*entry) for entry in zip(self.param_groups, self._layouts, firsts, strict=False)]
+        if self._turns is None:
+            self._turns = turns_of_overlapping(self._checked)
         found = []
         for group, with_grad in zip(self.param_groups, members, strict=True):
             if advance and with_grad:
@@ -446,11 +455,12 @@ class LowMemOptimizer(Optimizer):
                 torch._foreach_add_(
                     steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
                 )
-            buckets: dict[tuple[Any, int], list[Slot]] = defaultdict(list)
+            buckets: dict[tuple[Any, int, int], list[Slot]] = defaultdict(list)
             for member, later in zip(with_grad, repeats(with_grad), strict=True):
                 if member.param.numel():
-                    buckets[member.checked.bucket, -later].append(self._slot(member, group, later))
-            found += [(group, bucket[0], slots) for (bucket, _), slots in buckets.items()]
+                    turn = self._turns.get(id(member.param), 0)
+                    buckets[member.checked.bucket, turn, -later].append(self._slot(member, group, later))
+            found += [(group, bucket[0], slots) for (bucket, *_), slots in buckets.items()]
         return found
 
     def _members(self, group: Group, layouts: GroupLayouts, first: int) -> list[Member]:
@@ -488,6 +498,8 @@ class LowMemOptimizer(Optimizer):
                 f"{name} has shape {tuple(param.shape)}, but its optimizer state was made for {tuple(last.shape)}: if "
                 "the weight was resized, call optimizer.resize_state() before the next step."
             )
+        if not param.is_floating_point():
+            raise RuntimeError(f"{name} of shape {tuple(param.shape)} is {param.dtype}: only floats can be stepped.")
         if param.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{name} of shape {tuple(param.shape)} is an inference tensor, which cannot be updated outside of "
@@ -513,7 +525,9 @@ class LowMemOptimizer(Optimizer):
             if key in state and {state[key].dtype, spec.dtype} == FLOATS:
                 state[key] = state[key].to(spec.dtype)
         check_stored(param, state, specs, name)
-        tensors = tuple((tensor, tensor.data_ptr()) for tensor in state.values())
+        held = [tensor for tensor in state.values() if isinstance(tensor, Tensor)]
+        tensors = tuple((tensor, tensor.shape, tensor.data_ptr()) for tensor in held)
+        self._turns = None
         pointer = param.data_ptr() if is_plain(param) else 0
         kernel = key_of(self.rule_of(plan, group), plan, param.device.type)
         bucket = (kernel, param.device, is_plain(param))
@@ -534,7 +548,7 @@ class LowMemOptimizer(Optimizer):
             seed = group["rounding_seed"]
             key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
         if self._clipped and param in self._clipped and self._clipped[param]() is param.grad:
-            clip = self._clips.get(param.device)
+            clip = self._clips.get((param.device, plan.arithmetic))
         return Slot(param, grad, state, plan, step, key, clip)
 
     def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
@@ -552,6 +566,13 @@ class LowMemOptimizer(Optimizer):
             # A weight that rounds to nearest keeps float32's digits for the wrapper's own rounding.
             dtype = plan.arithmetic if plan.rounding.kind == "nearest" else wrapper.dtype
             slots = [slots[0]._replace(param=densified(wrapper, dtype), grad=slots[0].grad.to(dtype))]
+        # Products and compiled steps take one dtype; kernels and rules read any.
+        slots = [
+            slot._replace(grad=slot.grad.to(slot.plan.arithmetic))
+            if slot.grad.dtype != slot.param.dtype and (group["compile"] or slot.plan.projection is not FULL_SPACE)
+            else slot
+            for slot in slots
+        ]
         slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
         # A basis is found from numbers, which a gradient on the meta device does not have.
         projected = [s for s in slots if s.plan.projection is not FULL_SPACE and not s.grad.is_meta]
@@ -612,7 +633,7 @@ class LowMemOptimizer(Optimizer):
     def _check_capture(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         check()
-        if self._clips and any(map(capturing, self._clips)) != self._clip_captured:
+        if self._clips and any(capturing(device) for device, _ in self._clips) != self._clip_captured:
             raise RuntimeError(
                 "clip_grad_norm_ was called outside of the CUDA graph that captures its step: capture both in one."
             )
@@ -666,7 +687,10 @@ class LowMemOptimizer(Optimizer):
         Beside torch's own keys, `layouts` has the name and the layout options of each parameter, by group.
         """
         self.synchronize_state()
-        return {**super().state_dict(), "layouts": [layouts.saved() for layouts in self._layouts]}
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group["algorithm"] = self.algorithm  # the group's own may be of another optimizer that has it too
+        return {**found, "layouts": [layouts.saved() for layouts in self._layouts]}
 
     def __getstate__(self) -> dict[str, Any]:
         self._host_copies.fetch()
@@ -704,7 +728,7 @@ class LowMemOptimizer(Optimizer):
             check_takes_adamw(saved_groups, self.rule, self._optim_name())
             check_group_sizes(self.param_groups, saved_groups)
         else:
-            check_groups(self.param_groups, saved_groups, self._optim_name())
+            check_groups(self.param_groups, saved_groups, self.algorithm, self._optim_name())
         for saved_group in saved_groups:
             check_flags({} if adamw else saved_group, type(self).__name__)
         check_layouts(self._layouts, state_dict.get("layouts"), saved_groups)
@@ -717,7 +741,8 @@ class LowMemOptimizer(Optimizer):
                         saved = from_adamw(saved, plan, tuple(param.shape))
                     specs = self._specs(param, plan, group)
                     check_state(saved, specs, tuple(param.shape))
-                    loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
+                    with torch.inference_mode(False):  # a later step may be outside of it
+                        loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
         kept = {"params", *RUN_OPTIONS, *self.plan_options(), *RULE_FLAGS.get(self.rule, ())}
         for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             lr, keeps = group["lr"], kept | ({"param_names"} & group.keys())
@@ -754,6 +779,33 @@ def repeats(members: list[Member]) -> list[int]:
         found.append(left[id(member.param)])
         left[id(member.param)] -= 1
     return found
+
+
+def turns_of_overlapping(checked: Mapping[Tensor, Checked]) -> dict[int, int]:
+    """For parameters that share memory with others, by id: which of them is stepped when.
+
+    A kernel steps the parameters of a bucket on several threads, which must not write the same entries.
+    """
+    spans = sorted(
+        (
+            each.pointer,
+            each.pointer + param.untyped_storage().nbytes()
+            if not param.is_contiguous()
+            else each.pointer + param.nbytes,
+            number,
+            id(param),
+        )
+        for number, (param, each) in enumerate(checked.items())
+        if each.pointer
+    )
+    turns: dict[int, int] = {}
+    reach = turn = 0
+    for start, end, _, param_id in spans:
+        turn = turn + 1 if start < reach else 0
+        reach = max(reach, end)
+        if turn:
+            turns[param_id] = turn
+    return turns
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

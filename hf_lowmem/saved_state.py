@@ -17,9 +17,8 @@ Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
 
 
-def check_groups(current: Sequence[Group], saved: Sequence[Group], optim: str) -> None:
-    """Refuse a checkpoint whose groups were made by another algorithm or for another model; `optim` is the name."""
-    algorithm = current[0]["algorithm"]
+def check_groups(current: Sequence[Group], saved: Sequence[Group], algorithm: str, optim: str) -> None:
+    """Refuse a checkpoint of another optimizer than `algorithm`, which users know as `optim`, or of another model."""
     written_by = {group.get("algorithm", "another optimizer") for group in saved} or {"another optimizer"}
     if written_by != {algorithm}:
         raise ValueError(
@@ -61,6 +60,10 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
         if not spec.shape:
             check_count(name, value)
             continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"Checkpoint state {name!r} is {value!r}, expected a tensor of shape {spec.shape}. {hint}"
+            )
         if value.shape != spec.shape or (value.dtype != spec.dtype and {value.dtype, spec.dtype} != FLOATS):
             raise ValueError(
                 f"Checkpoint state {name!r} has shape {tuple(value.shape)} and {value.dtype}, expected {spec.shape} "
@@ -111,7 +114,8 @@ def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
         return value.to(param.device, copy=True)  # type: ignore[no-any-return]
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
-    return tensor.copy_(torch.as_tensor(value).reshape(spec.shape))
+    number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+    return tensor.copy_(number.reshape(spec.shape))
 
 
 def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
@@ -123,7 +127,7 @@ def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], 
             found[key] = old
             continue
         by_row = spec.param_dims[:1] == (0,) and old.shape[1:] == spec.shape[1:] and old.dtype == spec.dtype
-        if not by_row or "proj_count" in specs:
+        if not by_row or "proj_count" in state:
             raise RuntimeError(
                 f"The optimizer state {key!r} of {name} has shape {tuple(old.shape)} and {old.dtype}, which cannot be "
                 f"carried over to {spec.shape} and {spec.dtype}: build the optimizer anew."

@@ -160,16 +160,33 @@ def test_other_state_is_refused_in_one_sentence(saved, message):
 
 
 def test_whose_groups_are_adamws():
+    def looks_so(optimizer, state=None):
+        return is_adamw(optimizer.state_dict()["param_groups"], state or {})
+
     param = torch.nn.Parameter(torch.zeros(4, 4))
-    assert is_adamw(torch.optim.AdamW([param]).state_dict()["param_groups"])
-    assert is_adamw(torch.optim.Adam([param], amsgrad=True).state_dict()["param_groups"])
-    assert not is_adamw(torch.optim.SGD([param], lr=0.1).state_dict()["param_groups"])
-    assert not is_adamw(torch.optim.Adafactor([param]).state_dict()["param_groups"])
-    assert not is_adamw(SlimAdamW([param]).state_dict()["param_groups"])
+    assert looks_so(torch.optim.AdamW([param]))
+    assert looks_so(torch.optim.Adam([param], amsgrad=True))
+    assert looks_so(torch.optim.RAdam([param]), {0: {"state1": 0, "state2": 0}})  # as bitsandbytes keeps it
+    for other in (torch.optim.RAdam, torch.optim.NAdam, torch.optim.Adamax, torch.optim.Adafactor, SlimAdamW):
+        assert not looks_so(other([param]))
+    assert not looks_so(torch.optim.SGD([param], lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: torch.optim.AdamW([p], maximize=True), "maximize=True"),
+        (lambda p: torch.optim.Adam([p], weight_decay=0.1), "weight decay inside of the gradient"),
+    ],
+)
+def test_steps_that_cannot_be_carried_on_are_refused(optimizer, message):
+    groups = optimizer(torch.nn.Parameter(torch.zeros(4, 4))).state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=rf"{message}.*'slim_adamw'.*delete optimizer\.pt"):
+        check_takes_adamw(groups, "adamw", "slim_adamw")
 
 
 @pytest.mark.parametrize("rule", ["transformers_adamw", "adafactor", "soap", "signum"])
 def test_other_rules_do_not_take_it(rule):
     with pytest.raises(ValueError, match=r"optim='coap_adamw_8bit'.*delete optimizer\.pt and scheduler\.pt"):
-        check_takes_adamw(rule, "coap_adamw_8bit")
-    check_takes_adamw("adamw", "slim_adamw")
+        check_takes_adamw([], rule, "coap_adamw_8bit")
+    check_takes_adamw([], "adamw", "slim_adamw")

@@ -436,3 +436,93 @@ def test_host_copies_fit_the_state_of_now(monkeypatch) -> None:
     optimizer.release_state()
     assert torch.equal(optimizer.state[param]["exp_avg"], before)
     assert before.dtype == torch.float64
+
+
+# -- memory that is not the weight's own, and views that change in place -------------------------------------------
+
+
+@EACH
+def test_functional_tensors_have_no_address(cls: type, options: dict[str, Any]) -> None:
+    param, optimizer = stepped(cls, options)
+
+    def step(grad: torch.Tensor) -> torch.Tensor:
+        param.grad = grad * 2
+        optimizer.step()
+        return grad
+
+    with pytest.raises(RuntimeError):
+        torch.func.functionalize(step)(torch.ones(64, 64))
+
+
+@EACH
+def test_a_weight_that_becomes_a_negative_view_is_refused(cls: type, options: dict[str, Any]) -> None:
+    param, optimizer = stepped(cls, options)
+    param.data = torch._neg_view(param.data)
+    param.grad = torch.ones(64, 64)
+    with pytest.raises(RuntimeError, match="entries as they are"):
+        optimizer.step()
+
+
+@EACH
+def test_state_that_was_resized_in_place_is_refused(cls: type, options: dict[str, Any]) -> None:
+    param, optimizer = stepped(cls, options)
+    optimizer.state[param]["exp_avg"].resize_(2, 2)
+    with pytest.raises(RuntimeError, match=r"'exp_avg' has shape \(2, 2\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+@pytest.mark.parametrize(("cls", "options"), [(SlimAdamW, {"axes": (1,)}), (Signum, {})])
+def test_weights_that_share_memory_are_stepped_one_after_the_other(cls: type, options: dict, shift: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(0)
+        memory = torch.randn(601_000)
+        grads = [[torch.randn(600, 1000) for _ in range(2)] for _ in range(3)]
+        found = []
+        for together in (True, False):
+            mine = memory.clone()
+            params = [nn.Parameter(mine[at : at + 600_000].view(600, 1000)) for at in (0, shift)]
+            groups = [params] if together else [[param] for param in params]
+            optimizers = [cls(group, lr=0.01, weight_decay=0.5, **options) for group in groups]
+            for step in grads:
+                for param, grad in zip(params, step, strict=True):
+                    param.grad = grad
+                for optimizer in optimizers:
+                    optimizer.step()
+            found.append(mine)
+        assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_one_groups_dict_serves_two_optimizers() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(8, 8))]}]
+    first, _ = LowMemAdamW(groups), SlimAdamW(groups)
+    saved = first.state_dict()
+    LowMemAdamW([nn.Parameter(torch.ones(8, 8))]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("weight", "grad"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16, torch.float32)],
+)
+@EACH
+def test_gradients_may_have_another_dtype(cls: type, options: dict[str, Any], weight, grad) -> None:
+    param = nn.Parameter(torch.randn(64, 64).to(weight))
+    param.grad_dtype = None
+    optimizer = cls([param], lr=1e-2, **options)
+    for _ in range(3):
+        param.grad = torch.randn(64, 64, dtype=grad)
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    assert param.isfinite().all()
+
+
+def test_norms_of_float64_gradients_are_float64() -> None:
+    for size in (1e25, 1e-25):
+        param = nn.Parameter(torch.ones(8, 8, dtype=torch.float64))
+        param.grad = torch.randn(8, 8, dtype=torch.float64) * size
+        norm = LowMemAdamW([param]).clip_grad_norm_(1.0)
+        torch.testing.assert_close(norm, param.grad.norm(), rtol=1e-12, atol=0)

@@ -14,10 +14,10 @@ from hf_lowmem.kernels.gpu import TritonKernel
 
 
 def total_norm(buckets: Iterable[tuple[KernelKey | None, list[Slot]]], kept: dict[Any, Tensor]) -> Tensor:
-    """The 2-norm of the gradients of all slots, 0-D float32; what their steps can use of the pass goes into `kept`.
+    """The 2-norm of the gradients of all slots, 0-D; what their steps can use of the pass goes into `kept`.
 
-    Squares, finite or not, are summed in float32 or a float64 gradient's own dtype. A key is None where no kernel
-    steps.
+    Squares, finite or not, are summed in float32, or in float64 where a gradient is float64, as the norm is then. A
+    key is None where no kernel steps.
     """
     squares: list[Tensor] = []
     grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
@@ -30,10 +30,11 @@ def total_norm(buckets: Iterable[tuple[KernelKey | None, list[Slot]]], kept: dic
             grads[slot.grad.device, slot.grad.dtype].append(slot.grad)
     for (_, dtype), same in grads.items():
         norms = torch._foreach_norm(same, 2, torch.promote_types(dtype, torch.float32))
-        squares.append(torch.stack(norms).square().sum().float())
+        squares.append(torch.stack(norms).square().sum())
     if not squares:
         return torch.zeros((), dtype=torch.float32)
-    return torch.stack([moved(square, squares[0].device) for square in squares]).sum().sqrt()
+    widest = torch.float64 if any(square.dtype == torch.float64 for square in squares) else torch.float32
+    return torch.stack([moved(square, squares[0].device).to(widest) for square in squares]).sum().sqrt()
 
 
 def moved(number: Tensor, device: torch.device) -> Tensor:
