@@ -66,7 +66,7 @@ def test_a_step_clips_as_torch_does(cls, options, shape, bits, dtype, path, monk
         monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
     mine, norms = run(cls, options, shape, dtype, fused)
     theirs, expected = run(cls, options, shape, dtype, by_torch)
-    torch.testing.assert_close(norms, expected, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=0)
+    torch.testing.assert_close(norms, expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
     off = (mine - theirs).abs()
     if dtype == torch.bfloat16:  # torch rounds the clipped gradient, and a weight's neighbour may be the nearer one
         assert off.max() <= (2**-6 if cls.rule != "signum" else 2**-4)
