@@ -104,6 +104,8 @@ def check_layouts(
                 found = as_tuple(entry.get(option))
                 if option in entry and found != value:
                     which = f" for {layout.name}" if layout.name else ""
+                    if option == "state_bits" and 8 in (found, value):
+                        which += " (8 is that of the optim names that end in _8bit)"
                     raise ValueError(
                         f"Checkpoint group {number} has {option}={found!r}, expected {value!r}{which}: {HINT}."
                     )

@@ -228,3 +228,13 @@ def test_the_command_answers_mistakes_in_one_sentence(adamw, tmp_path, capsys):
     (tmp_path / "adapter" / "trainer_state.json").write_text(json.dumps({}))
     assert "holds no weights" in refused(tmp_path / "adapter", *new)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+@pytest.mark.parametrize(("optim", "remedy"), [("slim_adamw_8bit", "hf-lowmem convert"), ("coap_adamw", "delete")])
+def test_a_checkpoint_of_ours_is_not_read_by_adamw(optim, remedy, by_path, tmp_path):
+    """torch's AdamW would load it, and fail in the step or take the state for its own."""
+    folder = three_steps(tmp_path, optim)
+    resumed = make_trainer(tmp_path, "adamw_torch", save_strategy="no")
+    with pytest.raises(ValueError, match=rf"optimizer\.pt was written by .*'adamw_torch' cannot read: .*{remedy}"):
+        resumed.train(resume_from_checkpoint=str(folder) if by_path else True)

@@ -190,12 +190,21 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
     if explanation.caution and not logger.isEnabledFor(logging.INFO):  # else the summary has said it
         logger.warning("%s", explanation.caution)
+    too_large = [row for row in explanation.rows if row.trainable and "would keep all of it" in row.why]
     if recipe.projects and not any("proj_count" in row.state for row in explanation.rows):
-        logger.warning(
-            "%s projects no weight of this model: weights of unknown role take target_modules or a rules file, LoRA "
-            "factors a rules file, convolutions a rank_ratio.",
-            explanation.algorithm,
-        )
+        if too_large:
+            logger.warning(
+                "%s projects no weight of this model: take a smaller rank, as of %s %s.",
+                explanation.algorithm,
+                too_large[0].name,
+                too_large[0].why,
+            )
+        else:
+            logger.warning(
+                "%s projects no weight of this model: weights of unknown role take target_modules or a rules file, "
+                "LoRA factors a rules file, convolutions a rank_ratio.",
+                explanation.algorithm,
+            )
     if recipe.rounding != "nearest" and not any(row.rounded for row in explanation.rows if row.trainable):
         logger.warning("rounding=%s does nothing here: no trained weight is narrower than float32.", recipe.rounding)
     takes_rules = hasattr(recipe, "rules")
@@ -203,7 +212,7 @@ def log_summary(explanation: Explanation, recipe: Recipe) -> None:
     hint = "; a rules file overrides it" if takes_rules else ""
     if unknown:
         logger.warning(
-            "%d matrices have an unknown role and get what the summary says (%s%s)%s.",
+            "%d matrices have an unknown role (%s%s), and `explain` says what they get%s.",
             len(unknown),
             ", ".join(unknown[:5]),
             ", ..." if len(unknown) > 5 else "",

@@ -8,6 +8,10 @@ import re
 import zipfile
 from pathlib import Path
 
+import torch
+
+from hf_lowmem.adamw_state import ANEW
+from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.log import get_logger
 
 logger = get_logger(__name__)
@@ -58,6 +62,30 @@ def _newest_first(output_dir: Path) -> list[Path]:
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.iterdir()]
     steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def refuse_ours(folder: str | os.PathLike[str], optim: str) -> None:
+    """Refuse to resume by another package's optimizer from a checkpoint that one of this package's has written.
+
+    Args:
+        folder: the checkpoint's.
+        optim: the optim name of the run that is to resume.
+
+    Raises:
+        ValueError: saying how the checkpoint is converted, where it can be.
+    """
+    path = Path(folder) / "optimizer.pt"
+    if not path.is_file():
+        return
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    written_by = {group.get("algorithm") for group in saved.get("param_groups", ())} & set(RECIPES)
+    if not written_by:
+        return
+    algorithm = written_by.pop()
+    remedy = ANEW
+    if RECIPES[algorithm].optimizer_cls.rule == "adamw" and optim in ("adamw_torch", "adamw_torch_fused"):
+        remedy = f"`hf-lowmem convert {folder} --to {optim} --output FOLDER` writes one that it resumes from"
+    raise ValueError(f"{path} was written by {algorithm}, whose state optim={optim!r} cannot read: {remedy}.")
 
 
 def _why_incomplete(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from hf_lowmem.log import get_logger
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
 from hf_lowmem.trainer.callbacks import CALLBACKS
-from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
+from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete, refuse_ours
 from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
@@ -126,6 +126,12 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
 @functools.wraps(_transformers_train)
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.train`, before which a checkpoint that cannot be resumed from is refused in one sentence."""
-    if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-        refuse_incomplete(resume_from_checkpoint)
+    folder = resume_from_checkpoint
+    if isinstance(folder, (str, os.PathLike)):
+        refuse_incomplete(folder)
+    optim = str(getattr(self.args.optim, "value", self.args.optim))
+    if folder and optim not in OPTIM_NAMES:
+        folder = last_whole_checkpoint(self.args.output_dir) if folder is True else folder
+        if folder is not None:
+            refuse_ours(folder, optim)
     return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)
