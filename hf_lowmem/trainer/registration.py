@@ -130,7 +130,8 @@ def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: 
     if isinstance(folder, (str, os.PathLike)):
         refuse_incomplete(folder)
     optim = str(getattr(self.args.optim, "value", self.args.optim))
-    if folder and optim not in OPTIM_NAMES:
+    by_name = self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None
+    if folder and by_name and optim not in OPTIM_NAMES:
         folder = last_whole_checkpoint(self.args.output_dir) if folder is True else folder
         if folder is not None:
             refuse_ours(folder, optim)
