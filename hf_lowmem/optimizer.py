@@ -134,7 +134,7 @@ class LowMemOptimizer(Optimizer):
         fused_clip: whether a `clip_grad_norm_` of accelerate, such as a Trainer's, is left to the one of this class.
         capturable: whether a CUDA graph can capture `step`: `step` and a tensor `lr` are read on the device only.
             Needs an optimizer that projects nothing; excludes `compile` and `offload_state`.
-        options: the algorithm's own options, the defaults of every group.
+        options: the algorithm's own options. Those that a layout depends on hold for groups that bring none.
 
     Raises:
         TypeError: an unknown option.
@@ -522,8 +522,9 @@ class LowMemOptimizer(Optimizer):
         self._fit_rounding(param, state, plan)
         for key, spec in specs.items():
             # The weight's dtype may have changed since the state was made or saved.
-            if key in state and {state[key].dtype, spec.dtype} == FLOATS:
-                state[key] = state[key].to(spec.dtype)
+            tensor = state.get(key)
+            if isinstance(tensor, Tensor) and {tensor.dtype, spec.dtype} == FLOATS:
+                state[key] = tensor.to(spec.dtype)
         check_stored(param, state, specs, name)
         held = [tensor for tensor in state.values() if isinstance(tensor, Tensor)]
         tensors = tuple((tensor, tensor.shape, tensor.data_ptr()) for tensor in held)

@@ -254,6 +254,15 @@ def test_state_that_was_replaced_is_refused(replace: Callable) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("value", [7, None, [1.0]])
+@pytest.mark.parametrize("key", ["step", "exp_avg"])
+def test_state_that_is_no_tensor_is_refused(key: str, value: Any) -> None:
+    param, optimizer = stepped(LowMemAdamW, {})
+    optimizer.state[param][key] = value
+    with pytest.raises(RuntimeError, match=rf"optimizer state '{key}' is"):
+        optimizer.step()
+
+
 def test_state_that_was_moved_in_place_is_refused() -> None:
     param, optimizer = stepped(LowMemAdamW, {})
     optimizer.state[param]["exp_avg"].data = torch.zeros(64, 32)
