@@ -121,6 +121,7 @@ def check_gpu_kernel(
         exact = off <= 1e-6 * largest + 1e-6 * reference.abs()
         if not flips and not (cls is Signum and name == "param"):  # a sign may flip
             assert exact.all(), (name, off.max())
-        share = 0.99 if bits == 32 else 0.95
+        # A code of a projected moment moves a whole row or column of the weight.
+        share = 0.99 if bits == 32 else 0.9 if name == "param" and "rank" in options else 0.95
         assert exact.sum() >= share * exact.numel() - (bits == 8), (name, exact.float().mean())
         assert off.max() <= 2.0**-5 * largest, (name, off.max())  # a code more at each step

@@ -13,13 +13,15 @@ ROOT = Path(__file__).parents[1]
 PREAMBLE = """
 from typing import Any
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 import hf_lowmem
 
-model: nn.Module = nn.Linear(2, 2)
+model: PreTrainedModel
 optimizer: hf_lowmem.LowMemOptimizer
 """
 OWN = """
+plain: nn.Module = nn.Linear(2, 2)
+bare: hf_lowmem.LowMemOptimizer = hf_lowmem.build_optimizer(plain, "slim_adamw", lr=1e-3)
 mine: hf_lowmem.LowMemOptimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-3)
 norm: float = mine.clip_grad_norm_(1.0).item()
 mine.release_state()
