@@ -19,7 +19,7 @@ ANEW = "delete optimizer.pt and scheduler.pt from the checkpoint's folder to sta
 
 
 def is_adamw(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
-    """Whether a saved state dict is that of torch's AdamW or Adam, or of bitsandbytes', which is like it."""
+    """Return whether torch's AdamW or Adam wrote a saved state dict, or bitsandbytes, whose groups are alike."""
     quantized = any(isinstance(each, Mapping) and QUANTIZED & set(each) for each in state.values())
     return all(
         "algorithm" not in group and {"betas", "eps"} <= set(group) and ("amsgrad" in group or quantized)

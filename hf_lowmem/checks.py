@@ -155,7 +155,7 @@ def nearest_option(key: str, options: Iterable[str]) -> str | None:
 
 
 def one_edit_apart(a: str, b: str) -> bool:
-    """Whether one letter more, less or other, or two letters swapped, make `b` of `a`."""
+    """Return whether adding, dropping or changing one letter, or swapping two, turns `a` into `b`."""
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     a, b = a[start:], b[start:]
     end = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
@@ -221,7 +221,7 @@ def check_capturable(group: Group, projects: bool) -> None:
         raise ValueError(f"capturable=true does not go with {reason}: leave one of them out.")
 
 
-# What marks a parameter as a piece of weights, so that no scheme need be imported: attributes, and names of classes.
+# These attributes and class names mark a parameter as a piece of weights, so that no scheme need be imported.
 PIECES = {
     "placements": "a DTensor",
     "_fsdp_flattened": "of FSDP1",

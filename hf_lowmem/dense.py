@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no wrapper subclass, whose entries only its own functions can read and write."""
+    """Return whether a tensor is plain: only its own functions can read and write a wrapper subclass."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -100,7 +100,7 @@ class Coap(LowMemOptimizer):
         self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every optimizer's; a group that is added later is looked at for weights that `rank` is too large for."""
+        """Add a group as every optimizer does, and log which of its weights `rank` is too large for."""
         super().add_param_group(param_group)
         if getattr(self, "_is_built", False):
             self._say_what_is_kept_whole(len(self.param_groups) - 1)
@@ -126,7 +126,7 @@ class Coap(LowMemOptimizer):
         return StatePlan(moments, codec, projection, stacked=options["stacked"])
 
     def _own_options(self, group: Group) -> dict[str, Any]:
-        """Those of the group; a rank or a ratio of its own replaces the default of either."""
+        """The layout options that a group brings; its own rank or ratio replaces the default of both."""
         own = super()._own_options(group)
         given = {name: own[name] for name in ("rank", "rank_ratio") if own.get(name) is not None}
         check_one_rank(given)
