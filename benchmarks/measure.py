@@ -7,13 +7,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import BASELINE, PEERS, build
-from presets import build_model, copy_of
+from presets import PRESETS, build_model, copy_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HORIZON = 200  # steps that a change of basis is spread over
@@ -27,49 +27,30 @@ Times = tuple[float, float]
 def measure(
     name: str, preset: str, dtype: str, baseline_dtype: str, threads: int, device: str, pairs: int, limit: float
 ) -> dict[str, Any]:
-    """One row. No further pair is started once a quarter of `limit` (seconds) has passed."""
-    ends = time.perf_counter() + limit / 4
+    """One row. No further pair is started once a quarter of `limit` (seconds) has passed since the first step."""
     torch.set_num_threads(threads)
-    baseline_model = build_model(preset, DTYPES[baseline_dtype], device)
+    baseline_model = build_model(PRESETS[preset], DTYPES[baseline_dtype], device)
     model = copy_of(baseline_model, DTYPES[dtype])
     baseline, contender = build(BASELINE, baseline_model), build(name, model)
-    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
+    copy = copying(device)
     for warm in (baseline.step, baseline.step, copy):
         warm()
     first = timed(contender.step, device)
+    ends = time.perf_counter() + limit / 4  # a first step may compile for longer than that
     extra = extra_bytes(contender.step, device)
 
     machine_before, own_before = machine_cpu_seconds(), time.process_time()
     own_times, baseline_times, copy_times = timed_pairs(
-        contender.step, baseline.step, copy, device=device, pairs=pairs, ends=ends
+        contender.step, baseline.step, device=device, pairs=pairs, ends=ends, last=copy
     )
     own = time.process_time() - own_before
     other = machine_cpu_seconds() - machine_before - own
 
     row: dict[str, Any] = {"optim": name, "dtype": dtype, "baseline_dtype": baseline_dtype, "threads": threads}
     row |= compared(own_times, baseline_times)
-    parameters = sum(p.numel() for p in model.parameters())
-    weights = sum(p.nbytes for p in model.parameters())
-    state, bases = state_bytes(contender)
-    moved = bytes_moved(weights, state, bases)
-    shares = [
-        moved / c[1] / (2 * COPY_BYTES[device] / seconds[1]) for c, seconds in zip(own_times, copy_times, strict=True)
-    ]
-    row |= {
-        "first_step_s": first[1] / 1e3,
-        "state_bytes": state,
-        "state_bytes_per_parameter": state / parameters,
-        "moved_bytes_per_parameter": moved / parameters,
-        "copy_gb_per_s": 2 * COPY_BYTES[device] / 1e6 / statistics.median(wall for _, wall in copy_times),
-        "copy_share": statistics.median(shares),
-        "extra_bytes": extra,
-        "other_cpu_per_own": max(0.0, other) / own,
-    }
+    row |= {"first_step_s": first[1] / 1e3, **memory(model, contender), "extra_bytes": extra}
+    row |= bandwidth(row["moved_bytes"], own_times, copy_times, device)
+    row["other_cpu_per_own"] = max(0.0, other) / own
     changes = changes_of_basis(contender)
     if changes:
         row |= amortise(contender, changes, row, first, device)
@@ -83,16 +64,28 @@ def measure(
     return row
 
 
-def timed_pairs(*functions: Callable[[], Any], device: str, pairs: int, ends: float) -> list[list[Times]]:
-    """Times of each function. The first two, contender and baseline, change places from pair to pair."""
-    times: list[list[Times]] = [[] for _ in functions]
+def copying(device: str) -> Callable[[], Any]:
+    """A copy of a large tensor, whose speed is what a step can reach at most."""
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def timed_pairs(
+    *functions: Callable[[], Any], device: str, pairs: int, ends: float, last: Callable[[], Any] | None = None
+) -> list[list[Times]]:
+    """Times of each function: contender and baselines, whose order turns from pair to pair, then `last`."""
+    every = (*functions, last) if last else functions
+    hosts = [host_seconds(function) if device == "cuda" else 0.0 for function in every]
+    times: list[list[Times]] = [[] for _ in every]
+    forth = list(range(len(functions)))
     for pair in range(pairs):
         slow = pair and times[0][-1][0] > SLOW * times[1][-1][0]
         if pair >= FEWEST_PAIRS and (slow or time.perf_counter() > ends):
             break
-        order = (0, 1) if pair % 2 == 0 else (1, 0)
-        for index in (*order, *range(2, len(functions))):
-            times[index].append(timed(functions[index], device))
+        order = forth if pair % 2 == 0 else forth[::-1]
+        for index in (*order, *range(len(functions), len(every))):
+            times[index].append(timed(every[index], device, hosts[index]))
     return times
 
 
@@ -125,11 +118,17 @@ def clipped_step(optimizer: Any) -> Callable[[], None]:
     return step
 
 
-def timed(function: Callable[[], Any], device: str) -> Times:
-    """(CPU, wall) milliseconds; on CUDA the device's milliseconds twice."""
+def timed(function: Callable[[], Any], device: str, host_s: float = 0.0) -> Times:
+    """(CPU, wall) milliseconds; on CUDA the device's milliseconds twice.
+
+    Args:
+        host_s: how long the host takes to launch it all. The device is kept busy for longer than that first, so that
+            its time has none of the host's.
+    """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        torch.cuda._sleep(int(1.5 * host_s * cycles_per_second()))
         start.record()
         function()
         end.record()
@@ -140,24 +139,40 @@ def timed(function: Callable[[], Any], device: str) -> Times:
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
 
 
+@cache
+def cycles_per_second() -> float:
+    """Of the clock that `torch.cuda._sleep` counts."""
+    cycles, start, end = 1 << 24, *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+    return 1e3 * cycles / start.elapsed_time(end)
+
+
 # -- launches on CUDA -----------------------------------------------------------------------------------------------
 
 
 def launch_times(optimizer: Any, pairs: int) -> dict[str, float]:
     """The host's time of a step and, where it can be captured, the device's of its replay as a CUDA graph."""
-    found = {"host_ms": statistics.median(host_ms(optimizer.step) for _ in range(pairs))}
+    found = {"host_ms": 1e3 * host_seconds(optimizer.step, pairs)}
     if optimizer.param_groups[0].get("capturable"):
         replay = captured(optimizer.step).replay
         found["graph_ms"] = statistics.median(timed(replay, "cuda")[0] for _ in range(pairs))
     return found
 
 
-def host_ms(function: Callable[[], Any]) -> float:
-    """Until the call returns, with an idle device before it."""
+def host_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
+    """Until the call returns, with an idle device before it: the median of the repeats."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -197,6 +212,31 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     states = list(optimizer.state.values())
     bases = [item for state in states for name, item in state.items() if str(name).startswith("proj")]
     return sum(dict(storages(states)).values()), sum(dict(storages(bases)).values())
+
+
+def memory(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The state's bytes, and those that a step cannot but move, in all and for each parameter."""
+    parameters, weights = (
+        sum(sizes) for sizes in zip(*((p.numel(), p.nbytes) for p in model.parameters()), strict=True)
+    )
+    state, bases = state_bytes(optimizer)
+    moved = bytes_moved(weights, state, bases)
+    return {
+        "state_bytes": state,
+        "state_bytes_per_parameter": state / parameters,
+        "moved_bytes": moved,
+        "moved_bytes_per_parameter": moved / parameters,
+    }
+
+
+def bandwidth(moved: float, times: list[Times], copy_times: list[Times], device: str) -> dict[str, float]:
+    """What the copies reach, and the share of it that the steps do."""
+    copied = 2 * COPY_BYTES[device]
+    shares = [moved / c[1] / (copied / seconds[1]) for c, seconds in zip(times, copy_times, strict=True)]
+    return {
+        "copy_gb_per_s": copied / 1e6 / statistics.median(wall for _, wall in copy_times),
+        "copy_share": statistics.median(shares),
+    }
 
 
 def bytes_moved(weights: int, state: int, bases: int) -> int:

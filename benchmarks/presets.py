@@ -8,7 +8,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 HEADS_32 = dict(num_attention_heads=32, num_key_value_heads=8)
-PRESETS: dict[str, LlamaConfig | MixtralConfig] = {
+SIZES_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, **HEADS_32)
+Config = LlamaConfig | MixtralConfig
+PRESETS: dict[str, Config] = {
+    "tiny": LlamaConfig(  # tries the benchmarks out on any machine
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "100m": LlamaConfig(
         vocab_size=32000,
         hidden_size=768,
@@ -26,9 +37,8 @@ PRESETS: dict[str, LlamaConfig | MixtralConfig] = {
         tie_word_embeddings=True,
         **HEADS_32,
     ),
-    "8b": LlamaConfig(  # Llama 3.1 8B
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **HEADS_32
-    ),
+    "8b": LlamaConfig(num_hidden_layers=32, **SIZES_8B),  # Llama 3.1 8B
+    "8b-8layers": LlamaConfig(num_hidden_layers=8, **SIZES_8B),  # its shapes, on a GPU that holds several optimizers
     "mixtral": MixtralConfig(  # one block of Mixtral 8x7B, next to no embeddings
         vocab_size=256,
         hidden_size=4096,
@@ -40,17 +50,16 @@ PRESETS: dict[str, LlamaConfig | MixtralConfig] = {
 }
 
 
-def meta_model(preset: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a preset, without memory."""
-    config = PRESETS[preset]
+def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a configuration, without memory."""
     make = MixtralForCausalLM if isinstance(config, MixtralConfig) else LlamaForCausalLM
     with torch.device("meta"):
         return make(config).to(dtype)
 
 
-def build_model(preset: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def build_model(config: Config, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model with normal weights and gradients, proportional to each other."""
-    model = meta_model(preset, dtype).to_empty(device=device)
+    model = meta_model(config, dtype).to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -61,14 +70,21 @@ def build_model(preset: str, dtype: torch.dtype, device: str) -> PreTrainedModel
 
 
 def copy_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights and gradients, which take long to draw again."""
+    """A model with weights of its own that are equal; it shares the gradients where they have the same dtype."""
     copied = deepcopy(model).to(dtype)
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
-        mine.grad = theirs.grad.to(dtype, copy=True)  # deepcopy leaves them out
+        mine.grad = theirs.grad.to(dtype)  # deepcopy leaves them out
     return copied
+
+
+def one_layer(preset: str, vocab_size: int = 1024) -> Config:
+    """The configuration of a preset with one layer and few tokens: the same widths, in little memory."""
+    config = deepcopy(PRESETS[preset])
+    config.num_hidden_layers, config.vocab_size = 1, vocab_size
+    return config
 
 
 def size(preset: str) -> tuple[int, int]:
     """(parameters, tensors)"""
-    sizes = [parameter.numel() for parameter in meta_model(preset).parameters()]
+    sizes = [parameter.numel() for parameter in meta_model(PRESETS[preset]).parameters()]
     return sum(sizes), len(sizes)

@@ -53,7 +53,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from step_time import describe_machine  # noqa: E402
+from machine import describe_machine  # noqa: E402
 
 import hf_lowmem  # noqa: E402
 from hf_lowmem.kernels import Slot, gpu, native  # noqa: E402

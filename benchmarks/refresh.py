@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from step_time import describe_machine  # noqa: E402
+from machine import describe_machine  # noqa: E402
 
 from hf_lowmem.projections import eigenbasis, low_rank  # noqa: E402
 

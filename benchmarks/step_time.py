@@ -37,29 +37,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import DTYPES, measure
-from peers import BASELINE, PEERS, ROOT, version_of
+from machine import describe_machine
+from measure import DTYPES
+from peers import BASELINE, PEERS, ROOT
 from presets import PRESETS, size
+from processes import Job, start_server
 from step_time_report import render, save_png
 
 import hf_lowmem
 
-PACKAGES = dict.fromkeys(("torch", "transformers", "triton", *(peer.distribution for peer in PEERS.values())))
 ALL = (*PEERS, *hf_lowmem.optim_names())
 MAIN = (BASELINE, *(f"{name}{bits}" for name in ("lowmem_adamw", "slim_adamw", "adam_mini") for bits in ("", "_8bit")))
 
@@ -77,69 +70,13 @@ def planned_rows(args: argparse.Namespace) -> list[tuple[str, int, str]]:
 
 
 def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong there comes back as `error`.
-
-    On the CPU the process is forked from one that has imported what takes long; CUDA does not survive a fork.
-    """
-    context = multiprocessing.get_context("forkserver" if row["device"] == "cpu" else "spawn")
-    if row["device"] == "cpu":
-        context.set_forkserver_preload(["hf_lowmem.trainer.build"])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=send_row, args=(there, row | {"limit": limit}))
-    process.start()
-    assert process.pid
-    there.close()
+    """`measure` in a process of its own; what went wrong there comes back as `error`."""
+    job = Job("measure:measure", row | {"limit": limit})
     try:
-        found = here.recv() if here.poll(limit) else {"error": f"stopped after {limit:.0f} s"}
-    except EOFError:
-        process.join()
-        found = {"error": f"failed: exit status {process.exitcode}"}
-    finally:
-        with suppress(ProcessLookupError):  # with its compilers, if it lives and leads its group already
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
+        found = job.result(limit)
+    except (RuntimeError, TimeoutError) as error:
+        found = {"error": str(error)[:120]}
     return {"optim": row["name"], "dtype": row["dtype"], "threads": row["threads"]} | found
-
-
-def send_row(pipe: Connection, row: dict[str, Any]) -> None:
-    """`measured_or_error` in a new process group, which prints nothing."""
-    os.setsid()
-    silent = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(silent, stream)
-    pipe.send(measured_or_error(row))
-
-
-def measured_or_error(row: dict[str, Any]) -> dict[str, Any]:
-    """`measure`, or the first line of what it raised."""
-    try:
-        return measure(**row)
-    except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
-        return {"error": f"failed: {type(error).__name__}: {said}"[:120]}
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    changed = git("status", "--porcelain", "--", "hf_lowmem", "benchmarks/*.py")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: number for name in PACKAGES if (number := version_of(name))},
-        "commit": git("rev-parse", "HEAD") + (", with uncommitted changes" if changed else ""),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-    }
 
 
 def main() -> None:
@@ -157,6 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="on the CPU (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs per row, at most (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=35, help="seconds for a row (default: %(default)s)")
+    parser.add_argument("--commit", help="that is measured (default: what git says)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -175,13 +113,14 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     parameters, tensors = size(args.preset)
     report: dict[str, Any] = {
-        "machine": describe_machine(args.device),
+        "machine": describe_machine(args.device, args.commit),
         "preset": {"name": args.preset, "parameters": parameters, "tensors": tensors},
         "not_installed": sorted({peer.distribution for peer in PEERS.values() if not peer.installed}),
         "rows": [],
     }
     # A first step compiles, whatever ran before.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    start_server(["hf_lowmem.trainer.build", "measure"])
     rows, started = planned_rows(args), time.monotonic()
     for number, (dtype, threads, name) in enumerate(rows, start=1):
         row = measure_in_new_process(

@@ -4,11 +4,12 @@
     python benchmarks/train.py --preset 8b --optims "adamw_torch_fused,slim_adamw_8bit,slim_adamw_8bit rounding=kahan"
     python benchmarks/train.py --preset 100m --device cpu --steps 4 --batch-size 1 --length 256
 
-A Llama-shaped model with random bfloat16 weights is trained by TRL's SFTTrainer with gradient checkpointing on rows of
-random tokens, each as long as `--length`, as packing makes them. Each optimizer runs in a process of its own: optim
-names of the Trainer with their optim_args after a space, or a peer of `peers.py`. The time of a step is the median
-after the first WARM steps; peak memory is that of the whole run, as torch's allocator counts it (on a CPU the
-process's largest resident set), and the optimizer state in it is what its storages hold at the end.
+A Llama-shaped model with random bfloat16 weights is trained by TRL's SFTTrainer, or by transformers' Trainer where TRL
+or datasets are not installed, with gradient checkpointing on rows of random tokens, each as long as `--length`, as
+packing makes them. Each optimizer runs in a process of its own: optim names of the Trainer with their optim_args
+after a space, or a peer of `peers.py`. A row that has not ended after `--limit` seconds is stopped. The time of a step
+is the median after the first WARM steps; peak memory is that of the whole run, as torch's allocator counts it (on a
+CPU the process's largest resident set), and the optimizer state in it is what its storages hold at the end.
 """
 
 from __future__ import annotations
@@ -18,23 +19,21 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
+from machine import describe_machine
 from measure import state_bytes
 from peers import PEERS
 from presets import PRESETS
-from step_time import describe_machine
+from processes import Job, start_server
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import hf_lowmem
 
@@ -73,13 +72,12 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
     peer = PEERS.get(name)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
+        arguments = dict(
             output_dir=folder,
             optim="adamw_torch" if peer else optim,
             optim_args=optim_args or None,
             max_steps=steps,
             per_device_train_batch_size=batch_size,
-            max_length=length,
             learning_rate=1e-5,
             gradient_checkpointing=True,
             bf16=device == "cuda",
@@ -89,14 +87,11 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
             logging_steps=steps,
             disable_tqdm=True,
         )
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=random_rows(model.config.vocab_size, steps * batch_size, length),
-            processing_class=tokenizer(),
-            callbacks=[times],
-            optimizers=(peer.build(model) if peer else None, None),  # the Trainer makes what is None
+        tokens = torch.randint(
+            model.config.vocab_size, (steps * batch_size, length), generator=torch.Generator().manual_seed(0)
         )
+        optimizers = (peer.build(model) if peer else None, None)  # the Trainer makes what is None
+        trainer = trainer_of(model, arguments, tokens, callbacks=[times], optimizers=optimizers)
         loss = trainer.train().training_loss
     seconds = statistics.median(times.seconds[min(WARM, steps - 1) :])
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -108,12 +103,25 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
         "state_bytes": state_bytes(trainer.optimizer)[0],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_loss": loss,
+        "trainer": type(trainer).__name__,
     }
 
 
-def random_rows(vocab_size: int, rows: int, length: int) -> Dataset:
-    tokens = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    return Dataset.from_dict({"input_ids": tokens.tolist()})
+def trainer_of(model: Any, arguments: dict[str, Any], tokens: torch.Tensor, **more: Any) -> transformers.Trainer:
+    """TRL's SFTTrainer on rows of tokens (rows, length), or transformers' Trainer, which takes the same step."""
+    if not (find_spec("trl") and find_spec("datasets")):
+        rows = [{"input_ids": row, "labels": row} for row in tokens]
+        return transformers.Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=rows, **more)
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments, max_length=tokens.shape[1]),
+        train_dataset=Dataset.from_dict({"input_ids": tokens.tolist()}),
+        processing_class=tokenizer(),
+        **more,
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -122,14 +130,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-def measure_in_new_process(**row: Any) -> dict[str, Any]:
+def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
     """`measure` in a process of its own; what went wrong there comes back as `error`."""
-    command = [sys.executable, __file__, "--row", json.dumps(row)]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    error = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    return {"optim": row["name"], "error": error[0][:120]}
+    job = Job("train:measure", row)
+    try:
+        return job.result(limit)
+    except (RuntimeError, TimeoutError) as error:
+        return {"optim": row["name"], "error": str(error)[:120]}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -151,7 +158,7 @@ def render(report: dict[str, Any]) -> str:
     ]
     for row in report["rows"]:
         if "error" in row:
-            lines.append(f"| {row['optim']} | failed: {row['error'].replace('|', '/')} | | | |")
+            lines.append(f"| {row['optim']} | {row['error'].replace('|', '/')} | | | |")
             continue
         lines.append(
             f"| {row['optim']} | {row['seconds_per_step']:.3f} | {row['tokens_per_second']:,.0f} "
@@ -171,17 +178,18 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/train_PRESET_DEVICE.json; .md beside it"
     )
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # JSON arguments of `measure`, in a child process
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a row (default: %(default)s)")
+    parser.add_argument("--commit", help="that is measured (default: what git says)")
     args = parser.parse_args()
-    if args.row:
-        print(json.dumps(measure(**json.loads(args.row))))
-        return
     settings = {name: getattr(args, name) for name in ("preset", "device", "steps", "batch_size", "length")}
     output = args.output or ROOT / "benchmarks" / "results" / f"train_{args.preset}_{args.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": describe_machine(args.device), "settings": settings, "rows": []}
+    machine = describe_machine(args.device, args.commit)
+    report: dict[str, Any] = {"machine": machine, "settings": settings, "rows": []}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    start_server(["train", "trl", "datasets"])
     for name in args.optims.split(","):
-        report["rows"].append(measure_in_new_process(name=name, **settings))
+        report["rows"].append(measure_in_new_process(args.limit, name=name, **settings))
         output.write_text(json.dumps(report, indent=2) + "\n")
         output.with_suffix(".md").write_text(render(report))
     print(render(report))

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import LlamaConfig
 
 import hf_lowmem
 
@@ -27,16 +26,6 @@ MACHINE |= {"commit": "abc", "command": "python benchmarks/step_time.py"}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    monkeypatch.setitem(presets.PRESETS, "tiny", config)
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(measure.COPY_BYTES, device, 2**20)
     return "tiny"
@@ -53,6 +42,7 @@ def row(tiny, name, dtype="fp32", **changes):
         ("100m", (100_092_672, 110)),
         ("1b", (1_235_814_400, 146)),
         ("8b", (8_030_261_248, 291)),
+        ("8b-8layers", (2_795_573_248, 75)),
         ("mixtral", (1_453_371_392, 12)),
     ],
 )
@@ -61,15 +51,24 @@ def test_the_presets_have_the_sizes_of_their_models(preset, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_copy_has_weights_and_gradients_of_its_own_that_are_equal_and_tied(tiny, dtype):
-    model = presets.build_model(tiny, torch.float32, "cpu")
+def test_a_copy_has_weights_of_its_own_and_shares_gradients_of_its_dtype(tiny, dtype):
+    model = presets.build_model(presets.PRESETS[tiny], torch.float32, "cpu")
     copied = presets.copy_of(model, dtype)
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     for a, b in zip(model.parameters(), copied.parameters(), strict=True):
         for mine, theirs in ((a, b), (a.grad, b.grad)):
             assert torch.equal(mine.to(dtype), theirs)
-            assert mine.data_ptr() != theirs.data_ptr()
+        assert a.data_ptr() != b.data_ptr()
+        assert (a.grad is b.grad) == (dtype == torch.float32)
         assert a.grad.std() > 0.5
+
+
+def test_one_layer_has_the_widths_of_its_preset(tiny):
+    shapes = {p.shape[-1] for p in presets.meta_model(presets.PRESETS["8b"]).parameters()}
+    small = presets.meta_model(presets.one_layer("8b"))
+    assert {p.shape[-1] for p in small.parameters()} == shapes
+    assert sum(p.numel() for p in small.parameters()) < 0.25e9
+    assert presets.PRESETS["8b"].num_hidden_layers == 32
 
 
 def test_every_storage_counts_once_and_in_full():
@@ -82,7 +81,7 @@ def test_every_storage_counts_once_and_in_full():
 
 @pytest.mark.parametrize("name", ["slim_adamw_8bit", "coap_adamw"])
 def test_measured_state_is_the_declared_state(tiny, name):
-    model = presets.build_model(tiny, torch.float32, "cpu")
+    model = presets.build_model(presets.PRESETS[tiny], torch.float32, "cpu")
     optimizer = peers.build(name, model)
     optimizer.step()
     state, bases = measure.state_bytes(optimizer)
@@ -171,7 +170,7 @@ def test_installed_peers_step(tiny, name):
 
 
 def test_low_rank_peers_get_every_weight_once(tiny):
-    model = presets.build_model(tiny, torch.float32, "cpu")
+    model = presets.build_model(presets.PRESETS[tiny], torch.float32, "cpu")
     rest, *projected = peers.low_rank_groups(model, {"scale": 1})
     given = [p for group in (rest, *projected) for p in group["params"]]
     assert len(given) == len({id(p) for p in given}) == len(list(model.parameters()))

@@ -1,0 +1,102 @@
+"""Measurements in processes of their own, which are stopped when their time is over.
+
+The processes are forked from a server that has imported what takes long and has not touched CUDA, so they start at
+once. This module imports nothing that does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+LONGEST_ERROR = 200
+LAST_WORDS = 2  # seconds that a process has to clean up after it has answered
+
+
+def start_server(preload: Iterable[str]) -> None:
+    """Have every process of this program forked from a server that has imported these modules, as far as it can."""
+    paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # A server that had asked CUDA itself for its devices would leave its children without them.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ["PRELOAD"] = ",".join(preload)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
+
+
+class Job:
+    """A call of `module:function`, already running in a process group of its own."""
+
+    def __init__(self, target: str, arguments: dict[str, Any], log: Path | None = None, nice: int = 0) -> None:
+        """The process's output is appended to `log`, or dropped."""
+        context = multiprocessing.get_context("forkserver")
+        self._here, there = context.Pipe(duplex=False)
+        self._process = context.Process(target=call, args=(there, target, arguments, log, nice), daemon=True)
+        self._process.start()
+        there.close()
+
+    def result(self, limit: float) -> Any:
+        """What the function returns; waits for `limit` seconds at most, and ends the process group.
+
+        Raises:
+            TimeoutError: it was still running.
+            RuntimeError: it raised something, whose first line this is, or died.
+        """
+        try:
+            if not self._here.poll(max(limit, 0)):
+                raise TimeoutError(f"stopped after {limit:.0f} s")
+            returned, value = self._here.recv()
+            self._process.join(LAST_WORDS)
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"failed: exit status {self._process.exitcode}") from None
+        finally:
+            self.kill()
+        if not returned:
+            raise RuntimeError(f"failed: {value}")
+        return value
+
+    def kill(self) -> None:
+        """End the process and all that it has started."""
+        assert self._process.pid
+        with suppress(ProcessLookupError, PermissionError):  # it leads a group unless it has only just begun
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join(5)  # what a GPU has under way is waited for, but not for ever
+
+
+def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | None, nice: int) -> None:
+    """Run `target` and send (True, what it returns) or (False, the first line of what it raised)."""
+    os.setsid()
+    os.nice(nice)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    output = os.open(log or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    try:
+        module, _, name = target.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        pipe.send((True, function(**arguments)))
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        said = (str(error).strip().splitlines() or [""])[0]
+        pipe.send((False, f"{type(error).__name__}: {said}"[:LONGEST_ERROR]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def seconds_since_boot() -> float:
+    """A clock that all processes share."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
