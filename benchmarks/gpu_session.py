@@ -1,0 +1,220 @@
+"""Everything that a short visit to a GPU is for, in one command that never runs over its time.
+
+    python benchmarks/gpu_session.py --part 1 --minutes 6.5 --out results --commit HASH
+    python benchmarks/gpu_session.py --part 2 --minutes 6.5 --out results --commit HASH
+    python benchmarks/gpu_session.py --part 1 --minutes 1 --device cpu --preset tiny --out tried
+
+Part 1 says whether the kernels are right and how fast they are, part 2 how whole trainings do. Each stage runs in a
+process of its own, for its share of the time that is left; what it does not need goes to the later ones. A stage that
+fails, hangs or dies stops no other. Where `smoke` fails, later figures are marked unverified.
+
+Each figure is appended to results.jsonl as soon as it is known. summary.md is written anew after every stage, and
+printed at the end, also after a SIGTERM. log.txt has what the stages print. This process never touches CUDA, and
+neither git nor trl, datasets or other packages' optimizers are needed: what is not there is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from gpu_stages.session import RESULTS, Session
+from gpu_stages.summary import render
+from processes import Job, seconds_since_boot, start_server
+
+LAST_SECONDS = 2  # of the whole time, for the summary
+OWN_SHARE = 0.93  # of its time that a stage plans with, before it is killed
+SHORTEST = 1.0  # seconds that a call is worth starting for
+TRAINED = ("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit", "slim_adamw_8bit fused_clip=true", "adam_mini_8bit")
+REINFORCED = ("adamw_torch_fused", "slim_adamw_8bit offload_state=true")
+QUALITY = ("adamw_torch_fused", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
+PROJECTED = ("coap_adamw_8bit", "coap_adafactor_8bit", "soap_8bit")
+TRAINED_1B = ("adamw_torch_fused", "coap_adamw_8bit")
+# Other packages may hang: they come early, but after the two that matter most, and not in the process of all the rest.
+FIRST = ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "flashoptim")
+
+
+class Call(NamedTuple):
+    """A process of its own, in which `target` is called with the session and the arguments.
+
+    Its share of the time is in seconds of a whole part on a GPU, and in `on_cpu` where a part is only tried out.
+    """
+
+    target: str
+    seconds: float
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    on_cpu: float = 1
+
+
+Stages = dict[str, tuple[Call, ...]]
+
+PARTS: dict[int, Stages] = {
+    1: {
+        "probe": (Call("gpu_stages.probe:run", 12),),
+        "smoke": (Call("gpu_stages.smoke:run", 25),),
+        "tests": (Call("gpu_stages.unit_tests:run", 110, on_cpu=4),),
+        "core": (Call("gpu_stages.core:run", 50, {"names": FIRST}), Call("gpu_stages.core:run", 60)),
+        "kernels": (Call("gpu_stages.launches:run", 30),),
+        "sweep": (Call("gpu_stages.sweep:run", 45),),
+        "offload": (Call("gpu_stages.offload:run", 20),),
+        "profile": (Call("gpu_stages.profiles:run", 20),),
+    },
+    2: {
+        "train-8b": tuple(Call("gpu_stages.training:run", 40, {"optim": optim, "preset": "8b"}) for optim in TRAINED),
+        "step-8b-8layers": (Call("gpu_stages.core:run", 50, {"preset": "8b-8layers", "baselines": ("bf16",)}),),
+        "coap": (
+            Call("gpu_stages.core:run", 20, {"names": PROJECTED}),
+            *(Call("gpu_stages.training:run", 8, {"optim": optim, "preset": "1b"}) for optim in TRAINED_1B),
+        ),
+        "graphs": (Call("gpu_stages.graphs:run", 20),),
+        "rlhf": tuple(
+            Call("gpu_stages.rlhf:run", 12, {"method": method, "optim": optim}, on_cpu=2)
+            for method in ("dpo", "grpo")
+            for optim in REINFORCED
+        ),
+        "quality": (
+            Call("gpu_stages.quality:prepare", 10),
+            *(Call("gpu_stages.quality:run", 12, {"optim": optim}) for optim in QUALITY),
+        ),
+    },
+}  # fmt: skip
+PRELOADED = {
+    1: ["measure", "hf_lowmem.trainer.build"],
+    2: ["train", "datasets", *(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "grpo"))],
+}
+
+
+class Runner:
+    """Runs the calls of the stages one after the other, each for its share of the time that is left."""
+
+    def __init__(self, stages: Stages, session: Session, ends: float) -> None:
+        self.stages, self.session, self.ends = stages, session, ends
+        self.verified = True
+        self.running: list[Job] = []
+
+    def run(self) -> None:
+        calls = [(stage, call) for stage, calls in self.stages.items() for call in calls]
+        shares = [call.seconds if self.session.on_gpu else call.on_cpu for _, call in calls]
+        for number, (stage, call) in enumerate(calls):
+            limit = (self.ends - seconds_since_boot()) * shares[number] / sum(shares[number:])
+            status = self.run_call(stage, call, limit)
+            if stage == "smoke" and status != "done":
+                self.verified = False
+            self.summarize()
+
+    def run_call(self, stage: str, call: Call, limit: float) -> str:
+        """Run one call for `limit` seconds at most, and note how it ended."""
+        if limit < SHORTEST:
+            return self.note(stage, call, "left out: no time was left", 0.0)
+        started = seconds_since_boot()
+        session = self.session._replace(
+            stage=stage, ends=started + OWN_SHARE * limit, verified=self.verified or stage == "smoke"
+        )
+        try:
+            self.start(call, session).result(limit)
+            status = "done"
+        except (RuntimeError, TimeoutError) as error:
+            status = str(error)
+        return self.note(stage, call, status, seconds_since_boot() - started)
+
+    def start(self, call: Call, session: Session, nice: int = 0) -> Job:
+        job = Job(call.target, {"session": session, **call.arguments}, session.out / "log.txt", nice)
+        self.running.append(job)
+        return job
+
+    def compile_beside(self) -> None:
+        """Start niced processes that compile what will be timed while the first stages run."""
+        processes = max((os.cpu_count() or 1) // 4, 1)
+        for first in range(processes):
+            call = Call("gpu_stages.compilation:run", 0, {"first": first, "every": processes})
+            self.start(call, self.session._replace(stage="compilation"), nice=10)
+
+    def note(self, stage: str, call: Call, status: str, seconds: float) -> str:
+        what = " ".join(value for value in call.arguments.values() if isinstance(value, str))
+        self.session._replace(stage=stage).row(what or "all", status=status, seconds=seconds)
+        print(f"{' '.join(filter(None, (stage, what)))}: {status}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        return status
+
+    def summarize(self) -> str:
+        text = render((self.session.out / RESULTS).read_text())
+        (self.session.out / "summary.md").write_text(text)
+        return text
+
+    def kill(self) -> None:
+        for job in self.running:
+            job.kill()
+
+
+@contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """A SIGTERM raises SystemExit, so that what has been measured is summed up all the same."""
+
+    def leave(signum: int, frame: Any) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def chosen_stages(part: int, names: str | None) -> Stages:
+    """The stages of a part, or those of it that are named.
+
+    Raises:
+        ValueError: the part has no stage of that name.
+    """
+    stages = PARTS[part]
+    wanted = names.split(",") if names else list(stages)
+    if unknown := set(wanted) - set(stages):
+        raise ValueError(f"part {part} has no stage {', '.join(sorted(unknown))}: it has {', '.join(stages)}")
+    return {name: calls for name, calls in stages.items() if name in wanted}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=PARTS, required=True)
+    parser.add_argument("--minutes", type=float, default=6.5, help="that it takes at most (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="an empty folder, or one of an earlier part")
+    parser.add_argument("--commit", help="that is measured, where git does not say")
+    parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--preset", help="of all models, instead of each stage's own")
+    args = parser.parse_args()
+    started = seconds_since_boot()
+    try:
+        stages = chosen_stages(args.part, args.stages)
+    except ValueError as error:
+        parser.error(str(error))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if args.device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors as small as these are slower on more
+    with terminated_as_exit(), tempfile.TemporaryDirectory() as scratch:
+        told = (args.device, args.preset, args.commit, f"part {args.part}")
+        session = Session(args.out.resolve(), Path(scratch), *told)
+        runner = Runner(stages, session, started + 60 * args.minutes - LAST_SECONDS)
+        session.row("all", minutes=args.minutes, preset=args.preset, command=shlex.join(["python", *sys.argv]))
+        try:
+            start_server(PRELOADED[args.part])
+            if args.part == 1:
+                runner.compile_beside()
+            runner.run()
+        finally:
+            runner.kill()
+            print(runner.summarize())
+
+
+if __name__ == "__main__":
+    main()

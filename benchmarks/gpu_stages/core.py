@@ -1,0 +1,112 @@
+"""The step of each optimizer against fused AdamW with bfloat16 state, and with float32 weights and state."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from measure import (
+    CLIPPED,
+    DTYPES,
+    Times,
+    amortise,
+    bandwidth,
+    changes_of_basis,
+    clipped_step,
+    copying,
+    extra_bytes,
+    host_seconds,
+    memory,
+    timed,
+    timed_pairs,
+)
+from peers import BASELINE, PEERS, build
+from presets import PRESETS, build_model, copy_of
+
+from gpu_stages.session import Session
+
+ROWS = (
+    "lowmem_adamw_8bit",
+    "signum_8bit",
+    "slim_adamw state_bits=16",
+    "adam_mini state_bits=16",
+    "slim_adamw",
+    "slim_adamw_8bit rounding=stochastic",
+    "slim_adamw_8bit rounding=kahan",
+)
+PAIRS = 9
+DTYPE = "bf16"  # of the weights that are compared
+
+
+def run(
+    session: Session, preset: str = "1b", names: Sequence[str] = ROWS, baselines: Sequence[str] = ("bf16", "fp32")
+) -> None:
+    """A row for each name; the baselines are built once and timed anew beside each."""
+    models = {DTYPE: build_model(PRESETS[session.preset or preset], DTYPES[DTYPE], session.device)}
+    for dtype in baselines:
+        models.setdefault(dtype, copy_of(models[DTYPE], DTYPES[dtype]))
+    optimizers = {dtype: build(BASELINE, models[dtype]) for dtype in baselines}
+    for optimizer in optimizers.values():
+        optimizer.step()
+    taken = [0.0]
+    for name in names:
+        if name in PEERS and not PEERS[name].installed:
+            session.row(name, remark="not installed")
+        elif session.seconds_left < statistics.median(taken):
+            session.row(name, remark="no time was left")
+        else:
+            started = time.perf_counter()
+            try:
+                session.row(name, **measured(name, models[DTYPE], optimizers, session))
+            except Exception as error:  # of one peer, which the others have nothing to do with
+                session.row(name, remark=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+            taken.append(time.perf_counter() - started)
+        if session.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def measured(name: str, model: Any, baselines: dict[str, Any], session: Session) -> dict[str, Any]:
+    model, device = copy_of(model, DTYPES[DTYPE]), session.device
+    optimizer, copy = build(name, model), copying(device)
+    first = timed(optimizer.step, device)
+    extra = extra_bytes(optimizer.step, device)
+    steps = [optimizer.step, *(baseline.step for baseline in baselines.values())]
+    timed_pairs(*steps, device=device, pairs=2, ends=0)  # a lead-in
+    own, *theirs, copies = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"), last=copy)
+    held = memory(model, optimizer)
+    row: dict[str, Any] = {"ms": middle(own), **ratios(own, theirs, baselines)}
+    row |= {"gb_per_s": held["moved_bytes"] / 1e6 / middle(own), **bandwidth(held["moved_bytes"], own, copies, device)}
+    row |= {"state_bytes_per_parameter": held["state_bytes_per_parameter"], "first_step_s": first[1] / 1e3}
+    row["extra_mib"] = None if extra is None else extra / 2**20
+    if session.on_gpu:
+        row["host_ms"] = 1e3 * host_seconds(optimizer.step, PAIRS)
+    if changes := changes_of_basis(optimizer):
+        against = {"cpu_ms": row["ms"], "wall_ms": row["ms"], "baseline_cpu_ms": middle(theirs[0])}
+        found = amortise(optimizer, changes, against | {"baseline_wall_ms": middle(theirs[0])}, first, device)
+        row |= {f"{kind}_ms": times["wall_ms"] for kind, times in found["change_of_basis"].items()}
+        row["amortised_ratio"] = found["amortised"]["wall"]
+    elif name in CLIPPED or name not in PEERS:
+        steps = [clipped_step(each) for each in (optimizer, *baselines.values())]
+        timed_pairs(*steps, device=device, pairs=2, ends=0)
+        own, *theirs = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"))
+        clipped = {"ms": middle(own), **ratios(own, theirs, baselines)}
+        row |= {f"clipped_{key}": value for key, value in clipped.items()}
+        if session.on_gpu:
+            row["clipped_host_ms"] = 1e3 * host_seconds(steps[0], PAIRS)
+    return row
+
+
+def ratios(own: list[Times], theirs: list[list[Times]], baselines: dict[str, Any]) -> dict[str, float]:
+    """Of the pairs, against each baseline; and each baseline's milliseconds."""
+    found = {}
+    for dtype, times in zip(baselines, theirs, strict=True):
+        found[f"to_{dtype}"] = statistics.median(a[1] / b[1] for a, b in zip(own, times, strict=True))
+        found[f"adamw_{dtype}_ms"] = middle(times)
+    return found
+
+
+def middle(times: list[Times]) -> float:
+    return statistics.median(wall for _, wall in times)

@@ -1,0 +1,24 @@
+"""Steps of a small model as CUDA graphs, where the host is what a step waits for."""
+
+from __future__ import annotations
+
+import torch
+from measure import launch_times, timed
+from peers import BASELINE, build
+from presets import PRESETS, build_model
+
+from gpu_stages.session import Session
+
+NAMES = (BASELINE, *(f"{name} capturable=true" for name in ("slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")))
+REPEATS = 9
+
+
+def run(session: Session) -> None:
+    for name in NAMES:
+        if not session.on_gpu:
+            session.row(name, remark="needs a GPU")
+            continue
+        model = build_model(PRESETS[session.preset or "100m"], torch.bfloat16, session.device)
+        optimizer = build(name, model)
+        optimizer.step()
+        session.row(name, eager_ms=timed(optimizer.step, "cuda")[1], **launch_times(optimizer, REPEATS))

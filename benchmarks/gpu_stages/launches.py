@@ -1,0 +1,106 @@
+"""The time of each kernel of a step, and how much of the device's bandwidth it reaches."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from measure import COPY_BYTES, copying, timed
+from peers import build
+from presets import PRESETS, build_model
+
+from gpu_stages.session import Session
+from hf_lowmem import optimizer as optimizer_module
+from hf_lowmem.kernels import gpu
+
+NAMES = ("slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")
+REPEATS = 5
+HOST_S = 1e-3  # more than the host takes for a launch
+
+Calls = dict[str, list[tuple[float, float]]]  # of each kernel, milliseconds and the bytes that it must move
+
+
+def run(session: Session) -> None:
+    copy = copying(session.device)
+    milliseconds = statistics.median(timed(copy, session.device, HOST_S)[1] for _ in range(REPEATS))
+    reached = 2 * COPY_BYTES[session.device] / 1e6 / milliseconds
+    for name in NAMES:
+        model = build_model(PRESETS[session.preset or "1b"], torch.bfloat16, session.device)
+        optimizer = build(name, model)
+        for _ in range(2):
+            optimizer.step()
+        calls: Calls = defaultdict(list)
+        with (timed_launches if session.on_gpu else timed_kernels)(calls):
+            for _ in range(REPEATS):
+                optimizer.step()
+        for kernel, each in calls.items():
+            milliseconds, nbytes = (sum(column) / REPEATS for column in zip(*each, strict=True))
+            figures: dict[str, float] = {"launches": len(each) // REPEATS, "ms": milliseconds}
+            if nbytes:
+                rate = nbytes / 1e6 / milliseconds
+                figures |= {"gb_per_s": rate, "copy_share": rate / reached}
+            session.row(f"{name}: {kernel}", **figures)
+
+
+@contextmanager
+def timed_launches(calls: Calls) -> Iterator[None]:
+    """Triton's launches one at a time, each with an idle device before it."""
+    from triton.runtime.jit import JITFunction
+
+    run_kernel, launch, under_way = JITFunction.run, gpu.launch, []
+
+    def one_launch(self: Any, *args: Any, **options: Any) -> Any:
+        variant, entries = under_way[-1]
+        name = self.__name__ if self.__name__ == "combine" else f"{self.__name__} {described(variant)}"
+        milliseconds = timed(lambda: run_kernel(self, *args, **options), "cuda", HOST_S)[1]
+        calls[name].append((milliseconds, entries * bytes_per_entry(self.__name__, variant)))
+
+    def one_call(variant: gpu.Variant, parts: Any, *args: Any) -> None:
+        under_way.append((variant, sum(part.groups * part.rows * part.columns for part in parts)))
+        launch(variant, parts, *args)
+        under_way.pop()
+
+    with mock.patch.object(JITFunction, "run", one_launch), mock.patch.object(gpu, "launch", one_call):
+        yield
+
+
+def described(variant: gpu.Variant) -> str:
+    return f"{variant.second}, {variant.means}, {variant.lines} x {variant.line}, {variant.moment}"
+
+
+def bytes_per_entry(kernel: str, variant: gpu.Variant) -> float:
+    """What a kernel cannot but move; scales and means are left out."""
+    weight = variant.weight.primitive_bitwidth / 8
+    if kernel == "sum_squares":
+        return weight
+    if kernel != "step":
+        return 0.0
+    moment = variant.moment.primitive_bitwidth / 8
+    second = 0.0 if variant.second != "full" else 1.0 if moment == 1 else 4.0
+    return 3 * weight + 2 * (moment + second) + (4.0 if variant.rounding == "kahan" else 0.0)
+
+
+@contextmanager
+def timed_kernels(calls: Calls) -> Iterator[None]:
+    """The kernels of the CPU, by what they are found by."""
+    find = optimizer_module.find_kernel
+
+    def found(key: Any) -> Any:
+        kernel = find(key)
+
+        def call(slots: Any, hyper: Any) -> None:
+            tensors = [(s.param, s.grad, s.state["exp_avg"], s.state.get("exp_avg_sq")) for s in slots]
+            nbytes = sum(3 * p.nbytes + 2 * (m.nbytes + (0 if v is None else v.nbytes)) for p, _, m, v in tensors)
+            calls[f"{key.rule} {key.second_moment} {key.codec}"].append(
+                (timed(lambda: kernel(slots, hyper), "cpu")[1], nbytes)
+            )
+
+        return kernel and call
+
+    with mock.patch.object(optimizer_module, "find_kernel", found):
+        yield

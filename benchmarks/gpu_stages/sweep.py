@@ -1,0 +1,89 @@
+"""Tiles of other sizes for each kind of launch; the fastest, ready for the table in `hf_lowmem/kernels/tuning.py`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from hf_lowmem.kernels.tuning import Tile, current_arch, tile_for
+from measure import host_seconds, timed
+from torch import nn
+
+from gpu_stages.session import Session
+from hf_lowmem.algorithms import LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.kernels import gpu
+
+PER_THREAD, ENTRIES, ONE_TILE = (32, 16, 8), (4096, 2048, 8192), (8192, 16384)
+REPEATS = 7
+
+
+class Case(NamedTuple):
+    """A geometry whose time depends on one kind of tile."""
+
+    kind: str
+    cls: Any
+    options: dict[str, Any]
+    shape: tuple[int, int]
+    has_large_groups: bool = False  # those that ONE_TILE decides about
+
+
+CASES = (
+    Case("group 8-bit", SlimAdamW, {"axes": (1,)}, (16384, 2048)),
+    Case("column 8-bit", SlimAdamW, {"axes": (0,)}, (8192, 2048)),
+    Case("full 8-bit", LowMemAdamW, {}, (8192, 2048)),
+    Case("group 8-bit", SlimAdamW, {"axes": (1,)}, (4096, 14336), has_large_groups=True),
+    Case("none 8-bit", Signum, {}, (8192, 2048)),
+)
+SMALL = (64, 512)  # of the weights that Triton's interpreter steps
+
+
+def run(session: Session) -> None:
+    """A row for each case and tile; the interpreter, on a CPU, tries two small cases to see that it works."""
+    cases = CASES
+    if not session.on_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"
+        cases = tuple(case._replace(shape=SMALL) for case in CASES[:2])
+    found: dict[str, dict[Tile, list[float]]] = {}
+    grid = list(product(PER_THREAD, ENTRIES, ONE_TILE)) if session.on_gpu else [(32, 4096, 8192), (16, 2048, 8192)]
+    for (per_thread, entries, one_tile), case in product(grid, cases):
+        if session.seconds_left < 0:
+            break
+        usual = tile_for(case.kind, current_arch())
+        if one_tile != usual.one_tile and not case.has_large_groups:
+            continue
+        tile = usual._replace(entries=entries, per_thread=per_thread, one_tile=one_tile)
+        milliseconds = step_ms(case, tile, session)
+        session.row(
+            f"{case.kind} {case.shape[0]} x {case.shape[1]}",
+            entries=entries,
+            per_thread=per_thread,
+            one_tile=one_tile,
+            ms=milliseconds,
+        )
+        found.setdefault(case.kind, {}).setdefault(tile, []).append(milliseconds)
+    session.row("for TUNING", text="\n".join(best_rows(found)))
+
+
+def step_ms(case: Case, tile: Tile, session: Session) -> float:
+    weight = nn.Parameter(torch.zeros(case.shape, dtype=torch.bfloat16, device=session.device))
+    weight.grad = torch.randn_like(weight)
+    optimizer = case.cls([weight], lr=1e-3, state_bits=8, **case.options)
+    with gpu.tuned({case.kind: tile}):
+        optimizer.step()
+        host_s = host_seconds(optimizer.step) if session.on_gpu else 0.0
+        return statistics.median(timed(optimizer.step, session.device, host_s)[1] for _ in range(REPEATS))
+
+
+def best_rows(found: dict[str, dict[Tile, list[float]]]) -> list[str]:
+    """For each kind the tile that is fastest over all cases that were timed with it."""
+    lines = []
+    for kind, by_tile in found.items():
+        most = max(map(len, by_tile.values()))
+        times = {tile: sum(each) for tile, each in by_tile.items() if len(each) == most}
+        best = min(times, key=lambda tile: times[tile])
+        sizes = f"{best.entries}, {best.per_thread}, {best.one_tile}"
+        lines.append(f'    ("{kind}", {current_arch()}): Tile({sizes}),  # {times[best]:.3f} ms')
+    return lines
