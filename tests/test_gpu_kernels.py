@@ -32,6 +32,7 @@ from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import KERNELS, Slot, eager, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
+from hf_lowmem.kernels.tuning import KINDS, Tile, current_arch, tile_for
 from hf_lowmem.state import Rounding, StatePlan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,15 +120,11 @@ def test_kernels_follow_the_rules(case: tuple, dtype: torch.dtype, rounding: str
 @pytest.mark.parametrize("means", ["loop", "before"])
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("case", [c for c in CASES + RAGGED if "axes" in c[1]], ids=lambda c: f"{c[1]}-{c[2]}")
-def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str) -> None:
     """Groups larger than a tile, and than what one program takes."""
-    for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=1 << 20 if means == "loop" else 0, SUM=1024).items():
-        monkeypatch.setattr(gpu, name, value)
-    gpu.layout_of.cache_clear()
-    try:
+    tile = Tile(512, one_tile=0, one_program=1 << 20 if means == "loop" else 0, partial_sum=1024)
+    with gpu.tuned(dict.fromkeys(KINDS, tile)):
         check_gpu_kernel(case, bits, torch.bfloat16, "kahan", DEVICE.type)
-    finally:
-        gpu.layout_of.cache_clear()
 
 
 @pytest.mark.parametrize("case", RAGGED, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
@@ -210,6 +207,42 @@ def test_a_bad_gradient_stays_with_its_entry(cls: type, bits: int, bad: float) -
         assert weight.view(-1)[: 2 * columns].abs().min() > 0
 
 
+@pytest.mark.parametrize("columns", [64, 300, 1024])
+def test_rows_that_share_a_tile_are_stepped_as_if_each_were_alone(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(5, columns, generator=generator).to(DEVICE) for _ in range(2))
+    together, *alone = (nn.Parameter(part.clone()) for part in (start, *start.split(1)))
+    optimizer = SlimAdamW([together, *alone], lr=1e-2, axes=(1,), state_bits=8, min_8bit_size=0)
+    for param, part in zip((together, *alone), (grad, *grad.split(1)), strict=True):
+        param.grad = part.clone()
+    optimizer.step()
+    assert torch.equal(together, torch.cat(alone))
+    for name, value in optimizer.state[together].items():
+        if isinstance(value, Tensor) and value.ndim:
+            assert torch.equal(value, torch.cat([optimizer.state[param][name] for param in alone])), name
+
+
+def test_programs_of_columns_walk_along_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two of them step the first lines of all 512 columns, so that they read what lies side by side."""
+    table_of = gpu.table_of
+    monkeypatch.setattr(gpu, "table_of", lambda *args: (tables := table_of(*args))._replace(tiles=tables.tiles[:2]))
+    param = nn.Parameter(torch.ones(64, 512, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    with gpu.tuned({"column": Tile(4096)}):
+        SlimAdamW([param], lr=1e-2, axes=(0,)).step()
+    assert param[:16].max() < 1
+    assert param[16:].min() == 1
+
+
+def test_tiles_are_other_ones_for_a_while() -> None:
+    before, other = tile_for("group", current_arch()), Tile(512, per_thread=16)
+    with gpu.tuned({"group": other}):
+        assert tile_for("group", current_arch()) is other
+    assert tile_for("group", current_arch()) is before
+    with pytest.raises(ValueError, match="not \\['rows'\\]"), gpu.tuned({"rows": other}):
+        pass
+
+
 def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
     launch = gpu.launch
@@ -232,16 +265,11 @@ def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("means", ["as they come", "before"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
-def test_a_clipped_step_follows_the_rule(case: tuple, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if means == "before":
-        for name, value in dict(TILE=512, ONE_TILE=0, ONE_PROGRAM=0, SUM=1024).items():
-            monkeypatch.setattr(gpu, name, value)
-    gpu.layout_of.cache_clear()
-    try:
+def test_a_clipped_step_follows_the_rule(case: tuple, means: str) -> None:
+    tiles = dict.fromkeys(KINDS, Tile(512, one_tile=0, one_program=0, partial_sum=1024)) if means == "before" else {}
+    with gpu.tuned(tiles):
         check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type, clip=0.5)
         check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type, clip=0.5)
-    finally:
-        gpu.layout_of.cache_clear()
 
 
 def test_a_step_takes_the_sums_that_its_clipping_has_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem.kernels import KERNELS, gpu, key_of, native, warn_of_plain_torch
+from hf_lowmem.kernels.geometry import geometry
+from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, tile_for
 
 TESTS = Path(__file__).parent
 
@@ -38,6 +40,32 @@ def test_each_stream_uploads_its_own_tables() -> None:
             assert first is again
             assert first is not other
             assert torch.equal(first, other)
+
+
+def test_a_gpu_that_the_table_does_not_have_takes_the_tiles_of_an_older_one() -> None:
+    """Or of the oldest in it: the first of these is older than all."""
+    for arch, row in ((75, 80), (80, 80), (86, 80), (90, 90), (120, 90)):
+        assert all(tile_for(kind, arch) is TUNING[kind, row] for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "means", "groups", "lines", "cells", "chunks"),
+    [
+        (64, "tile", 64, 64, 2, 1),
+        (768, "tile", 4, 16, 25, 1),
+        (1024, "tile", 4, 16, 25, 1),
+        (8192, "tile", 1, 32, 100, 1),
+        (14336, "loop", 1, 16, 100, 4),
+        (65792, "before", 1, 16, 100, 17),
+    ],
+)
+def test_small_groups_share_a_tile_and_large_ones_take_several(
+    columns: int, means: str, groups: int, lines: int, cells: int, chunks: int
+) -> None:
+    rows = geometry((100, columns), (columns, 1), 0, (1,))
+    assert rows is not None
+    layout = gpu.layout_of(rows, "group", None, Tile(1 << 12, one_tile=1 << 13, one_program=1 << 16))
+    assert layout[:1] + layout[3:7] == (means, lines, groups, cells, chunks)
 
 
 def test_triton_is_imported_only_to_step() -> None:

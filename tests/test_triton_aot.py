@@ -27,6 +27,7 @@ import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
+from hf_lowmem.kernels.tuning import current_arch, tile_for
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
@@ -47,6 +48,7 @@ SHAPES = {
     "signum": ("none", elementwise(1 << 24)),
     "adamw": ("full", elementwise(1 << 24)),
     "rows": ("group", means(SlimAdamW, (4096, 4096), axes=(1,))),
+    "packed rows": ("group", means(SlimAdamW, (4096, 1024), axes=(1,))),
     "short rows": ("group", means(SlimAdamW, (50000, 64), axes=(1,))),
     "rows of a block": ("group", means(SlimAdamW, (50000, 256), axes=(1,))),
     "long rows": ("group", means(SlimAdamW, (4096, 14336), axes=(1,))),
@@ -62,6 +64,7 @@ BOUNDS = {
     "rows": (25, 112, 50, 128),
     "short rows": (27, 128, 50, 128),
     "rows of a block": (27, 128, 50, 128),
+    "packed rows": (25, 112, 50, 128),
     "long rows": (25, 112, 50, 128),
     "longer rows": (33, 128, 58, 128),
     "heads": (22, 120, 46, 128),
@@ -70,11 +73,20 @@ BOUNDS = {
 MORE_TO_ROUND = 23
 
 
-def variant(shape: str, moment: tuple[Any, int | None], weight: Any, rounding: str = "nearest") -> gpu.Variant:
+def variant(
+    shape: str, moment: tuple[Any, int | None], weight: Any, rounding: str = "nearest", arch: int = 90
+) -> gpu.Variant:
     second, geometry = SHAPES[shape]
-    layout = gpu.layout_of(geometry, second, moment[1])
+    layout, cut = tiles(geometry, second, moment[1], arch)
     assert layout.aligned
-    return gpu.Variant(weight, moment[0], rounding, second, layout.means, layout.nest, layout.line, layout.lines, 16)
+    return gpu.Variant(weight, moment[0], rounding, second, *cut, 16)
+
+
+def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tuple[gpu.Layout, tuple[Any, ...]]:
+    """The layout of a part, and what a variant has of it."""
+    tile = tile_for(f"{second} 8-bit" if block else second, arch)
+    layout = gpu.layout_of(geometry, second, block, tile)
+    return layout, (layout.means, layout.nest, layout.line, layout.lines, layout.groups, tile.per_thread)
 
 
 def constants(v: gpu.Variant) -> gpu.Variant:
@@ -131,7 +143,7 @@ def check(report: Report, v: gpu.Variant) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
     for moment, (most, registers) in zip((FLOATS, CODES), (BOUNDS[shape][:2], BOUNDS[shape][2:]), strict=True):
-        v = variant(shape, moment, tl.bfloat16)
+        v = variant(shape, moment, tl.bfloat16, arch=arch)
         report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
         per_entry = check(report, v)
         figures = f"{shape} sm_{arch} {v.moment}: {per_entry:.1f} instructions per entry, {report.registers} registers"
@@ -154,7 +166,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
     most = BOUNDS[shape][2 if moment is CODES else 0] + MORE_TO_ROUND
     weights = [(tl.float32, "nearest"), *product((tl.bfloat16, tl.float16), ("nearest", "stochastic", "kahan"))]
     for (weight, rounding), arch in product(weights, (80, 90)):
-        v = variant(shape, moment, weight, rounding)
+        v = variant(shape, moment, weight, rounding, arch)
         per_entry = check(Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v)), v)
         assert per_entry <= most, (weight, rounding, arch, per_entry)
 
@@ -162,17 +174,9 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("shape", ["heads", "columns"])
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
-    v = variant(shape, FLOATS, tl.bfloat16)._replace(moment=None, rounding="")
+    v = variant(shape, FLOATS, tl.bfloat16, arch=arch)._replace(moment=None, rounding="")
     assert v.means == "before"
-    sums = Report(
-        gpu_kernels.sum_squares,
-        tmp_path,
-        arch,
-        gpu.warps(v),
-        SPAN=gpu.span_of(v.line, v.lines),
-        TOTALS=True,
-        v=constants(v),
-    )
+    sums = Report(gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), TOTALS=True, v=constants(v))
     assert (sums.stack, sums.local) == (0, 0)
     assert 128 in sums.accesses("LDG")
     combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=constants(v))
@@ -181,10 +185,12 @@ def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_adding_an_update_is_one_pass(rounding: str, tmp_path: Path) -> None:
-    report = Report(gpu_kernels.add, tmp_path, 90, 4, ROUNDING=rounding, TILE=gpu.TILE)
+    tile = tile_for("add", 90)
+    warps = tile.entries // (32 * tile.per_thread)
+    report = Report(gpu_kernels.add, tmp_path, 90, warps, ROUNDING=rounding, TILE=tile.entries)
     assert (report.stack, report.local) == (0, 0)
     assert report.registers <= 128
-    per_thread, comp = gpu.TILE // 128, 32 if rounding == "kahan" else 0
+    per_thread, comp = tile.per_thread, 32 if rounding == "kahan" else 0
     assert sum(report.accesses("LDG", "STG")) - 32 == per_thread * (16 + 32 + 16 + comp)  # and the decay
     assert report.count / per_thread <= 30
 
@@ -209,10 +215,9 @@ RAGGED = {
 @pytest.mark.parametrize("shape", RAGGED)
 def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch: int, tmp_path: Path) -> None:
     second, geometry = RAGGED[shape]
-    layout = gpu.layout_of(geometry, second, 256 if geometry.columns > 256 else geometry.columns)
+    layout, cut = tiles(geometry, second, 256 if geometry.columns > 256 else geometry.columns, arch)
     align = 16 if layout.aligned else 1
-    tile = (layout.means, layout.nest, layout.line, layout.lines, align)
-    v = gpu.Variant(tl.bfloat16, tl.uint8, "stochastic", second, *tile, ragged=True)
+    v = gpu.Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True)
     report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert (128 in report.accesses("LDG")) == layout.aligned
@@ -244,6 +249,7 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
     for key in [key for key in KERNELS if key.device == "cuda"]:
         monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
     gpu.triton_kernels.cache_clear()
+    current_arch.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
     try:
         layers = [torch.nn.Embedding(64, 512), torch.nn.Linear(512, 512), torch.nn.LayerNorm(512)]
@@ -262,5 +268,6 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
         captured.step()
     finally:
         gpu.triton_kernels.cache_clear()
+        current_arch.cache_clear()
     assert compiled[:5] == ["step", "sum_squares", "combine", "step", "step"]
     assert compiled[5:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]

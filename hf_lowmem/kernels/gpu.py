@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -23,6 +24,7 @@ from hf_lowmem.kernels import eager
 from hf_lowmem.kernels.eager import Form, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
+from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, current_arch, tile_for
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import noise_key
@@ -30,8 +32,7 @@ from hf_lowmem.state import KAHAN_COMP, StatePlan
 
 logger = get_logger(__name__)
 
-# Entries of: a line and a tile of floats, the largest group in one tile and in one program, a program's part of a sum.
-LINE, TILE, ONE_TILE, ONE_PROGRAM, SUM = 256, 1 << 12, 1 << 14, 1 << 16, 1 << 15
+LINE = 256  # entries of a line of floats, at most
 _ALIGN = 16
 _OLDEST_ARCH = 75
 ADDRESSES = 32  # that one launch writes into a table
@@ -90,11 +91,12 @@ class Variant(NamedTuple):
         weight, moment: dtypes of weight and gradient, and of the first moment; uint8 for the codes of both moments.
         rounding: "nearest", "stochastic" or "kahan", see `rounding.py`.
         second: "none" (Signum), "full", "group" (a mean per group) or "column" (a mean per column of each group).
-        means: when the means are found, if there are any: in a tile of which each "line" is a group, or in a "tile"
-            that is a whole group, both of which are read once; in a "loop" of one program over its group, which it
-            reads twice; or "before", by kernels of their own.
+        means: when the means are found, if there are any: in a "tile" of whole groups, which is read once; in a "loop"
+            of one program over its group, which it reads twice; or "before", by kernels of their own.
         nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
         line, lines: the size of a tile.
+        groups: that a tile holds, of as many lines each; 1 where a tile is a part of one.
+        per_thread: the entries of a tile that each thread takes.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
         clip: whether a scale multiplies the gradients.
         ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a line.
@@ -108,6 +110,8 @@ class Variant(NamedTuple):
     nest: int
     line: int
     lines: int
+    groups: int
+    per_thread: int
     align: int
     clip: bool = False
     ragged: bool = False
@@ -237,13 +241,12 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
     decays = (
         decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, dtype=torch.float32, device=device)
     )
-    entries = param.numel() // decays.numel()
+    entries, tile = param.numel() // decays.numel(), tile_for("add", current_arch())
     comps, rounding = slot.state.get(KAHAN_COMP, param), slot.plan.rounding.kind
-    grid = (-(-entries // TILE), decays.numel())
+    grid = (-(-entries // tile.entries), decays.numel())
+    options = dict(ROUNDING=rounding, TILE=tile.entries, num_warps=tile.entries // (32 * tile.per_thread))
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernels.add[grid](
-            param, comps, update, decays, scale, slot.noise_key, entries, ROUNDING=rounding, TILE=TILE, num_warps=4
-        )
+        kernels.add[grid](param, comps, update, decays, scale, slot.noise_key, entries, **options)
 
 
 def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
@@ -298,13 +301,15 @@ def placed(
         second = "full" if moment else "none"
         if isinstance(moment, GroupMean):
             second = "column" if geometry.per_column else "group"
-        layout = layout_of(geometry, second, block)
+        tile = tile_for(f"{second} 8-bit" if block else second, current_arch())
+        layout = layout_of(geometry, second, block, tile)
         by_tile = (*places, comp, exp_avg, *([exp_avg_sq] if second == "full" else []))
         align = _ALIGN if layout.aligned and not any(address % _ALIGN for address in by_tile) else 1
-        tile = (layout.means, layout.nest, layout.line, layout.lines, align, clip, row is not None)
+        cut = (layout.means, layout.nest, layout.line, layout.lines, layout.groups, tile.per_thread)
         where = (*places, comp, exp_avg, absmax, exp_avg_sq, second_absmax)
         numbers = (*where, 0, layout.chunks, 0, layout.sums, 0, layout.cells, *geometry)
-        parts.append((Variant(weight, first, rounding, second, *tile), Part(*numbers)))
+        variant = Variant(weight, first, rounding, second, *cut, align, clip, row is not None)
+        parts.append((variant, Part(*numbers)))
     return parts
 
 
@@ -319,6 +324,7 @@ class Layout(NamedTuple):
     nest: int
     line: int
     lines: int
+    groups: int
     cells: int
     chunks: int
     sums: int
@@ -326,46 +332,68 @@ class Layout(NamedTuple):
 
 
 @cache
-def layout_of(found: Geometry, second: str, block: int | None) -> Layout:
+def layout_of(found: Geometry, second: str, block: int | None, tile: Tile) -> Layout:
     """The tiles of a part: a line has room for an 8-bit `block`, or for a run of at most LINE entries."""
     line = _power_of_two(min(block or LINE, found.columns))
     if block:
         line = max(line, min(BLOCK_SIZES))  # the scales of more lines to a tile would not fit into registers
     across = -(-found.columns // line)
-    lines, means = max(TILE // line, 1), "before" if second in ("group", "column") else "none"
+    lines, means, groups = max(tile.entries // line, 1), "before" if second in ("group", "column") else "none", 1
     if second == "column":
         cells, lines_of_cell = found.groups * across, found.rows
     else:
         cells, lines_of_cell = found.groups, found.rows * across
-    if second == "group":
-        one_tile = _power_of_two(lines_of_cell)
-        if lines_of_cell == 1 and found.groups == found.inner_groups:
-            means, cells, lines_of_cell = "line", 1, found.groups
-        elif one_tile * line <= ONE_TILE:
-            means, lines = "tile", one_tile
-        elif lines_of_cell * line <= ONE_PROGRAM:
-            means = "loop"
+    whole = _power_of_two(lines_of_cell)
+    if second == "group" and whole * line <= tile.one_tile:
+        means = "tile"
+        if found.groups == found.inner_groups:  # or the groups of a tile would not be evenly spaced
+            groups = max(lines // whole, 1)
+        lines, cells = whole * groups, -(-cells // groups)
+    elif second == "group" and lines_of_cell * line <= tile.one_program:
+        means = "loop"
     chunks = -(-lines_of_cell // lines)
+    sums = -(-chunks // max(tile.partial_sum // (line * lines), 1))
     nest = 0 if found.rows == 1 else 1 if found.rows == found.inner_rows else 2
     sizes = (found.outer_group_stride, found.inner_group_stride, found.outer_row_stride, found.inner_row_stride)
     aligned = not any(size % _ALIGN for size in (*sizes, found.columns, found.start))
-    return Layout(means, nest, line, lines, cells, chunks, -(-chunks // span_of(line, lines)), aligned)
+    return Layout(means, nest, line, lines, groups, cells, chunks, sums, aligned)
 
 
 def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def span_of(line: int, lines: int) -> int:
-    """The tiles of a partial sum."""
-    return max(SUM // (line * lines), 1)
-
-
 def warps(variant: Variant) -> int:
-    """Of a program: 32 entries per thread, or 16 of those that would not fit into an A100's registers."""
+    """Of a program; with 16 entries per thread at most where more would not fit into an A100's registers."""
     many = variant.rounding == "kahan" and variant.second == "full" and variant.moment.primitive_bitwidth > 8
     many |= variant.ragged and variant.align == 1  # an address for each entry
-    return min(max(variant.line * variant.lines // (512 if many else 1024), 1), 16)
+    per_thread = min(variant.per_thread, 16) if many else variant.per_thread
+    return min(max(variant.line * variant.lines // (32 * per_thread), 1), 16)
+
+
+@contextmanager
+def tuned(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Cut the launches of some kinds into other tiles than the table's, as long as the context lasts.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if unknown := set(tiles) - KINDS:
+        raise ValueError(f"The kinds of launch are {sorted(KINDS)}, not {sorted(unknown)}.")
+    before = dict(TUNING)
+    TUNING.update({(kind, current_arch()): tile for kind, tile in tiles.items()})
+    try:
+        _forget_tiles()
+        yield
+    finally:
+        TUNING.clear()
+        TUNING.update(before)
+        _forget_tiles()
+
+
+def _forget_tiles() -> None:
+    tile_for.cache_clear()
+    placed.cache_clear()
 
 
 def launch(variant: Variant, parts: tuple[Part, ...], slots: tuple[Slot, ...], scalars: Tensor) -> None:
@@ -397,7 +425,6 @@ def partial_sums(variant: Variant, tables: Tables, totals: bool = False) -> tupl
         found,
         total,
         sums,
-        SPAN=span_of(variant.line, variant.lines),
         TOTALS=totals,
         v=compiled_for(variant),
         num_warps=warps(variant),
@@ -446,7 +473,7 @@ def numbered(parts: tuple[Part, ...], means: str, device: torch.device, stream: 
 
     They are uploaded on `stream`, the current one: another would not wait for them.
     """
-    tiles = [part.cells * (1 if means in ("tile", "loop") else part.chunks) for part in parts]
+    tiles = [part.cells * (1 if means == "loop" else part.chunks) for part in parts]
     sums, cells = [part.cells * part.sums for part in parts], [part.cells for part in parts]
     firsts = zip(*(accumulate(counts, initial=0) for counts in (tiles, sums, cells)), strict=True)
     rows = tuple(

@@ -2,8 +2,8 @@
 
 One launch steps many parts of weights; `Part` says where each is. A program steps a tile of lines: a line is some
 consecutive entries of one row, an 8-bit block where the moments are codes. `Variant` says what is compiled, and has
-no number that changes from step to step. A mean's squares are added in an order that its shape alone decides, so a
-step is the same at every run.
+no number that changes from step to step. A mean's squares are added in an order that its shape and the tiles of
+`tuning.py` decide, so a step is the same at every run.
 """
 
 import torch
@@ -21,7 +21,7 @@ DTYPES = {
     torch.uint8: tl.uint8,
 }
 
-(PARAM, GRAD, KAHAN_COMP, EXP_AVG, _, EXP_AVG_SQ, _, FIRST_TILE, CHUNKS, FIRST_SUM, SUMS, FIRST_CELL, _,
+(PARAM, GRAD, KAHAN_COMP, EXP_AVG, _, EXP_AVG_SQ, _, FIRST_TILE, CHUNKS, FIRST_SUM, SUMS, FIRST_CELL, CELLS,
  GROUPS, INNER_GROUPS, OUTER_GROUP_STRIDE, INNER_GROUP_STRIDE, ROWS, INNER_ROWS, OUTER_ROW_STRIDE, INNER_ROW_STRIDE,
  COLUMNS, _, START) = map(tl.constexpr, range(len(Part._fields)))  # fmt: skip
 ABSMAX = tl.constexpr(1)  # after the codes
@@ -180,23 +180,23 @@ def rounded_at_random(value, at, key, WEIGHT: tl.constexpr):
 def tile_of(part, cell, chunk, v: tl.constexpr):
     """A tile's places in the weight and which of them are its own, (lines, line), then the same of its lines.
 
-    A cell is what shares its means: a group, or `line` columns of one; or, where each line is a group, all of them.
-    Its lines are cut into chunks of `lines`.
+    A cell is what shares its means: a group, or `line` columns of one. Its lines are cut into chunks of `lines`; where
+    a tile holds several groups, those are a cell.
     """
     rows, columns = tl.load(part + ROWS).to(tl.int32), size(part, COLUMNS, v.align)
     across = ((columns + (v.line - 1)) // v.line).to(tl.int32)
-    number = chunk * v.lines + tl.arange(0, v.lines)
+    LINES: tl.constexpr = v.lines // v.groups
+    number = chunk * LINES + tl.arange(0, v.lines) % LINES
     if v.second == "column":
         group, row, column = cell // across, number, tl.full([v.lines], 0, tl.int32) + cell % across
-    elif v.means == "line":
-        group, column = number, tl.full([v.lines], 0, tl.int32)
-        row = tl.where(group < tl.load(part + GROUPS), 0, rows)
     elif v.nest == 0:
-        group, row, column = cell, tl.full([v.lines], 0, tl.int32), number
+        group, row, column = cell * v.groups, tl.full([v.lines], 0, tl.int32), number
     else:
-        group, row, column = cell, number // across, number % across
+        group, row, column = cell * v.groups, number // across, number % across
     begin = tl.full([v.lines], 0, tl.int64) + size(part, START, v.align)
-    if v.means == "line":
+    if v.groups > 1:  # which are one loop
+        group += tl.arange(0, v.lines) // LINES
+        row = tl.where(group < tl.load(part + GROUPS), row, rows)
         begin += group * size(part, INNER_GROUP_STRIDE, v.align)
     else:
         inner = tl.load(part + INNER_GROUPS).to(tl.int32)
@@ -326,39 +326,55 @@ def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
         tile = tile_of(part, 0, number, v)
         step_tile(part, scalars, tile, grad_of(part, tile, scale, v), 0.0, v)
     elif v.means == "before":
-        cell = number // chunks
-        tile = tile_of(part, cell, number % chunks, v)
+        cell, chunk = cell_of(part, number, chunks, v)
+        tile = tile_of(part, cell, chunk, v)
         if v.second == "column":
             where, own = columns_of(part, cell, v)
             root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
         else:
             root = tl.sqrt(tl.load(means_of(part) + cell))
         step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
-    elif v.means == "tile":
-        mean = tl.load(means_of(part) + number)  # before the sum, whose barrier keeps the store from overtaking it
-        tile = tile_of(part, number, 0, v)
-        grad = grad_of(part, tile, scale, v)
-        mean = averaged(part, scalars, mean, tl.sum(tl.sum(squares(grad), 1), 0), v)
-        tl.store(means_of(part) + number, mean)
-        step_tile(part, scalars, tile, grad, tl.sqrt(mean), v)
-    elif v.means == "line":
-        tile = tile_of(part, 0, number, v)
-        means, some = means_of(part) + number * v.lines + tl.arange(0, v.lines), tile[3]
-        mean = tl.load(means, mask=some, other=0.0)  # before the sum, as above
-        grad = grad_of(part, tile, scale, v)
-        mean = averaged(part, scalars, mean, tl.sum(squares(grad), 1), v)
-        tl.store(means, mean, mask=some)
-        step_tile(part, scalars, tile, grad, tl.sqrt(mean)[:, None], v)
     else:
-        mean = tl.load(means_of(part) + number)  # before the sum, as above
-        total = tl.zeros([v.lines, v.line], tl.float32)
-        for chunk in range(chunks):
-            total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
-        mean = averaged(part, scalars, mean, tl.sum(tl.sum(total, 1), 0), v)
-        tl.store(means_of(part) + number, mean)
-        for chunk in range(chunks):
-            tile = tile_of(part, number, chunk, v)
-            step_tile(part, scalars, tile, grad_of(part, tile, scale, v), tl.sqrt(mean), v)
+        groups = number * v.groups
+        if v.groups > 1:
+            groups += tl.arange(0, v.groups)
+        means, own = means_of(part) + groups, groups < tl.load(part + GROUPS)
+        mean = tl.load(means, mask=own, other=0.0)  # before the sum, whose barrier keeps the store from overtaking it
+        if v.means == "tile":
+            tile = tile_of(part, number, 0, v)
+            grad = grad_of(part, tile, scale, v)
+            total = squares(grad)
+        else:
+            total = tl.zeros([v.lines, v.line], tl.float32)
+            for chunk in range(chunks):
+                total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
+        if v.groups > 1:
+            total = tl.reshape(total, [v.groups, v.lines // v.groups * v.line])
+            mean = averaged(part, scalars, mean, tl.sum(total, 1), v)
+            root = tl.broadcast_to(tl.sqrt(mean)[:, None], [v.groups, v.lines // v.groups])
+            root = tl.reshape(root, [v.lines, 1])
+        else:
+            mean = averaged(part, scalars, mean, tl.sum(total), v)
+            root = tl.sqrt(mean)
+        tl.store(means, mean, mask=own)
+        if v.means == "tile":
+            step_tile(part, scalars, tile, grad, root, v)
+        else:
+            for chunk in range(chunks):
+                tile = tile_of(part, number, chunk, v)
+                step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
+
+
+@triton.jit
+def cell_of(part, number, count, v: tl.constexpr):
+    """The cell of a program, and which of its `count` programs it is, so that the next program reads what lies next:
+    the group's next lines, or, of columns, those beside them.
+    """
+    if v.second == "column":
+        cells = tl.load(part + CELLS).to(tl.int32)
+        return number % cells, number // cells
+    else:
+        return number // count, number % count
 
 
 @triton.jit
@@ -371,25 +387,27 @@ def columns_of(part, cell, v: tl.constexpr):
 
 
 @triton.jit
-def sum_squares(parts, sums, totals, owners, SPAN: tl.constexpr, TOTALS: tl.constexpr, v: tl.constexpr):
-    """The sum of squares, or the sums per column, of SPAN chunks of a cell; `totals` are of squares not finite too."""
+def sum_squares(parts, sums, totals, owners, TOTALS: tl.constexpr, v: tl.constexpr):
+    """The sum of squares, or the sums per column, of some chunks of a cell; `totals` are of squares not finite too."""
     part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
-    number = tl.program_id(0) - tl.load(part + FIRST_SUM).to(tl.int32)
-    count = tl.load(part + SUMS).to(tl.int32)
-    cell, first = number // count, number % count * SPAN
+    first, count = tl.load(part + FIRST_SUM), tl.load(part + SUMS).to(tl.int32)
+    cell, number = cell_of(part, tl.program_id(0) - first.to(tl.int32), count, v)
     total = tl.zeros([v.lines, v.line], tl.float32)
     every = tl.zeros([v.lines, v.line], tl.float32)
-    for chunk in range(first, tl.minimum(first + SPAN, tl.load(part + CHUNKS).to(tl.int32))):
+    chunks = tl.load(part + CHUNKS).to(tl.int32)
+    span = tl.cdiv(chunks, count)
+    for chunk in range(number * span, tl.minimum(number * span + span, chunks)):
         grad = grad_of(part, tile_of(part, cell, chunk, v), 1.0, v)
         total += squares(grad)
         if TOTALS:
             every += grad * grad
+    place = first + cell * count + number
     if TOTALS:
-        tl.store(totals + tl.program_id(0), tl.sum(tl.sum(every, 1), 0))
+        tl.store(totals + place, tl.sum(tl.sum(every, 1), 0))
     if v.second == "column":
-        tl.store(sums + tl.program_id(0).to(tl.int64) * v.line + tl.arange(0, v.line), tl.sum(total, 0))
+        tl.store(sums + place * v.line + tl.arange(0, v.line), tl.sum(total, 0))
     else:
-        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+        tl.store(sums + place, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
