@@ -61,10 +61,13 @@ PARTS: dict[int, Stages] = {
     1: {
         "probe": (Call("gpu_stages.probe:run", 12),),
         "smoke": (Call("gpu_stages.smoke:run", 25),),
-        "tests": (Call("gpu_stages.unit_tests:run", 110, on_cpu=4),),
-        "core": (Call("gpu_stages.core:run", 50, {"names": FIRST}), Call("gpu_stages.core:run", 60)),
+        "tests": (Call("gpu_stages.unit_tests:run", 110, on_cpu=3),),
+        "core": (
+            Call("gpu_stages.core:run", 50, {"names": FIRST}, on_cpu=2),
+            Call("gpu_stages.core:run", 60, on_cpu=2),
+        ),
         "kernels": (Call("gpu_stages.launches:run", 30),),
-        "sweep": (Call("gpu_stages.sweep:run", 45),),
+        "sweep": (Call("gpu_stages.sweep:run", 45, on_cpu=2),),
         "offload": (Call("gpu_stages.offload:run", 20),),
         "profile": (Call("gpu_stages.profiles:run", 20),),
     },
@@ -200,6 +203,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors as small as these are slower on more
     with terminated_as_exit(), tempfile.TemporaryDirectory() as scratch:
         told = (args.device, args.preset, args.commit, f"part {args.part}")

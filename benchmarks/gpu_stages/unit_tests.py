@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import xml.etree.ElementTree as ElementTree
 from importlib.util import find_spec
 
+import pytest
 from peers import ROOT
 
 from gpu_stages.session import Session
@@ -18,19 +18,23 @@ MOST_FAILURES = 40
 
 def run(session: Session) -> None:
     report = session.out / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    environment = dict(os.environ)
+    report.unlink(missing_ok=True)
+    arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if session.on_gpu:
-        command += [f"tests/test_{name}.py" for name in FILES] + ["-m", "gpu and not compiler"]
-        command += [f"--maxfail={MOST_FAILURES}"]
-        command += ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
-        command += ["--timeout=60"] if find_spec("pytest_timeout") else []
+        arguments += [f"tests/test_{name}.py" for name in FILES] + ["-m", "gpu and not compiler"]
+        arguments += [f"--maxfail={MOST_FAILURES}"]
+        arguments += ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
+        arguments += ["--timeout=60"] if find_spec("pytest_timeout") else []
     else:
-        command += ["tests/test_gpu_kernels.py", "-k", "one_code or an_update_is_added", "-n0"]
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(command, cwd=ROOT, env=environment)
+        arguments += ["tests/test_gpu_kernels.py", "-k", "one_code or an_update_is_added", "-n0", "--noconftest"]
+    os.chdir(ROOT)
+    # As Ctrl-C does, the alarm has pytest report what has run.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, max(session.seconds_left, 1))
+    status = pytest.main(arguments)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if not report.exists():
-        raise RuntimeError(f"pytest ended with status {done.returncode} and without a report")
+        raise RuntimeError(f"pytest ended with status {status} and without a report")
     (suite,) = ElementTree.parse(report).getroot()
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     session.row("all", **counts, pytest_s=float(suite.get("time", 0)))
@@ -42,3 +46,5 @@ def run(session: Session) -> None:
         raise RuntimeError(f"{counts['failures'] + counts['errors']} of {counts['tests']} tests have failed")
     if counts["tests"] == counts["skipped"]:
         raise RuntimeError("no test has run")
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise RuntimeError(f"only {counts['tests']} tests have run: no time was left for the others")
