@@ -88,7 +88,7 @@ def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | N
         module, _, name = target.partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         pipe.send((True, function(**arguments)))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         import traceback
 
         traceback.print_exc()
