@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_session
-from gpu_stages import summary
+import measure
+from gpu_stages import core, summary
+from gpu_stages.session import Session
 
 TESTS = Path(__file__).parent
 BENCHMARKS = TESTS.parent / "benchmarks"
@@ -61,10 +64,10 @@ def is_running(pid: int) -> bool:
 
 def test_what_goes_wrong_in_a_stage_stops_no_later_one(tmp_path: Path) -> None:
     before = time.monotonic()
-    session = started(["-c", DRIVER, "raises,dies,hangs,works"], tmp_path, 0.25)
+    session = started(["-c", DRIVER, "raises,dies,hangs,works"], tmp_path, 0.15)
     printed, _ = session.communicate(timeout=100)
     assert session.returncode == 1, printed
-    assert time.monotonic() - before < 60 * 0.25 + 5  # Python starts and ends, too
+    assert time.monotonic() - before < 60 * 0.15 + 5  # Python starts and ends, too
     ended = endings(tmp_path)
     assert ended.pop("hangs").startswith("stopped after")
     assert ended == {"raises": "failed: ValueError: of a stage", "dies": "failed: exit status 7", "works": "done"}
@@ -118,6 +121,25 @@ def test_a_line_that_was_cut_off_is_left_out_of_the_summary() -> None:
     text = summary.render("\n".join(lines))
     assert "| row | ms |\n|---|---:|\n| a/b | 1,234 |" in text
     assert "c:\n\n```\nx\n```" in text
+
+
+def test_rows_of_one_process_share_their_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(core.PEERS, "absent", replace(core.PEERS["flashoptim"], distribution="no-such-distribution"))
+    built: list[str] = []
+    build = core.build
+    monkeypatch.setattr(core, "build", lambda name, model: (built.append(name), build(name, model))[1])
+    session = Session(tmp_path, tmp_path, "cpu", "tiny", None, "core")
+    core.run(session, names=("signum_8bit", "absent", "no_such_name", "coap_adamw_8bit"))
+    signum, absent, unknown, coap = rows_in(tmp_path)
+    assert built == ["adamw_fused", "adamw_fused", "signum_8bit", "no_such_name", "coap_adamw_8bit"]
+    for baseline in ("bf16", "fp32"):
+        assert signum[f"to_{baseline}"] > 0
+        assert signum[f"clipped_to_{baseline}"] > 0
+    assert absent == {"stage": "core", "row": "absent", "remark": "not installed"}
+    assert unknown["remark"].startswith("ValueError")
+    assert coap["amortised_ratio"] > 0
+    assert "clipped_ms" not in coap
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ import hf_lowmem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import machine
 import measure
 import peers
 import presets
 import step_time
 import step_time_report
+import train
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13"}}
 MACHINE |= {"commit": "abc", "command": "python benchmarks/step_time.py"}
@@ -244,3 +246,55 @@ def test_columns_that_no_row_fills_are_left_out():
     figure = step_time_report.figure
     lines = step_time_report.table(rows, {"ms": figure("cpu_ms", ".1f"), "MiB": figure("extra_bytes", ".0f")})
     assert lines == ["| optimizer | ms |", "|---|---:|", "| `signum` | 1.5 |", "| `soap` |  |"]
+
+
+def test_on_cuda_the_device_is_busy_while_the_host_launches(monkeypatch):
+    """Or the device's time would have the host's work before the first kernel in it."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = f"event {len([each for each in order if each.startswith('event')])}"
+            order.append(self.name)
+
+        def record(self):
+            order.append(f"record {self.name[-1]}")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(f"sleep {cycles}"))
+    monkeypatch.setattr(measure, "cycles_per_second", lambda: 1e9)
+    assert measure.timed(lambda: order.append("step"), "cuda", host_s=0.002) == (2.0, 2.0)
+    assert order[2:] == ["synchronize", "sleep 3000000", "record 0", "step", "record 1", "synchronize"]
+
+
+def test_a_first_step_takes_no_time_of_the_pairs(tiny, monkeypatch):
+    clock = [0.0]
+    build = measure.build
+
+    def build_slow_first_step(name, model):
+        optimizer = build(name, model)
+        step = optimizer.step
+        optimizer.step = lambda: (clock.__setitem__(0, clock[0] + 20 * (not optimizer.state)), step())
+        return optimizer
+
+    monkeypatch.setattr(measure, "build", build_slow_first_step)
+    monkeypatch.setattr(measure, "SLOW", math.inf)
+    real = measure.time.perf_counter
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: real() + clock[0])
+    assert row(tiny, "signum", limit=40, pairs=4)["pairs"] == 4
+
+
+def test_the_commit_is_told_or_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.describe_machine("cpu")["commit"] == "unknown"
+    assert machine.describe_machine("cpu", "abc")["commit"] == "abc"
+
+
+def test_a_training_that_is_too_slow_is_a_row():
+    settings = {"preset": "100m", "device": "cpu", "steps": 2, "batch_size": 1, "length": 8}
+    stopped = train.measure_in_new_process(0.2, name="adamw_torch", **settings)
+    assert stopped == {"optim": "adamw_torch", "error": "stopped after 0 s"}
