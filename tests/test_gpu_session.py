@@ -125,6 +125,7 @@ def test_a_line_that_was_cut_off_is_left_out_of_the_summary() -> None:
 
 def test_rows_of_one_process_share_their_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(core, "PAIRS", 2)
     monkeypatch.setitem(core.PEERS, "absent", replace(core.PEERS["flashoptim"], distribution="no-such-distribution"))
     built: list[str] = []
     build = core.build
