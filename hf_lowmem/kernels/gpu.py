@@ -378,8 +378,8 @@ def tuned(tiles: Mapping[str, Tile]) -> Iterator[None]:
     Raises:
         ValueError: there is no such kind.
     """
-    if unknown := set(tiles) - KINDS:
-        raise ValueError(f"The kinds of launch are {sorted(KINDS)}, not {sorted(unknown)}.")
+    if unknown := set(tiles) - set(KINDS):
+        raise ValueError(f"The kinds of launch are {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
     before = dict(TUNING)
     TUNING.update({(kind, current_arch()): tile for kind, tile in tiles.items()})
     try:

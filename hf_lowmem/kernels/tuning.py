@@ -28,40 +28,28 @@ class Tile(NamedTuple):
     partial_sum: int = 1 << 15
 
 
-# The kinds are `Variant.second`, the moments in floats or in 8-bit codes, and "add". Read off the compiler's registers
-# and instructions, not yet measured.
-TUNING: dict[tuple[str, int], Tile] = {
-    ("none", 80): Tile(),
-    ("none 8-bit", 80): Tile(),
-    ("full", 80): Tile(),
-    ("full 8-bit", 80): Tile(),
-    ("group", 80): Tile(),
-    ("group 8-bit", 80): Tile(),
-    ("column", 80): Tile(),
-    ("column 8-bit", 80): Tile(),
-    ("add", 80): Tile(),
-    ("none", 90): Tile(),
-    ("none 8-bit", 90): Tile(),
-    ("full", 90): Tile(),
-    ("full 8-bit", 90): Tile(),
-    ("group", 90): Tile(),
-    ("group 8-bit", 90): Tile(),
-    ("column", 90): Tile(),
-    ("column 8-bit", 90): Tile(),
-    ("add", 90): Tile(),
-}
-KINDS = {kind for kind, _ in TUNING}
+# `Variant.second`, with the moments in floats or in 8-bit codes; and "add", of a projected update.
+KINDS = [f"{second}{bits}" for second in ("none", "full", "group", "column") for bits in ("", " 8-bit")] + ["add"]
+# By the kind of launch and 10 times the compute capability. The defaults are read off the compiler's registers and
+# instructions; rows that a sweep has measured replace them.
+TUNING: dict[tuple[str, int], Tile] = {(kind, arch): Tile() for kind in KINDS for arch in (80, 90)}
 _DEFAULT_ARCH = 90
 
 
 @cache
 def current_arch() -> int:
-    """10 times the compute capability of the process's GPU; 90 in the interpreter and on GPUs of other makers."""
+    """10 times the compute capability of the process's GPU.
+
+    It is 90 in the interpreter, on GPUs of other makers, and where there is no GPU, for which launches can be planned.
+    """
     import triton
 
     if triton.knobs.runtime.interpret:
         return _DEFAULT_ARCH
-    target = triton.runtime.driver.active.get_current_target()
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # "0 active drivers"
+        return _DEFAULT_ARCH
     return target.arch if target.backend == "cuda" else _DEFAULT_ARCH
 
 
