@@ -41,6 +41,11 @@ TRAINED = ("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit", "slim_adamw_8bi
 REINFORCED = ("slim_adamw_8bit offload_state=true", "adamw_torch_fused")
 QUALITY = ("adamw_torch_fused", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
 PROJECTED = ("coap_adamw_8bit", "coap_adafactor_8bit", "soap_8bit")
+ON_8B_SHAPES = {
+    "preset": "8b-8layers",
+    "names": ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "lowmem_adamw_8bit"),
+    "baselines": ("bf16",),  # one in float32 would not fit beside it
+}
 TRAINED_1B = ("adamw_torch_fused", "coap_adamw_8bit")
 # Other packages may hang: they come early, but after the two that matter most, and not in the process of all the rest.
 FIRST = ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "flashoptim")
@@ -77,7 +82,7 @@ PARTS: dict[int, Stages] = {
     },
     2: {
         "train-8b": tuple(Call("gpu_stages.training:run", 40, {"optim": optim, "preset": "8b"}) for optim in TRAINED),
-        "step-8b-8layers": (Call("gpu_stages.core:run", 50, {"preset": "8b-8layers", "baselines": ("bf16",)}),),
+        "step-8b-8layers": (Call("gpu_stages.core:run", 50, ON_8B_SHAPES),),
         "coap": (
             Call("gpu_stages.core:run", 20, {"names": PROJECTED}),
             *(Call("gpu_stages.training:run", 8, {"optim": optim, "preset": "1b"}) for optim in TRAINED_1B),
@@ -223,7 +228,7 @@ def main() -> None:
         runner = Runner(stages, session, started + 60 * args.minutes - LAST_SECONDS)
         session.row("all", minutes=args.minutes, preset=args.preset, command=shlex.join(["python", *sys.argv]))
         try:
-            start_server(PRELOADED[args.part])
+            start_server(PRELOADED[args.part], args.device)
             if args.part == 1:
                 runner.compile_beside()
             runner.run()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 BENCHMARKS = Path(__file__).resolve().parent
 LONGEST_ERROR = 200
@@ -24,23 +24,31 @@ STARTING = 120  # seconds
 LAST_WORDS = 2  # seconds that a process has to clean up after it has answered
 
 
-def start_server(preload: Iterable[str]) -> None:
-    """Start the server, which imports these modules as far as it can, and wait until it has."""
+def start_server(preload: Iterable[str], device: str) -> None:
+    """Start the server, which imports these modules as far as it can, and wait until it has.
+
+    Where its children cannot use CUDA after that, processes are started anew instead, and import all themselves.
+    """
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # A server that had asked CUDA itself for its devices would leave its children without them.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["PRELOAD"] = ",".join(preload)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
-    Job("processes:seconds_since_boot", {}).result(STARTING)
+    try:
+        Job("processes:touch", {"device": device}).result(STARTING)
+    except RuntimeError:
+        Job.start_method = "spawn"
 
 
 class Job:
     """A call of `module:function`, already running in a process group of its own."""
 
+    start_method: ClassVar[str] = "forkserver"
+
     def __init__(self, target: str, arguments: dict[str, Any], log: Path | None = None, nice: int = 0) -> None:
         """The process's output is appended to `log`, or dropped."""
-        context = multiprocessing.get_context("forkserver")
+        context: Any = multiprocessing.get_context(self.start_method)
         self._here, there = context.Pipe(duplex=False)
         self._process = context.Process(target=call, args=(there, target, arguments, log, nice), daemon=True)
         self._process.start()
@@ -97,6 +105,13 @@ def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | N
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def touch(device: str) -> None:
+    """Use the device."""
+    import torch
+
+    torch.zeros(1, device=device)
 
 
 def seconds_since_boot() -> float:

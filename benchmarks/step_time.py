@@ -120,7 +120,7 @@ def main() -> None:
     }
     # A first step compiles, whatever ran before.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    start_server(["hf_lowmem.trainer.build", "measure"])
+    start_server(["hf_lowmem.trainer.build", "measure"], args.device)
     rows, started = planned_rows(args), time.monotonic()
     for number, (dtype, threads, name) in enumerate(rows, start=1):
         row = measure_in_new_process(

@@ -21,7 +21,6 @@ import resource
 import statistics
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +108,12 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
 
 def trainer_of(model: Any, arguments: dict[str, Any], tokens: torch.Tensor, **more: Any) -> transformers.Trainer:
     """TRL's SFTTrainer on rows of tokens (rows, length), or transformers' Trainer, which takes the same step."""
-    if not (find_spec("trl") and find_spec("datasets")):
+    try:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+    except (ImportError, RuntimeError):  # TRL raises the latter for what it imports itself
         rows = [{"input_ids": row, "labels": row} for row in tokens]
         return transformers.Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=rows, **more)
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     return SFTTrainer(
         model=model,
         args=SFTConfig(**arguments, max_length=tokens.shape[1]),
@@ -187,7 +186,7 @@ def main() -> None:
     machine = describe_machine(args.device, args.commit)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "rows": []}
     os.environ["HF_HUB_OFFLINE"] = "1"
-    start_server(["train", "trl", "datasets"])
+    start_server(["train", "trl", "datasets"], args.device)
     for name in args.optims.split(","):
         report["rows"].append(measure_in_new_process(args.limit, name=name, **settings))
         output.write_text(json.dumps(report, indent=2) + "\n")

@@ -8,6 +8,7 @@ import torch
 from peers import build
 from presets import build_model, one_layer
 
+from gpu_stages import sweep
 from gpu_stages.core import ROWS
 from gpu_stages.session import Session
 
@@ -15,7 +16,8 @@ NAMES = ("slim_adamw_8bit", "adam_mini_8bit")
 
 
 def run(session: Session, first: int, every: int) -> None:
-    """Steps of the `first` name and each `every`-th after it, on one layer of the widths that are timed later."""
+    """Steps of the `first` name and each `every`-th after it, on one layer of the widths that are timed later, and
+    then of the sweep's tiles."""
     for name in (*NAMES, *ROWS)[first::every]:
         started = time.perf_counter()
         model = build_model(one_layer(session.preset or "1b"), torch.bfloat16, session.device)
@@ -24,3 +26,6 @@ def run(session: Session, first: int, every: int) -> None:
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
         session.row(name, first_steps_s=time.perf_counter() - started)
+    if session.on_gpu:
+        for case, tile in sweep.cases_and_tiles()[first::every]:
+            sweep.step_ms(case._replace(shape=(64, case.shape[1])), tile, session)

@@ -10,7 +10,7 @@ from presets import PRESETS, build_model
 
 from gpu_stages.session import Session
 
-NAMES = ("slim_adamw_8bit offload_state=true", "lowmem_adamw offload_state=true")
+NAMES = ("slim_adamw_8bit offload_state=true", "lowmem_adamw_8bit offload_state=true")
 
 
 def run(session: Session) -> None:

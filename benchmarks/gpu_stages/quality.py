@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import tempfile
 from copy import deepcopy
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 import hf_lowmem
 from gpu_stages.session import Session
 
-CHARACTERS, CHARACTERS_ON_CPU = 40_000_000, 400_000
+CHARACTERS, CHARACTERS_ON_CPU = 24_000_000, 400_000
 VOCABULARY, LEARNED_FROM = 8192, 4_000_000  # characters
 LENGTH, BATCH_SIZE, LENGTH_ON_CPU, BATCH_ON_CPU = 512, 32, 32, 4
 HELD_OUT = 64  # rows
@@ -38,6 +39,7 @@ class StopInTime(TrainerCallback):
 
 def prepare(session: Session) -> None:
     """Python files as rows of tokens, in the session's scratch folder."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     text = sources(CHARACTERS if session.on_gpu else CHARACTERS_ON_CPU)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -44,31 +44,41 @@ SMALL = (16, 512)  # of the weights that Triton's interpreter steps
 def run(session: Session) -> None:
     """A row for each case and tile; on a CPU two small cases in the interpreter, which says that they would run."""
     if session.on_gpu:
-        measure(session, CASES, list(product(PER_THREAD, ENTRIES, ONE_TILE)))
+        measure(session, cases_and_tiles())
         return
     launched = {key._replace(device="cpu"): kernel for key, kernel in KERNELS.items() if key.device == "cuda"}
     with mock.patch.dict(KERNELS, launched):
-        cases = [case._replace(shape=SMALL) for case in CASES[:2]]
-        measure(session, cases, [(32, 4096, 8192), (16, 2048, 8192)])
+        small = [case._replace(shape=SMALL) for case in CASES[:2]]
+        measure(
+            session, [(case, usual_tile(case)._replace(entries=size)) for case, size in product(small, ENTRIES[:2])]
+        )
 
 
-def measure(session: Session, cases: Sequence[Case], grid: Sequence[tuple[int, int, int]]) -> None:
+def usual_tile(case: Case) -> Tile:
+    return tile_for(case.kind, current_arch())
+
+
+def cases_and_tiles() -> list[tuple[Case, Tile]]:
+    """What is timed, a tile of all cases after the other, so that each case has some where the time is short."""
+    found = []
+    for per_thread, entries, one_tile in product(PER_THREAD, ENTRIES, ONE_TILE):
+        for case in CASES:
+            usual = usual_tile(case)
+            if one_tile == usual.one_tile or case.has_large_groups:
+                sizes = {"entries": entries, "per_thread": per_thread, "one_tile": one_tile}
+                found.append((case, usual._replace(**sizes)))
+    return found
+
+
+def measure(session: Session, cases: Sequence[tuple[Case, Tile]]) -> None:
     found: dict[str, dict[Tile, list[float]]] = {}
-    for (per_thread, entries, one_tile), case in product(grid, cases):
+    for case, tile in cases:
         if session.seconds_left < 0:
             break
-        usual = tile_for(case.kind, current_arch())
-        if one_tile != usual.one_tile and not case.has_large_groups:
-            continue
-        tile = usual._replace(entries=entries, per_thread=per_thread, one_tile=one_tile)
         milliseconds = step_ms(case, tile, session)
-        session.row(
-            f"{case.kind} {case.shape[0]} x {case.shape[1]}",
-            entries=entries,
-            per_thread=per_thread,
-            one_tile=one_tile,
-            ms=milliseconds,
-        )
+        name = f"{case.kind} {case.shape[0]} x {case.shape[1]}"
+        sizes = {"entries": tile.entries, "per_thread": tile.per_thread, "one_tile": tile.one_tile}
+        session.row(name, **sizes, ms=milliseconds)
         found.setdefault(case.kind, {}).setdefault(tile, []).append(milliseconds)
     session.row("for TUNING", text="\n".join(best_rows(found)))
 
