@@ -154,8 +154,9 @@ class Projection(Protocol):
 class Subspace(Projection, Protocol):
     """A projection in whose space an elementwise rule can be run by the kernel for unprojected weights."""
 
-    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        """param <- decay * param + project_back(update), in place, for a float32 parameter."""
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
+        """param <- decay * param + project_back(update) in place, where one product does that and rounds to nearest;
+        returns whether it did."""
 
 
 @dataclass(frozen=True)

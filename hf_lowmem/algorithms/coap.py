@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import STORAGE
-from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
+from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe, basis_dtype
 from hf_lowmem.checks import check_one_rank
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.log import get_logger
@@ -234,7 +233,7 @@ class CoapAdafactor(Coap):
 def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projection:
     """The space of a weight's moments under the options of its group."""
     basis = BasisOptions(
-        dtype=torch.bfloat16 if proj_bits(options) == 16 else torch.float32,
+        dtype=basis_dtype(options),
         update_interval=options["update_interval"],
         reproject_factor=options["reproject_factor"],
         scale=options["scale"],
@@ -283,10 +282,6 @@ def tucker_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
     if shape[3] == 1:
         return (max(int(shape[0] / ratio), 1),)
     return tuple(max(int(channels / math.sqrt(ratio)), 1) for channels in shape[:2])
-
-
-def proj_bits(options: dict[str, Any]) -> int:
-    return options["proj_bits"] or (32 if options["state_bits"] == 32 else 16)
 
 
 @dataclass(frozen=True)

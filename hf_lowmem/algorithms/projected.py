@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from hf_lowmem.param_groups import Assignment, Recipe, Treatment
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE
@@ -111,6 +113,12 @@ class ProjectedRecipe(Recipe):
         else:
             hint = "there is none (LoRA factors and frozen weights are not projected)"
         raise ValueError(f"target_modules={targets!r} names no trained weight that can be projected: {hint}.")
+
+
+def basis_dtype(options: dict[str, Any]) -> torch.dtype:
+    """The storage of a basis under `proj_bits`, by default narrower where the moments are."""
+    bits = options["proj_bits"] or (32 if options["state_bits"] == 32 else 16)
+    return torch.bfloat16 if bits == 16 else torch.float32
 
 
 def is_projectable(role: ParamRole) -> bool:

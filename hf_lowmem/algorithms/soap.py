@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import STORAGE
-from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe
+from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe, basis_dtype
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import Group, LowMemOptimizer
@@ -31,16 +31,18 @@ class Soap(LowMemOptimizer):
 
     Source: arXiv:2409.11321, algorithm 3; authors' code nikhilvyas/SOAP@a1e5535. A parameter's first call takes no
     step: it only finds the basis.
-    Departs from it: one side by default, the smaller; each expert of a stack has its own bases; the factors are
-    float32 whatever the weight's dtype. It is for quality, not for memory.
+    Departs from it: one side by default, the smaller; each expert of a stack has its own bases; L and R are float32
+    whatever the weight's dtype. It is for quality, not for memory.
 
-    State per (m, n) weight: exp_avg and exp_avg_sq (m, n), gram_<axis> and proj_<axis> (d, d) in float32 for each
-    preconditioned axis of size d; proj_count; step. In 8 bits exp_avg and exp_avg_sq as in `LowMemAdamW`.
+    State per (m, n) weight: exp_avg and exp_avg_sq (m, n), gram_<axis> (d, d) in float32 and proj_<axis> (d, d) in
+    float32 or bfloat16 for each preconditioned axis of size d; proj_count; step. In 8 bits exp_avg and exp_avg_sq are
+    as in `LowMemAdamW`.
 
     Args:
         sides: "one" preconditions the smaller of the two matrix axes, "both" every axis.
         precondition_frequency: updates between two changes of the basis.
         max_precond_dim: larger axes get no basis.
+        proj_bits: 32 or 16, bits of the bases; by default 16 where `state_bits` is below 32.
         shampoo_beta: decay of L and R; `betas[1]` where it is None.
         correct_bias: correct the moments' bias.
         normalize_grads: scale every update to unit root mean square; the authors advise it for frequencies near 100.
@@ -59,6 +61,7 @@ class Soap(LowMemOptimizer):
         **STORAGE,
         "sides": "one",
         "max_precond_dim": 10000,
+        "proj_bits": None,
         "project": True,
         "stacked": False,
     }
@@ -75,6 +78,7 @@ class Soap(LowMemOptimizer):
         sides: str = "one",
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
+        proj_bits: int | None = None,
         shampoo_beta: float | None = None,
         correct_bias: bool = True,
         normalize_grads: bool = False,
@@ -91,6 +95,7 @@ class Soap(LowMemOptimizer):
             sides=sides,
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
+            proj_bits=proj_bits,
             shampoo_beta=shampoo_beta,
             project=project,
             stacked=stacked,
@@ -105,8 +110,8 @@ class Soap(LowMemOptimizer):
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
         codec = codec_for(shape, options["state_bits"], options["block_size"], options["min_8bit_size"])
         axes = basis_axes(shape, options)
-        basis = (axes, options["stacked"], options["precondition_frequency"], options["shampoo_beta"])
-        projection = Eigenbasis(*basis) if axes else FULL_SPACE
+        schedule = (options["precondition_frequency"], options["shampoo_beta"])
+        projection = Eigenbasis(axes, options["stacked"], basis_dtype(options), *schedule) if axes else FULL_SPACE
         moments = {"exp_avg": Full(), "exp_avg_sq": Full(signed=False)}
         return StatePlan(moments, codec, projection, stacked=options["stacked"])
 
@@ -131,12 +136,14 @@ class SoapRecipe(ProjectedRecipe):
     """`Soap`'s options.
 
     Args:
-        sides, precondition_frequency, max_precond_dim, shampoo_beta, correct_bias, normalize_grads: see `Soap`.
+        sides, precondition_frequency, max_precond_dim, proj_bits, shampoo_beta, correct_bias, normalize_grads: see
+            `Soap`.
     """
 
     sides: Literal["one", "both"] = "one"
     precondition_frequency: int = 10
     max_precond_dim: int = 10000
+    proj_bits: Literal[32, 16] | None = None
     shampoo_beta: float | None = None
     correct_bias: bool = True
     normalize_grads: bool = False
@@ -149,7 +156,10 @@ class SoapRecipe(ProjectedRecipe):
     )
 
     def shared_options(self) -> dict[str, Any]:
-        own = ("sides", "precondition_frequency", "max_precond_dim", "shampoo_beta", "correct_bias", "normalize_grads")
+        own = (
+            *("sides", "precondition_frequency", "max_precond_dim", "proj_bits", "shampoo_beta"),
+            *("correct_bias", "normalize_grads"),
+        )
         return {**super().shared_options(), **{name: getattr(self, name) for name in own}}
 
     def options_of(self, role: ParamRole, asked: Any) -> Treatment:

@@ -289,10 +289,10 @@ def in_subspace(slot: Slot) -> Slot:
 def add_back(slot: Slot, update: Tensor, decay: float | Tensor, add: Add) -> None:
     """The parameter times `decay` plus an update of the subspace."""
     projection = cast(Subspace, slot.plan.projection)
-    if slot.param.dtype == torch.float32 and not isinstance(decay, Tensor):
-        projection.add_back(slot.state, slot.param, update, decay)
-    else:
-        add(slot, projection.project_back(slot.state, update), 1.0, decay)
+    if slot.plan.rounding.kind == "nearest" and not isinstance(decay, Tensor):
+        if projection.add_back(slot.state, slot.param, update, decay):
+            return
+    add(slot, projection.project_back(slot.state, update), 1.0, decay)
 
 
 def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None:
@@ -323,7 +323,7 @@ def soap(slots: Sequence[Slot], hyper: Hyper, add: Add = add) -> None:
         update = projection.project(slot.state, moment.view(slot.param.shape))
         update = update.clone() if projection is FULL_SPACE else update
         del moment
-        rotated = projection.project(slot.state, slot.grad.float())
+        rotated = projection.project(slot.state, slot.grad).float()
         for index in indices:
             tile, g = exp_avg_sq[index], at_least_1d(rotated)[index]
             loaded = tile.load(scratch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.projections.basis import as_stack, watch_for_mask
-from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.projections.precision import full_float32, product
 from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 _JITTER = 1e-7  # of the largest diagonal entry: repeated eigenvalues of a tiny matrix keep LAPACK from converging
@@ -28,26 +28,30 @@ class Eigenbasis:
     A stack of matrices has an L and a Q for each; one whose gradient is zero has no basis yet, one whose gradient is
     not finite keeps what it has.
 
-    State: `gram_<axis>` and `proj_<axis>`, float32, (size, size) or (experts, size, size); `proj_count`, how many
-    matrices have a basis.
+    State: `gram_<axis>`, float32, and `proj_<axis>`, both (size, size) or (experts, size, size); `proj_count`, how
+    many matrices have a basis.
 
     Args:
         axes: the weight's preconditioned axes.
         stacked: axis 0 counts matrices.
+        dtype: storage of Q. A power step makes the next one from it, orthogonal in float32, so that what bfloat16
+            rounds off does not add up.
         frequency: updates between two changes of the basis.
         shampoo_beta: decay of L; None takes the second moment's.
     """
 
     axes: tuple[int, ...]
     stacked: bool
+    dtype: torch.dtype
     frequency: int
     shampoo_beta: float | None = None
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
         for axis in self.axes:
-            square = TensorSpec((*self._stack(shape), shape[axis], shape[axis]), (*self._stack((0,)), None, None))
-            specs |= {f"gram_{axis}": square, f"proj_{axis}": square}
+            size, dims = (*self._stack(shape), shape[axis], shape[axis]), (*self._stack((0,)), None, None)
+            specs[f"gram_{axis}"] = TensorSpec(size, dims)
+            specs[f"proj_{axis}"] = TensorSpec(size, dims, self.dtype)
         return {**specs, "proj_count": TensorSpec((), (), on_host=True)}
 
     def space(self, shape: tuple[int, ...], moment: str) -> Space:
@@ -62,7 +66,7 @@ class Eigenbasis:
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         for axis in self.axes:
-            grad = rotate(widened(grad), axis, state[f"proj_{axis}"])
+            grad = rotate(grad, axis, state[f"proj_{axis}"])
         return grad
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
@@ -103,7 +107,8 @@ class Eigenbasis:
             return
         watch_for_mask(grad, [self._stack_axis(axis) for axis in self.axes], spares_slices=False)
         for axis in self.axes:
-            as_stack(state[f"proj_{axis}"])[new] = eigenvectors(as_stack(state[f"gram_{axis}"])[new])
+            gram, proj = as_stack(state[f"gram_{axis}"]), as_stack(state[f"proj_{axis}"])
+            proj[new] = eigenvectors(gram[new]).to(proj.dtype)
         state["proj_count"] += len(new)
         # The first gradient is not in the second moment, so it must not be in the first one either.
         exp_avg = moments["exp_avg"].load().clone()
@@ -115,7 +120,8 @@ class Eigenbasis:
         stack = exp_avg_sq if self.stacked else exp_avg_sq.unsqueeze(0)
         for axis in self.axes:
             gram, proj = as_stack(state[f"gram_{axis}"]), as_stack(state[f"proj_{axis}"])
-            proj[which], order = power_step(gram[which], proj[which])
+            basis, order = power_step(gram[which], proj[which].to(gram.dtype))
+            proj[which] = basis.to(proj.dtype)
             stack[which] = permuted(stack[which], self._stack_axis(axis), order)
         moments["exp_avg_sq"].store(exp_avg_sq)
 
@@ -125,14 +131,14 @@ class Eigenbasis:
 
 def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
     """tensor x_axis basis^T: the coordinates of `axis` in the basis's columns; a stack takes a stack of bases."""
-    return (tensor.movedim(axis, -1) @ basis).movedim(-1, axis)
+    return product(tensor.movedim(axis, -1), basis).movedim(-1, axis)
 
 
 def outer_product(stack: Tensor, axis: int) -> Tensor:
     """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...)."""
     unfolded = stack.movedim(axis, -1).flatten(1, -2)
-    product: Tensor = unfolded.mT @ unfolded
-    return product
+    outer: Tensor = unfolded.mT @ unfolded
+    return outer
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
@@ -149,9 +155,9 @@ def eigenvectors(gram: Tensor) -> Tensor:
 
 def power_step(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """One orthogonal iteration: the next Q (experts, size, size) and the order of the old columns' eigenvalues."""
-    product = gram @ basis
-    order = (basis * product).sum(-2).argsort(dim=-1, descending=True)
-    return torch.linalg.qr(permuted(product, 2, order)).Q, order
+    image = gram @ basis
+    order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
+    return torch.linalg.qr(permuted(image, 2, order)).Q, order
 
 
 def permuted(stack: Tensor, axis: int, order: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowmem.moments import Full
 from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, as_stack, clipped_step, watch_for_mask
-from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.projections.precision import full_float32, product, product_dtype, rounded_once
 from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 SKETCH_SEED = 3407
@@ -78,17 +78,21 @@ class LowRank:
         return product(matrix, basis.mT) if is_right(matrix) else product(basis, matrix)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        left, right = self._back(state, self.options.scale * update)
-        return left @ right
+        return product(*self._back(state, self.options.scale * update))
 
-    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
         left, right = self._back(state, update)
+        dtype = product_dtype(left, right)
+        if dtype != param.dtype:
+            return False
         add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
-        add_product(left, right, beta=decay, alpha=self.options.scale)
+        with rounded_once():
+            add_product(left.to(dtype), right.to(dtype), beta=decay, alpha=self.options.scale)
+        return True
 
     def _back(self, state: State, update: Tensor) -> tuple[Tensor, Tensor]:
         """The two matrices whose product is an update, in the weight's own layout."""
-        basis = state["proj"].to(update.dtype)
+        basis = state["proj"]
         right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
         first, second = (update, basis) if right else (basis.mT, update)
         return (second.mT, first.mT) if self.transposed else (first, second)
@@ -142,17 +146,6 @@ class LowRank:
 
 def is_right(matrix: Tensor) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32, in which products of bfloat16 are exact and which CUDA takes without a copy, or in float64."""
-    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and torch.version.hip is None:
-        multiply = torch.bmm if left.ndim == 3 else torch.mm
-        found: Tensor = multiply(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
-        return found
-    left, right = widened(left), widened(right)
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    return left.to(dtype) @ right.to(dtype)
 
 
 def pick(stack: Tensor, which: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products that a basis is made of are float32 throughout, whatever the user allows elsewhere."""
+"""In what precision products with a basis are taken, and those that a basis is made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right as float32, or as float64 where one of them is; `right` is a matrix, or both are stacks of them."""
+    dtype = product_dtype(left, right)
+    left, right = left.to(dtype), right.to(dtype)
+    return bfloat16_product(left, right) if dtype == torch.bfloat16 else left @ right
+
+
+def product_dtype(left: Tensor, right: Tensor) -> torch.dtype:
+    """What the operands of a product with a basis are rounded to; its sums are float32 at least.
+
+    Where the basis is bfloat16 the other operand loses no more by rounding than the basis has lost already.
+    """
+    dtypes = (left.dtype, right.dtype)
+    if torch.float64 in dtypes:
+        return torch.float64
+    return torch.bfloat16 if torch.bfloat16 in dtypes and multiplies_bfloat16(left.device) else torch.float32
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has units that multiply bfloat16 and add in float32, and torch returns the float32 sums.
+
+    ROCm's torch does not, and CUDA devices before 8.0 have no such units.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of bfloat16 as float32."""
+    if right.ndim == 3:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    rows: Tensor = torch.mm(left.flatten(0, -2), right, out_dtype=torch.float32)
+    return rows.unflatten(0, left.shape[:-1])
 
 
 @contextmanager
@@ -20,3 +58,21 @@ def full_float32() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, allowed, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def rounded_once() -> Iterator[None]:
+    """Products that are written as bfloat16 are rounded once inside.
+
+    By default cuBLAS may split a sum into parts that it rounds one by one, the weight among them.
+    """
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    if not (allowed and getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", True)):
+        yield
+        return
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = allowed

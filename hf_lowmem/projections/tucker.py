@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_lowmem.moments import Full
 from hf_lowmem.projections.basis import COSINE_FLOOR, BasisOptions, clipped_step, watch_for_mask
-from hf_lowmem.projections.precision import full_float32
+from hf_lowmem.projections.precision import full_float32, product
 from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 _MIN_SWEEPS, _MAX_SWEEPS, _TOLERANCE = 3, 100, 1e-4
@@ -58,14 +58,13 @@ class Tucker:
         return f"Tucker {channels} channels"
 
     def project(self, state: State, grad: Tensor) -> Tensor:
-        grad = widened(grad)
-        return contract(grad, self._factors(state, grad.dtype)).flatten(1)
+        return contract(grad, self._stored(state)).flatten(1)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        return self.options.scale * expand(self._core(update), self._factors(state, update.dtype))
+        return self.options.scale * expand(self._core(update), self._stored(state))
 
-    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> None:
-        param.mul_(decay).add_(self.project_back(state, update))
+    def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
+        return False  # it takes more than one product
 
     def takes_gradient(self, state: State) -> bool:
         return not state["proj_count"].item() or self.options.event(state) is not None
@@ -121,18 +120,21 @@ class Tucker:
         """A moment (r0, r1 kh kw) as (r0, r1, kh, kw)."""
         return moment.view(self._core_shape)
 
+    def _stored(self, state: State) -> Factors:
+        return [state[f"proj_{axis}"] for axis in range(len(self.ranks))]
+
     def _factors(self, state: State, dtype: torch.dtype) -> Factors:
-        return [state[f"proj_{axis}"].to(dtype) for axis in range(len(self.ranks))]
+        return [factor.to(dtype) for factor in self._stored(state)]
 
     def _store(self, state: State, factors: Factors) -> None:
-        for axis, factor in enumerate(factors):
-            state[f"proj_{axis}"].copy_(factor)
+        for stored, factor in zip(self._stored(state), factors, strict=True):
+            stored.copy_(factor)
 
 
 def contract(tensor: Tensor, factors: Factors) -> Tensor:
     """tensor x_0 P_0 x_1 P_1: axis i goes from P_i's columns to its rows."""
     for axis, factor in enumerate(factors):
-        tensor = (tensor.movedim(axis, -1) @ factor.mT).movedim(-1, axis)
+        tensor = product(tensor.movedim(axis, -1), factor.mT).movedim(-1, axis)
     return tensor
 
 

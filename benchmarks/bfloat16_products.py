@@ -1,0 +1,184 @@
+"""What COAP and SOAP lose by products in bfloat16 with a bfloat16 basis, as CUDA takes them, against float32.
+
+    python benchmarks/bfloat16_products.py --commit "$(git rev-parse HEAD)"
+
+It runs on a CPU: the product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
+rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Three measurements:
+
+- one step after 100 others, with the same state: how far the update is from that in float32;
+- how far SOAP's bases are from orthogonal as they are refreshed again and again;
+- the demo's held-out loss over several seeds.
+
+COAP's basis is bfloat16 in both rows, SOAP's is float32 where its products are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from step_time import describe_machine  # noqa: E402
+
+from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap  # noqa: E402
+from hf_lowmem.demo import Settings  # noqa: E402
+from hf_lowmem.demo.train import run_demo  # noqa: E402
+from hf_lowmem.projections import precision  # noqa: E402
+
+EIGHT_BITS = {"state_bits": 8, "lr": 1e-3, "betas": (0.9, 0.99)}
+CASES: dict[str, tuple[type, tuple[int, ...]]] = {
+    "coap_adamw_8bit, (768, 256)": (CoapAdamW, (768, 256)),
+    "coap_adamw_8bit, (256, 768)": (CoapAdamW, (256, 768)),
+    "coap_adamw_8bit, (128, 64, 3, 3)": (CoapAdamW, (128, 64, 3, 3)),
+    "coap_adafactor_8bit, (768, 256)": (CoapAdafactor, (768, 256)),
+    "soap_8bit, (768, 256)": (Soap, (768, 256)),
+}
+DEMO = {  # optim with float32 products, and with bfloat16's
+    "coap_adamw_8bit": ("coap_adamw_8bit", "coap_adamw_8bit"),
+    "soap_8bit": ("soap_8bit proj_bits=32", "soap_8bit"),
+}
+REFRESHES = (1, 10, 50)
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Products with a bfloat16 basis are taken on the CPU as CUDA takes them."""
+    with (
+        patch.object(precision, "multiplies_bfloat16", lambda device: True),
+        patch.object(precision, "bfloat16_product", lambda left, right: left.float() @ right.float()),
+    ):
+        yield
+
+
+def gradients(shape: tuple[int, ...], seed: int = 0) -> Iterator[Tensor]:
+    """Noise around a mean of low rank, as gradients of layers are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    rows, columns = shape[0], math.prod(shape[1:])
+    mean = random(rows, 8) @ random(8, columns)
+    while True:
+        yield 1e-3 * (mean + random(rows, 8) @ random(8, columns) + random(rows, columns)).view(shape)
+
+
+def take_steps(cls: type, shape: tuple[int, ...], steps: int, **options: Any) -> tuple[nn.Parameter, Any, Any]:
+    grads, param = gradients(shape), nn.Parameter(torch.zeros(shape))
+    optimizer = cls([param], **{**EIGHT_BITS, **options})
+    for _, param.grad in zip(range(steps), grads, strict=False):
+        optimizer.step()
+    return param, optimizer, grads
+
+
+def update_error(cls: type, shape: tuple[int, ...]) -> float:
+    """|difference| / |update| of one step from the same state."""
+    options = {"proj_bits": 32} if cls is Soap else {}
+    param, optimizer, grads = take_steps(cls, shape, 100, **options)
+    rounded = nn.Parameter(param.detach().clone())
+    other = cls([rounded], **EIGHT_BITS)
+    other.state[rounded] = {
+        name: tensor.bfloat16() if name.startswith("proj_") and tensor.ndim else tensor.clone()
+        for name, tensor in optimizer.state[param].items()
+    }
+    start, param.grad = param.detach().clone(), next(grads)
+    rounded.grad = param.grad.clone()
+    optimizer.step()
+    with bfloat16_products():
+        other.step()
+    return ((rounded - param).norm() / (param - start).norm()).item()
+
+
+def orthogonality(bits: int) -> list[float]:
+    """The largest |singular value of Q^T Q - I| after each number of refreshes."""
+    found = []
+    for refreshes in REFRESHES:
+        options = {"proj_bits": bits, "precondition_frequency": 1}
+        param, optimizer, _ = take_steps(Soap, (256, 256), refreshes + 1, **options)
+        basis = optimizer.state[param]["proj_1"].double()
+        found.append(torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(256, dtype=torch.float64), 2).item())
+    return found
+
+
+def demo_losses(optim: str, seeds: int, steps: int, folder: Path) -> list[float]:
+    settings = [Settings((optim,), steps=steps, seed=seed, output_dir=folder) for seed in range(seeds)]
+    return [run_demo(setting)[0].held_out_loss for setting in settings]
+
+
+def measure(commit: str, seeds: int, steps: int, folder: Path) -> dict[str, Any]:
+    losses = {}
+    for name, (exact, rounded) in DEMO.items():
+        losses[name] = {"float32": demo_losses(exact, seeds, steps, folder)}
+        with bfloat16_products():
+            losses[name]["bfloat16"] = demo_losses(rounded, seeds, steps, folder)
+    return {
+        "commit": commit,
+        "machine": describe_machine("cpu"),
+        "update_errors": {name: update_error(*case) for name, case in CASES.items()},
+        "refreshes": REFRESHES,
+        "orthogonality": {"float32": orthogonality(32), "bfloat16": orthogonality(16)},
+        "steps": steps,
+        "held_out_losses": losses,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    seeds = len(report["held_out_losses"]["soap_8bit"]["float32"])
+    lines = [
+        "# Products with a basis in bfloat16 against float32",
+        "",
+        "How to run it, and what is compared: `benchmarks/bfloat16_products.py`.",
+        "",
+        f"- commit: {report['commit']}",
+        "",
+        "| weight | error of a step's update |",
+        "|---|---:|",
+        *(f"| {name} | {error:.2%} |" for name, error in report["update_errors"].items()),
+        "",
+        f"| SOAP's basis, norm of Q^T Q - I | {' | '.join(f'{n} refreshes' for n in report['refreshes'])} |",
+        "|---|" + "---:|" * len(report["refreshes"]),
+        *(
+            f"| {dtype} | {' | '.join(f'{value:.1e}' for value in values)} |"
+            for dtype, values in report["orthogonality"].items()
+        ),
+        "",
+        f"The demo's held-out loss after {report['steps']} steps:",
+        "",
+        f"| `optim` | products | {' | '.join(f'seed {seed}' for seed in range(seeds))} | mean |",
+        "|---|---|" + "---:|" * (seeds + 1),
+    ]
+    for name, by_dtype in report["held_out_losses"].items():
+        for dtype, losses in by_dtype.items():
+            cells = " | ".join(f"{loss:.3f}" for loss in losses)
+            lines.append(f"| `{name}` | {dtype} | {cells} | {statistics.mean(losses):.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="of the package that is run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150, help="of the demo")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "bfloat16_products_cpu.json")
+    args = parser.parse_args()
+    report = measure(args.commit, args.seeds, args.steps, args.output.parent / "demo")
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(render(report))
+    print(render(report))
+
+
+if __name__ == "__main__":
+    main()
