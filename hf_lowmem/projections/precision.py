@@ -40,10 +40,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of bfloat16 as float32."""
+    found: Tensor
     if right.ndim == 3:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    rows: Tensor = torch.mm(left.flatten(0, -2), right, out_dtype=torch.float32)
-    return rows.unflatten(0, left.shape[:-1])
+        found = torch.bmm(left, right, out_dtype=torch.float32)
+    else:
+        found = torch.mm(left.flatten(0, -2), right, out_dtype=torch.float32).unflatten(0, left.shape[:-1])
+    return found
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""Are 8-bit moments of an embedding worse than float32's for tokens that come every few hundred steps?
+
+    python benchmarks/rare_tokens.py --commit "$(git rev-parse HEAD)"
+
+Pairs of tokens from Zipf's distribution have one of 64 labels, by a fixed random network over random vectors of the
+tokens. A network with an embedding of its own learns that, so that what it knows of a token comes from the steps in
+which the token occurs. Held-out losses are over pairs of the same distribution, and over pairs whose first token is
+one of those that a step sees less than once in 200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from step_time import describe_machine  # noqa: E402
+
+import hf_lowmem  # noqa: E402
+
+TOKENS, WIDTH, LABELS, BATCH = 8192, 256, 64, 128
+RARE = 200  # steps between two occurrences, on average
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("lowmem_adamw", "", {}),
+    ("lowmem_adamw_8bit", "embedding_bits=32", {"embedding_bits": 32}),
+    ("lowmem_adamw_8bit", "embedding_bits=8", {"embedding_bits": 8}),
+]
+
+Sample = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+class Network(nn.Module):
+    """Labels of pairs of tokens."""
+
+    def __init__(self, generator: torch.Generator, scale: float) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(TOKENS, WIDTH)
+        self.hidden, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, LABELS)
+        for weight, size in ((self.tokens.weight, scale), (self.hidden.weight, 1.0), (self.head.weight, scale)):
+            fan_in = 1 if weight is self.tokens.weight else WIDTH
+            weight.data.normal_(0, size / fan_in**0.5, generator=generator)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.hidden(self.tokens(pairs).sum(1))))
+        return logits
+
+
+def make_sampler(seed: int) -> Sample:
+    """Labelled pairs, of which the first token is drawn with the given weights and the second by Zipf's."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher, zipf = Network(generator, 4.0), zipf_weights()
+
+    def sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        columns = [torch.multinomial(w, count, replacement=True, generator=generator) for w in (weights, zipf)]
+        pairs = torch.stack(columns, 1)
+        with torch.no_grad():
+            return pairs, torch.multinomial(teacher(pairs).softmax(-1), 1, generator=generator).flatten()
+
+    return sample
+
+
+def zipf_weights() -> Tensor:
+    weights = 1 / torch.arange(1, TOKENS + 1, dtype=torch.float32)
+    return weights / weights.sum()
+
+
+def rare_weights() -> Tensor:
+    """The rare tokens, all alike."""
+    return (2 * BATCH * zipf_weights() < 1 / RARE).float()
+
+
+def losses(optim: str, options: dict[str, Any], seed: int, steps: int) -> dict[str, float]:
+    sample, zipf = make_sampler(seed), zipf_weights()
+    model = Network(torch.Generator().manual_seed(seed + 1000), 0.1)
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=3e-3, weight_decay=0.01, optim_args=options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        pairs, labels = sample(zipf, BATCH)
+        functional.cross_entropy(model(pairs), labels).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    held_out = {"all": sample(zipf, 1 << 14), "rare": sample(rare_weights(), 1 << 14)}
+    with torch.no_grad():
+        return {
+            name: functional.cross_entropy(model(pairs), labels).item() for name, (pairs, labels) in held_out.items()
+        }
+
+
+def measure(commit: str, seeds: int, steps: int) -> dict[str, Any]:
+    rows = []
+    for optim, said, options in CASES:
+        found = [losses(optim, options, seed, steps) for seed in range(seeds)]
+        rows.append({"optim": f"{optim} {said}".strip(), **{name: [f[name] for f in found] for name in found[0]}})
+        print(rows[-1], flush=True)
+    rare = int(rare_weights().sum())
+    return {"commit": commit, "machine": describe_machine("cpu"), "steps": steps, "rare_tokens": rare, "rows": rows}
+
+
+def render(report: dict[str, Any]) -> str:
+    lines = [
+        "# Held-out loss with rare tokens",
+        "",
+        f"{report['steps']} steps of {BATCH} pairs of {TOKENS} tokens, of which {report['rare_tokens']} come less than",
+        f"once in {RARE} steps; what is learned, and how to run it: `benchmarks/rare_tokens.py`.",
+        "",
+        f"- commit: {report['commit']}",
+        "",
+        "| `optim` | all pairs, by seed | mean | pairs with a rare token | mean |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        cells = []
+        for name in ("all", "rare"):
+            cells += [", ".join(f"{loss:.3f}" for loss in row[name]), f"{statistics.mean(row[name]):.3f}"]
+        lines.append(f"| `{row['optim']}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="of the package that is run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rare_tokens_cpu.json")
+    args = parser.parse_args()
+    report = measure(args.commit, args.seeds, args.steps)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(render(report))
+    print(render(report))
+
+
+if __name__ == "__main__":
+    main()
