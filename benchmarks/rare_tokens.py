@@ -112,8 +112,8 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         "# Held-out loss with rare tokens",
         "",
-        f"{report['steps']} steps of {BATCH} pairs of {TOKENS} tokens, of which {report['rare_tokens']} come less than",
-        f"once in {RARE} steps; what is learned, and how to run it: `benchmarks/rare_tokens.py`.",
+        f"{report['steps']} steps of {BATCH} pairs of {TOKENS} tokens. Rare are {report['rare_tokens']} that come",
+        f"less than once in {RARE} steps. What is learned, and how to run it: `benchmarks/rare_tokens.py`.",
         "",
         f"- commit: {report['commit']}",
         "",
