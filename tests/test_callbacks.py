@@ -14,6 +14,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 import hf_lowmem
 from hf_lowmem import LostUpdates
+from hf_lowmem.trainer import callbacks
 
 hf_lowmem.register()
 
@@ -134,6 +135,25 @@ def test_a_step_that_the_scaler_skips_loses_nothing() -> None:
     meter.on_optimizer_step(None, state, None, optimizer=inner)
     meter.on_log(None, state, None, logs)
     assert logs == {"lost_updates": 0.0}
+
+
+def test_places_are_drawn_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda high, *args, **kw: drawn.append(high) or randint(high, *args, **kw))
+    callbacks.sampled_places.cache_clear()
+    weights = [torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in (500, 500, 30)]
+    optimizer = hf_lowmem.algorithms.SlimAdamW(weights, lr=1.0)
+    meter, state = LostUpdates(), SimpleNamespace(global_step=0, log_history=[], is_world_process_zero=True)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        meter.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
+        optimizer.step()
+        meter.on_optimizer_step(None, state, None, optimizer=optimizer)
+        logs: dict[str, float] = {}
+        meter.on_log(None, state, None, logs)
+        assert logs == {"lost_updates": 0.0}
+    assert drawn == [500, 30]
 
 
 @pytest.mark.parametrize(("rank_zero", "said"), [(True, 1), (False, 0)])

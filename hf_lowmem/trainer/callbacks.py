@@ -5,6 +5,7 @@ Each acts only where the optimizer is one of this package's.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
                     and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
                 )
                 if param.grad is not None and param.numel() and narrow and is_plain(param) and not idle:
-                    at = sampled_places(param)
+                    at = sampled_places(param.numel(), param.device)
                     self._before.append((param, at, stored(optimizer, param, at)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -181,10 +182,11 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def sampled_places(param: Tensor) -> Tensor:
-    """Fixed places (flat, int64) all over a weight: the same at every call."""
-    generator = torch.Generator().manual_seed(param.numel())
-    return torch.randint(param.numel(), (min(SAMPLES, param.numel()),), generator=generator).to(param.device)
+@lru_cache(maxsize=1 << 10)  # 2 KiB each
+def sampled_places(numel: int, device: torch.device) -> Tensor:
+    """Fixed places (flat, int64) all over a weight of that size, kept: a copy to the device would wait for it."""
+    generator = torch.Generator().manual_seed(numel)
+    return torch.randint(numel, (min(SAMPLES, numel),), generator=generator).to(device)
 
 
 def stored(optimizer: Any, param: Tensor, at: Tensor) -> Tensor:
