@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap
 from hf_lowmem.projections import low_rank, precision
+from hf_lowmem.projections.eigenbasis import outer_product
 from hf_lowmem.projections.precision import product, product_dtype
 from hf_lowmem.state import Projection
 
@@ -106,6 +107,17 @@ def test_a_bfloat16_weight_is_rounded_once(
     assert straight == len(products) - straight - (3 if directly else 0)
     same = (actual == expected).float().mean()
     assert same > 0.998 if directly else same == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_soaps_factors_are_exact(dtype: torch.dtype, products: list[Any]) -> None:
+    """Gradients in bfloat16 lose nothing in a bfloat16 product; in float32 they are multiplied as they are."""
+    grads = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for axis in (1, 2):
+        outer = outer_product(grads, axis)
+        unfolded = grads.double().movedim(axis, -1)
+        torch.testing.assert_close(outer, (unfolded.mT @ unfolded).float(), rtol=1e-5, atol=1e-5)
+    assert len(products) == (2 if dtype == torch.bfloat16 else 0)
 
 
 def space_of(cls: type, shape: tuple[int, ...], **options: Any) -> Projection:

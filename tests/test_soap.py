@@ -72,6 +72,28 @@ def test_which_axes_have_a_basis(shape: tuple[int, ...], options: dict[str, Any]
         torch.testing.assert_close(basis.mT @ basis, torch.eye(shape[axis]).expand_as(basis), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"state_bits": 16}, torch.bfloat16),
+        ({"state_bits": 8}, torch.bfloat16),
+        ({"proj_bits": 16}, torch.bfloat16),
+        ({"state_bits": 8, "proj_bits": 32}, torch.float32),
+    ],
+)
+def test_the_bits_of_the_bases(options: dict[str, Any], dtype: torch.dtype) -> None:
+    start, grads = torch.randn(48, 32), gradients((48, 32), 40)
+    expected, exact = run(start, grads, **options, **({} if "proj_bits" in options else {"proj_bits": 32}))
+    actual, state = run(start, grads, **options)
+    assert state["gram_1"].dtype == torch.float32
+    assert state["proj_1"].dtype == dtype
+    basis = state["proj_1"].float()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(32), atol=5e-3, rtol=0)  # after twenty changes
+    torch.testing.assert_close(state["gram_1"], exact["gram_1"])
+    assert (actual - expected).norm() < 0.05 * (expected - start).norm()
+
+
 @pytest.mark.parametrize("sides", ["one", "both"])
 @pytest.mark.parametrize("shape", [(3, 10, 6), (3, 6, 10)])
 def test_each_expert_has_its_own_basis(shape: tuple[int, ...], sides: str) -> None:
@@ -221,6 +243,7 @@ def test_experts_stored_either_way_have_a_basis_each() -> None:
         ({"sides": "two"}, "sides='?two"),
         ({"max_precond_dim": 0}, "max_precond_dim=0"),
         ({"shampoo_beta": 1.0}, "shampoo_beta=1"),
+        ({"proj_bits": 8}, "proj_bits=8"),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], message: str) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.projections.basis import as_stack, watch_for_mask
-from hf_lowmem.projections.precision import full_float32, product
-from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
+from hf_lowmem.projections.precision import full_float32, product, product_dtype
+from hf_lowmem.state import Moments, Space, State, TensorSpec
 
 _JITTER = 1e-7  # of the largest diagonal entry: repeated eigenvalues of a tiny matrix keep LAPACK from converging
 
@@ -81,7 +81,7 @@ class Eigenbasis:
         pass
 
     def after_step(self, grad: Tensor, state: State, moments: Moments, beta2: float) -> None:
-        stack = widened(grad if self.stacked else grad.unsqueeze(0))
+        stack = grad if self.stacked else grad.unsqueeze(0)
         decay = beta2 if self.shampoo_beta is None else self.shampoo_beta
         with full_float32():
             for axis in self.axes:
@@ -135,10 +135,10 @@ def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
 
 
 def outer_product(stack: Tensor, axis: int) -> Tensor:
-    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...)."""
+    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...), which nothing is rounded for."""
     unfolded = stack.movedim(axis, -1).flatten(1, -2)
-    outer: Tensor = unfolded.mT @ unfolded
-    return outer
+    unfolded = unfolded.to(product_dtype(unfolded, unfolded))
+    return product(unfolded.mT, unfolded)
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
