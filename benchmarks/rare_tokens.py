@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,11 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from step_time import describe_machine  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import hf_lowmem  # noqa: E402
+from hf_lowmem.demo.report import PACKAGES, installed_version  # noqa: E402
 
 TOKENS, WIDTH, LABELS, BATCH = 8192, 256, 64, 128
 RARE = 200  # steps between two occurrences, on average
@@ -104,8 +104,13 @@ def measure(commit: str, seeds: int, steps: int) -> dict[str, Any]:
         found = [losses(optim, options, seed, steps) for seed in range(seeds)]
         rows.append({"optim": f"{optim} {said}".strip(), **{name: [f[name] for f in found] for name in found[0]}})
         print(rows[-1], flush=True)
-    rare = int(rare_weights().sum())
-    return {"commit": commit, "machine": describe_machine("cpu"), "steps": steps, "rare_tokens": rare, "rows": rows}
+    settings = {"steps": steps, "rare_tokens": int(rare_weights().sum())}
+    return {"commit": commit, **describe_run(), **settings, "rows": rows}
+
+
+def describe_run() -> dict[str, Any]:
+    versions = {name: installed_version(name) for name in PACKAGES}
+    return {"threads": torch.get_num_threads(), "platform": platform.platform(), "versions": versions}
 
 
 def render(report: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ class Recipe:
 
     Args:
         state_bits: bits per number of the full moments: 32, 16 (bfloat16 first moment, float32 second) or 8.
-        embedding_bits: the same for embeddings; by default 32 where their second moment is full, else `state_bits`.
+        embedding_bits: the same for embeddings; by default `state_bits`.
         block_size: largest number of entries of a row that share one 8-bit scale: 256, 128 or 64.
         min_8bit_size: parameters with fewer entries keep float32 state.
         compile: step through torch.compile.
@@ -52,7 +52,6 @@ class Recipe:
 
     algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
-    full_second_moment: ClassVar[bool] = True  # of a parameter that is not treated
     untreated: ClassVar[dict[str, Any]] = FULL
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
     projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
@@ -86,16 +85,10 @@ class Recipe:
     def check_use(self, assignments: Sequence[Assignment]) -> None:
         """Raise ValueError if an option names parameters and none that is trained was found."""
 
-    def is_treated(self, treatment: dict[str, Any]) -> bool:
-        return treatment != self.untreated
-
     def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
         """The layout options of a parameter: plain values only."""
-        bits: int = self.state_bits
-        if role.role in EMBEDDINGS:
-            full = self.full_second_moment and not self.is_treated(treatment)
-            bits = self.embedding_bits or (32 if full else bits)
-        return {**treatment, "state_bits": bits}
+        bits = self.embedding_bits if role.role in EMBEDDINGS else None
+        return {**treatment, "state_bits": bits or self.state_bits}
 
     def shared_options(self) -> dict[str, Any]:
         """Keywords of the optimizer class: what holds for every group, and for parameters that no plan knows."""

@@ -48,7 +48,7 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
 
     A float32 tensor may take a float64 one's place and the other way round: the weight's dtype may have changed.
     """
-    hint = "Resume with the same optim name, rules and state_bits."
+    hint = "Resume with the same optim name, rules, state_bits and proj_bits."
     if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
         raise ValueError(
             f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
@@ -105,7 +105,10 @@ def check_layouts(
                 if option in entry and found != value:
                     which = f" for {layout.name}" if layout.name else ""
                     if option == "state_bits" and 8 in (found, value):
-                        which += " (8 is that of the optim names that end in _8bit)"
+                        which += (
+                            " (8 is that of the optim names that end in _8bit; where only embeddings differ, set "
+                            f"embedding_bits={found!r})"
+                        )
                     raise ValueError(
                         f"Checkpoint group {number} has {option}={found!r}, expected {value!r}{which}: {HINT}."
                     )

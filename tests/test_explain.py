@@ -107,18 +107,30 @@ def test_adalayer_variants() -> None:
     assert numbers(full) == full.numel
 
 
-def test_embeddings_keep_float32_where_their_second_moment_is_full() -> None:
+def test_embeddings_are_stored_like_the_rest_unless_told_otherwise() -> None:
     model = torch.nn.ModuleDict({"tokens": torch.nn.Embedding(100, 64)})
 
     def stored(optim: str, **options: object) -> set[str]:
         (row,) = hf_lowmem.explain(model, optim, options).rows
         return {kind for name, (_, kind) in row.state.items() if name in ("exp_avg", "exp_avg_sq")}
 
-    assert stored("lowmem_adamw_8bit") == {"float32"}
-    assert stored("lowmem_adamw_8bit", embedding_bits=8) == {"uint8"}
+    assert stored("lowmem_adamw_8bit") == {"uint8"}
+    assert stored("lowmem_adamw_8bit", embedding_bits=32) == {"float32"}
+    assert stored("lowmem_adamw", state_bits=16) == {"bfloat16", "float32"}
+    assert stored("lowmem_adamw", embedding_bits=8) == {"uint8"}
     assert stored("slim_adamw_8bit") == {"uint8", "float32"}
     assert stored("slim_adamw_8bit", embedding_bits=32) == {"float32"}
     assert stored("signum_8bit") == {"uint8"}
+    assert stored("coap_adamw_8bit") == stored("soap_8bit") == {"uint8"}
+
+
+def test_what_8_bit_adamw_takes_of_a_model_with_embeddings() -> None:
+    """Two codes an entry and two scales a row of 64, of the embedding as of the layer."""
+    model = torch.nn.ModuleDict({"tokens": torch.nn.Embedding(100, 64), "layer": torch.nn.Linear(64, 128)})
+    codes, scales, bias, steps = 2 * (100 + 128) * 64, 2 * 4 * (100 + 128), 8 * 128, 3 * 4
+    assert hf_lowmem.explain(model, "lowmem_adamw_8bit").nbytes == codes + scales + bias + steps
+    wide = hf_lowmem.explain(model, "lowmem_adamw_8bit", {"embedding_bits": 32})
+    assert wide.nbytes == 8 * 100 * 64 + 2 * 128 * 64 + 2 * 4 * 128 + bias + steps
 
 
 def in_float32(module: torch.nn.Module, optim: str, options: dict[str, object]) -> str:
@@ -140,13 +152,7 @@ def in_float32(module: torch.nn.Module, optim: str, options: dict[str, object]) 
         ),
         (torch.nn.Conv2d(4, 4, 3), "adam_mini_8bit", {}, "fewer than 4,096 entries: kept in float32"),
         (torch.nn.LayerNorm(64), "coap_adamw_8bit", {}, "fewer than 4,096 entries: kept in float32"),
-        (torch.nn.Embedding(96, 64), "lowmem_adamw_8bit", {}, "embeddings are kept in float32, unless embedding_bits"),
-        (
-            torch.nn.Embedding(96, 64),
-            "slim_adamw_8bit",
-            {"embedding_bits": 32},
-            "embeddings are kept in float32, unle",
-        ),
+        (torch.nn.Embedding(96, 64), "slim_adamw_8bit", {"embedding_bits": 32}, "float32 by embedding_bits=32"),
     ],
 )
 def test_what_8_bit_does_not_hold_is_said_in_words(module, optim, options, why) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import hf_lowmem
 from hf_lowmem.algorithms import (
     Adalayer,
     AdamMini,
@@ -451,6 +452,24 @@ def test_a_checkpoint_of_another_layout_is_refused(mine: tuple, theirs: tuple, m
     optimizer = mine[0]([param], **mine[1])
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_checkpoint_with_embeddings_in_float32_asks_for_them() -> None:
+    """That was the default of `lowmem_adamw_8bit` once."""
+    model = nn.ModuleDict({"tokens": nn.Embedding(96, 64), "layer": nn.Linear(64, 96)})
+
+    def build(**options: int) -> torch.optim.Optimizer:
+        return hf_lowmem.build_optimizer(model, "lowmem_adamw_8bit", lr=1e-3, optim_args=options)
+
+    saved = build(embedding_bits=32)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    saved.step()
+    with pytest.raises(ValueError, match=r"state_bits=32, expected 8 for tokens\.weight .* set embedding_bits=32\)"):
+        build().load_state_dict(saved.state_dict())
+    resumed = build(embedding_bits=32)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.state[model["tokens"].weight]["exp_avg"].dtype == torch.float32
 
 
 def test_a_checkpoint_of_another_shape_is_refused() -> None:

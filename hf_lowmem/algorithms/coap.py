@@ -363,4 +363,3 @@ class CoapAdafactorRecipe(CoapRecipe):
 
     algorithm = "coap_adafactor"
     optimizer_cls = CoapAdafactor
-    full_second_moment = False

@@ -66,7 +66,6 @@ class SignumRecipe(Recipe):
 
     algorithm = "signum"
     optimizer_cls = Signum
-    full_second_moment = False
 
     def treat(self, role: ParamRole) -> Treatment:
         return FULL, "no second moment"

@@ -247,7 +247,7 @@ def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:
 def _why_float32(space: Sequence[int], assignment: Assignment, recipe: Recipe) -> str:
     """Why moments of the shape `space` are not stored in 8 bits, though the recipe says so."""
     if assignment.options["state_bits"] != 8:
-        return "embeddings are kept in float32, unless embedding_bits=8"
+        return "kept in float32 by embedding_bits=32"
     if not space or math.prod(space) < recipe.min_8bit_size:
         return f"fewer than {recipe.min_8bit_size:,} entries: kept in float32"
     return "rows of one entry: kept in float32"
