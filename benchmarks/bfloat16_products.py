@@ -50,7 +50,7 @@ DEMO = {  # optim with float32 products, with bfloat16's, and steps, of which SO
     "coap_adamw_8bit": ("coap_adamw_8bit", "coap_adamw_8bit", 150),
     "soap_8bit": ("soap_8bit proj_bits=32", "soap_8bit", 50),
 }
-REFRESHES = (1, 10, 50)
+REFRESHES = (1, 10, 100)
 
 
 @contextmanager
