@@ -3,9 +3,11 @@
     python benchmarks/bfloat16_products.py --commit "$(git rev-parse HEAD)"
 
 It runs on a CPU: the product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
-rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Three measurements:
+rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Four measurements:
 
 - one step after 100 others, with the same state: how far the update is from that in float32;
+- the hundredth step of SOAP by the bits of its moments and of its bases, against 32 and 32, for gradients whose
+  standard deviations along the eigenvectors span so many decades: small ones are magnified;
 - how far SOAP's bases are from orthogonal as they are refreshed again and again;
 - the demo's held-out loss over several seeds.
 
@@ -51,6 +53,8 @@ DEMO = {  # optim with float32 products, with bfloat16's, and steps, of which SO
     "soap_8bit": ("soap_8bit proj_bits=32", "soap_8bit", 50),
 }
 REFRESHES = (1, 10, 100)
+DECADES = (1, 2, 3)
+BITS = ((32, 16), (16, 32), (16, 16), (8, 32), (8, 16))  # of moments and bases
 
 
 @contextmanager
@@ -102,6 +106,31 @@ def update_error(cls: type, shape: tuple[int, ...]) -> float:
     return ((rounded - param).norm() / (param - start).norm()).item()
 
 
+def spread_gradients(rows: int, columns: int, decades: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+    deviations = 10 ** (-decades * torch.arange(columns) / columns)
+    mean = 0.3 * torch.randn(rows, columns, generator=generator)
+    while True:
+        noise = torch.randn(rows, columns, generator=generator)
+        yield 1e-3 * (mean + noise) * deviations @ vectors
+
+
+def hundredth_update(decades: int, state_bits: int, bits: int) -> Tensor:
+    param = nn.Parameter(torch.zeros(256, 128))
+    optimizer = Soap([param], **{**EIGHT_BITS, "state_bits": state_bits}, proj_bits=bits)
+    with bfloat16_products():
+        for _, param.grad in zip(range(100), spread_gradients(256, 128, decades), strict=False):
+            before = param.detach().clone()
+            optimizer.step()
+    return param.detach() - before
+
+
+def errors_by_bits(decades: int) -> list[float]:
+    exact = hundredth_update(decades, 32, 32)
+    return [((hundredth_update(decades, *bits) - exact).norm() / exact.norm()).item() for bits in BITS]
+
+
 def orthogonality(bits: int) -> list[float]:
     """The largest |singular value of Q^T Q - I| after each number of refreshes."""
     found = []
@@ -128,6 +157,8 @@ def measure(commit: str, seeds: int, folder: Path) -> dict[str, Any]:
         "commit": commit,
         **describe_run(),
         "update_errors": {name: update_error(*case) for name, case in CASES.items()},
+        "soap_bits": BITS,
+        "soap_errors_by_decades": {decades: errors_by_bits(decades) for decades in DECADES},
         "refreshes": REFRESHES,
         "orthogonality": {"float32": orthogonality(32), "bfloat16": orthogonality(16)},
         "steps": {name: steps for name, (*_, steps) in DEMO.items()},
@@ -147,6 +178,13 @@ def render(report: dict[str, Any]) -> str:
         "| weight | error of a step's update |",
         "|---|---:|",
         *(f"| {name} | {error:.2%} |" for name, error in report["update_errors"].items()),
+        "",
+        f"| SOAP's update, bits of moments and bases | {' | '.join(f'{a}, {b}' for a, b in report['soap_bits'])} |",
+        "|---|" + "---:|" * len(report["soap_bits"]),
+        *(
+            f"| decades: {decades} | {' | '.join(f'{error:.1%}' for error in errors)} |"
+            for decades, errors in report["soap_errors_by_decades"].items()
+        ),
         "",
         f"| SOAP's basis, norm of Q^T Q - I | {' | '.join(f'{n} refreshes' for n in report['refreshes'])} |",
         "|---|" + "---:|" * len(report["refreshes"]),
