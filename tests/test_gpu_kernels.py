@@ -122,7 +122,7 @@ def test_kernels_follow_the_rules(case: tuple, dtype: torch.dtype, rounding: str
 @pytest.mark.parametrize("case", [c for c in CASES + RAGGED if "axes" in c[1]], ids=lambda c: f"{c[1]}-{c[2]}")
 def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str) -> None:
     """Groups larger than a tile, and than what one program takes."""
-    tile = Tile(512, one_tile=0, one_program=1 << 20 if means == "loop" else 0, partial_sum=1024)
+    tile = Tile(512, one_tile=256, one_program=1 << 20 if means == "loop" else 0, partial_sum=1024)
     with gpu.tuned(dict.fromkeys(KINDS, tile)):
         check_gpu_kernel(case, bits, torch.bfloat16, "kahan", DEVICE.type)
 
@@ -266,7 +266,7 @@ def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("means", ["as they come", "before"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
 def test_a_clipped_step_follows_the_rule(case: tuple, means: str) -> None:
-    tiles = dict.fromkeys(KINDS, Tile(512, one_tile=0, one_program=0, partial_sum=1024)) if means == "before" else {}
+    tiles = dict.fromkeys(KINDS, Tile(512, one_tile=256, one_program=0, partial_sum=1024)) if means == "before" else {}
     with gpu.tuned(tiles):
         check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type, clip=0.5)
         check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type, clip=0.5)

@@ -244,9 +244,10 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
     entries, tile = param.numel() // decays.numel(), tile_for("add", current_arch())
     comps, rounding = slot.state.get(KAHAN_COMP, param), slot.plan.rounding.kind
     grid = (-(-entries // tile.entries), decays.numel())
-    options = dict(ROUNDING=rounding, TILE=tile.entries, num_warps=tile.entries // (32 * tile.per_thread))
+    options = dict(num_warps=tile.entries // (32 * tile.per_thread), enable_fp_fusion=True)
+    sizes = dict(ROUNDING=rounding, TILE=tile.entries)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernels.add[grid](param, comps, update, decays, scale, slot.noise_key, entries, **options)
+        kernels.add[grid](param, comps, update, decays, scale, slot.noise_key, entries, **sizes, **options)
 
 
 def parts_of(slot: Slot) -> list[tuple[Variant, Part]] | None:
@@ -463,7 +464,8 @@ def table_of(parts: tuple[Part, ...], slots: tuple[Slot, ...], means: str) -> Ta
         # Odd numbers: Triton would compile for each pattern of those that 16 divides.
         grads = [part.grad | 1 for part in parts[first : first + ADDRESSES]]
         grads += grads[-1:] * (ADDRESSES - len(grads))
-        triton_kernels().write_grads[(1,)](tables.parts, first, len(parts) - 1, tuple(grads), num_warps=1)
+        options = dict(num_warps=1, enable_fp_fusion=True)  # or Triton would warn of its next version's default
+        triton_kernels().write_grads[(1,)](tables.parts, first, len(parts) - 1, tuple(grads), **options)
     return tables
 
 
