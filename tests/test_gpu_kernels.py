@@ -239,7 +239,7 @@ def test_tiles_are_other_ones_for_a_while() -> None:
     with gpu.tuned({"group": other}):
         assert tile_for("group", current_arch()) is other
     assert tile_for("group", current_arch()) is before
-    with pytest.raises(ValueError, match="kinds of launch are none, .*, not rows"), gpu.tuned({"rows": other}):
+    with pytest.raises(ValueError, match=r"kinds of launch are none, .*, not rows"), gpu.tuned({"rows": other}):
         pass
 
 

@@ -131,14 +131,14 @@ class Eigenbasis:
 
 def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
     """tensor x_axis basis^T: the coordinates of `axis` in the basis's columns; a stack takes a stack of bases."""
-    return product(tensor.movedim(axis, -1), basis).movedim(-1, axis)
+    return product(tensor.movedim(axis, -1), basis, basis).movedim(-1, axis)
 
 
 def outer_product(stack: Tensor, axis: int) -> Tensor:
     """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...), which nothing is rounded for."""
     unfolded = stack.movedim(axis, -1).flatten(1, -2)
-    unfolded = unfolded.to(product_dtype(unfolded, unfolded))
-    return product(unfolded.mT, unfolded)
+    unfolded = unfolded.to(product_dtype(unfolded, unfolded, unfolded))
+    return product(unfolded.mT, unfolded, unfolded)
 
 
 def eigenvectors(gram: Tensor) -> Tensor:

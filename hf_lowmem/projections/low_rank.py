@@ -75,14 +75,14 @@ class LowRank:
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         matrix, basis = self._matrix(grad), state["proj"]
-        return product(matrix, basis.mT) if is_right(matrix) else product(basis, matrix)
+        return product(matrix, basis.mT, basis) if is_right(matrix) else product(basis, matrix, basis)
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        return product(*self._back(state, self.options.scale * update))
+        return product(*self._back(state, self.options.scale * update), state["proj"])
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
         left, right = self._back(state, update)
-        dtype = product_dtype(left, right)
+        dtype = product_dtype(left, right, state["proj"])
         if dtype != param.dtype:
             return False
         add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_

@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right as float32, or as float64 where one of them is; `right` is a matrix, or both are stacks of them."""
-    dtype = product_dtype(left, right)
+def product(left: Tensor, right: Tensor, basis: Tensor) -> Tensor:
+    """left @ right as float32, or as float64 where one of them is; `right` is a matrix, or both are stacks of them.
+
+    Args:
+        basis: the one of them that is a basis, or a view of it.
+    """
+    dtype = product_dtype(left, right, basis)
     left, right = left.to(dtype), right.to(dtype)
     return bfloat16_product(left, right) if dtype == torch.bfloat16 else left @ right
 
 
-def product_dtype(left: Tensor, right: Tensor) -> torch.dtype:
+def product_dtype(left: Tensor, right: Tensor, basis: Tensor) -> torch.dtype:
     """What the operands of a product with a basis are rounded to; its sums are float32 at least.
 
-    Where the basis is bfloat16 the other operand loses no more by rounding than the basis has lost already.
+    Where the basis is bfloat16 the other operand loses no more by rounding than the basis has lost already. A float32
+    basis is not rounded, whatever the gradient's dtype is.
     """
-    dtypes = (left.dtype, right.dtype)
-    if torch.float64 in dtypes:
+    if torch.float64 in (left.dtype, right.dtype):
         return torch.float64
-    return torch.bfloat16 if torch.bfloat16 in dtypes and multiplies_bfloat16(left.device) else torch.float32
+    return torch.bfloat16 if basis.dtype == torch.bfloat16 and multiplies_bfloat16(basis.device) else torch.float32
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -134,7 +134,7 @@ class Tucker:
 def contract(tensor: Tensor, factors: Factors) -> Tensor:
     """tensor x_0 P_0 x_1 P_1: axis i goes from P_i's columns to its rows."""
     for axis, factor in enumerate(factors):
-        tensor = product(tensor.movedim(axis, -1), factor.mT).movedim(-1, axis)
+        tensor = product(tensor.movedim(axis, -1), factor.mT, factor).movedim(-1, axis)
     return tensor
 
 
