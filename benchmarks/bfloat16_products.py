@@ -3,15 +3,12 @@
     python benchmarks/bfloat16_products.py --commit "$(git rev-parse HEAD)"
 
 It runs on a CPU: the product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
-rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Four measurements:
+rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Three measurements:
 
 - one step after 100 others, with the same state: how far the update is from that in float32;
 - the hundredth step of SOAP by the bits of its moments and of its bases, against 32 and 32, for gradients whose
   standard deviations along the eigenvectors span so many decades: small ones are magnified;
-- how far SOAP's bases are from orthogonal as they are refreshed again and again;
-- the demo's held-out loss over several seeds.
-
-COAP's basis is bfloat16 in both rows, SOAP's is float32 where its products are.
+- how far SOAP's bases are from orthogonal as they are refreshed again and again.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +32,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from rare_tokens import describe_run  # noqa: E402
 
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap  # noqa: E402
-from hf_lowmem.demo import Settings  # noqa: E402
-from hf_lowmem.demo.train import run_demo  # noqa: E402
 from hf_lowmem.projections import precision  # noqa: E402
 
 EIGHT_BITS = {"state_bits": 8, "lr": 1e-3, "betas": (0.9, 0.99)}
@@ -47,10 +41,6 @@ CASES: dict[str, tuple[type, tuple[int, ...]]] = {
     "coap_adamw_8bit, (128, 64, 3, 3)": (CoapAdamW, (128, 64, 3, 3)),
     "coap_adafactor_8bit, (768, 256)": (CoapAdafactor, (768, 256)),
     "soap_8bit, (768, 256)": (Soap, (768, 256)),
-}
-DEMO = {  # optim with float32 products, with bfloat16's, and steps, of which SOAP's take five times as long
-    "coap_adamw_8bit": ("coap_adamw_8bit", "coap_adamw_8bit", 150),
-    "soap_8bit": ("soap_8bit proj_bits=32", "soap_8bit", 50),
 }
 REFRESHES = (1, 10, 100)
 DECADES = (1, 2, 3)
@@ -142,17 +132,7 @@ def orthogonality(bits: int) -> list[float]:
     return found
 
 
-def demo_losses(optim: str, seeds: int, steps: int, folder: Path) -> list[float]:
-    settings = [Settings((optim,), steps=steps, seed=seed, output_dir=folder) for seed in range(seeds)]
-    return [run_demo(setting)[0].held_out_loss for setting in settings]
-
-
-def measure(commit: str, seeds: int, folder: Path) -> dict[str, Any]:
-    losses = {}
-    for name, (exact, rounded, steps) in DEMO.items():
-        losses[name] = {"float32": demo_losses(exact, seeds, steps, folder)}
-        with bfloat16_products():
-            losses[name]["bfloat16"] = demo_losses(rounded, seeds, steps, folder)
+def measure(commit: str) -> dict[str, Any]:
     return {
         "commit": commit,
         **describe_run(),
@@ -161,13 +141,10 @@ def measure(commit: str, seeds: int, folder: Path) -> dict[str, Any]:
         "soap_errors_by_decades": {decades: errors_by_bits(decades) for decades in DECADES},
         "refreshes": REFRESHES,
         "orthogonality": {"float32": orthogonality(32), "bfloat16": orthogonality(16)},
-        "steps": {name: steps for name, (*_, steps) in DEMO.items()},
-        "held_out_losses": losses,
     }
 
 
 def render(report: dict[str, Any]) -> str:
-    seeds = len(report["held_out_losses"]["soap_8bit"]["float32"])
     lines = [
         "# Products with a basis in bfloat16 against float32",
         "",
@@ -192,26 +169,16 @@ def render(report: dict[str, Any]) -> str:
             f"| {dtype} | {' | '.join(f'{value:.1e}' for value in values)} |"
             for dtype, values in report["orthogonality"].items()
         ),
-        "",
-        "The demo's held-out loss:",
-        "",
-        f"| `optim` | steps | products | {' | '.join(f'seed {seed}' for seed in range(seeds))} | mean |",
-        "|---|---:|---|" + "---:|" * (seeds + 1),
     ]
-    for name, by_dtype in report["held_out_losses"].items():
-        for dtype, losses in by_dtype.items():
-            cells = " | ".join(f"{loss:.3f}" for loss in losses)
-            lines.append(f"| `{name}` | {report['steps'][name]} | {dtype} | {cells} | {statistics.mean(losses):.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", required=True, help="of the package that is run")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "bfloat16_products_cpu.json")
     args = parser.parse_args()
-    report = measure(args.commit, args.seeds, args.output.parent / "demo")
+    report = measure(args.commit)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(render(report))
     print(render(report))
