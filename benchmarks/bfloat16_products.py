@@ -1,6 +1,6 @@
 """What COAP and SOAP lose by products in bfloat16 with a bfloat16 basis, as CUDA takes them, against float32.
 
-    python benchmarks/bfloat16_products.py --commit "$(git rev-parse HEAD)"
+    python benchmarks/bfloat16_products.py
 
 It runs on a CPU: the product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
 rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Three measurements:
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from rare_tokens import describe_run  # noqa: E402
+from machine import describe_machine  # noqa: E402
 
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, Soap  # noqa: E402
 from hf_lowmem.projections import precision  # noqa: E402
@@ -132,10 +132,9 @@ def orthogonality(bits: int) -> list[float]:
     return found
 
 
-def measure(commit: str) -> dict[str, Any]:
+def measure(commit: str | None) -> dict[str, Any]:
     return {
-        "commit": commit,
-        **describe_run(),
+        "machine": describe_machine("cpu", commit),
         "update_errors": {name: update_error(*case) for name, case in CASES.items()},
         "soap_bits": BITS,
         "soap_errors_by_decades": {decades: errors_by_bits(decades) for decades in DECADES},
@@ -150,7 +149,8 @@ def render(report: dict[str, Any]) -> str:
         "",
         "How to run it, and what is compared: `benchmarks/bfloat16_products.py`.",
         "",
-        f"- commit: {report['commit']}",
+        f"- machine: {report['machine']['cpu']}, torch {report['machine']['versions']['torch']}",
+        f"- commit: {report['machine']['commit']}",
         "",
         "| weight | error of a step's update |",
         "|---|---:|",
@@ -175,7 +175,7 @@ def render(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", required=True, help="of the package that is run")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "bfloat16_products_cpu.json")
     args = parser.parse_args()
     report = measure(args.commit)

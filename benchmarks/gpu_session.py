@@ -24,23 +24,24 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from gpu_stages.session import RESULTS, Session
+from gpu_stages.session import Session
 from gpu_stages.summary import render
 from processes import Job, seconds_since_boot, start_server
 
 LAST_SECONDS = 2  # of the whole time, for the summary
 OWN_SHARE = 0.93  # of its time that a stage plans with, before it is killed
+UNTIMED = ("smoke", "tests")
+DONE = "done"
 TRIED = 2  # calls of a target in a stage, on a CPU
 SHORTEST = 1.0  # seconds that a call is worth starting for
 TRAINED = ("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit", "slim_adamw_8bit fused_clip=true", "adam_mini_8bit")
 REINFORCED = ("slim_adamw_8bit offload_state=true", "adamw_torch_fused")
 QUALITY = ("adamw_torch_fused", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
-PROJECTED = ("coap_adamw_8bit", "coap_adafactor_8bit", "soap_8bit")
 ON_8B_SHAPES = {
     "preset": "8b-8layers",
     "names": ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "lowmem_adamw_8bit"),
@@ -69,33 +70,34 @@ Stages = dict[str, tuple[Call, ...]]
 PARTS: dict[int, Stages] = {
     1: {
         "probe": (Call("gpu_stages.probe:run", 12),),
-        "smoke": (Call("gpu_stages.smoke:run", 25),),
-        "tests": (Call("gpu_stages.unit_tests:run", 110, on_cpu=3),),
+        "smoke": (Call("gpu_stages.smoke:run", 50, on_cpu=2),),
+        "tests": (Call("gpu_stages.unit_tests:run", 100, on_cpu=3),),
         "core": (
-            Call("gpu_stages.core:run", 50, {"names": FIRST}, on_cpu=2),
-            Call("gpu_stages.core:run", 60, on_cpu=2),
+            Call("gpu_stages.core:run", 45, {"names": FIRST}, on_cpu=2),
+            Call("gpu_stages.core:run", 55, on_cpu=2),
         ),
-        "kernels": (Call("gpu_stages.launches:run", 30),),
+        "kernels": (Call("gpu_stages.launches:run", 25),),
         "sweep": (Call("gpu_stages.sweep:run", 45, on_cpu=2),),
-        "offload": (Call("gpu_stages.offload:run", 20),),
-        "profile": (Call("gpu_stages.profiles:run", 20),),
+        "offload": (Call("gpu_stages.offload:run", 15),),
+        "profile": (Call("gpu_stages.profiles:run", 15),),
     },
     2: {
-        "train-8b": tuple(Call("gpu_stages.training:run", 40, {"optim": optim, "preset": "8b"}) for optim in TRAINED),
-        "step-8b-8layers": (Call("gpu_stages.core:run", 50, ON_8B_SHAPES),),
+        "train-8b": tuple(Call("gpu_stages.training:run", 30, {"optim": optim, "preset": "8b"}) for optim in TRAINED),
+        "step-8b-8layers": (Call("gpu_stages.core:run", 40, ON_8B_SHAPES, on_cpu=2),),
         "coap": (
-            Call("gpu_stages.core:run", 20, {"names": PROJECTED}),
+            Call("gpu_stages.core:run", 20, {"names": ("coap_adamw_8bit", "coap_adafactor_8bit")}, on_cpu=2),
             *(Call("gpu_stages.training:run", 8, {"optim": optim, "preset": "1b"}) for optim in TRAINED_1B),
+            Call("gpu_stages.core:run", 25, {"names": ("soap_8bit",)}),  # whose first step decomposes every weight
         ),
-        "graphs": (Call("gpu_stages.graphs:run", 20),),
+        "graphs": (Call("gpu_stages.graphs:run", 12),),
         "rlhf": tuple(
-            Call("gpu_stages.rlhf:run", 12, {"method": method, "optim": optim}, on_cpu=2)
+            Call("gpu_stages.rlhf:run", 22, {"method": method, "optim": optim}, on_cpu=2)
             for optim in REINFORCED
             for method in ("dpo", "grpo")
         ),
         "quality": (
             Call("gpu_stages.quality:prepare", 10),
-            *(Call("gpu_stages.quality:run", 12, {"optim": optim}) for optim in QUALITY),
+            *(Call("gpu_stages.quality:run", 14, {"optim": optim}, on_cpu=2) for optim in QUALITY),
         ),
     },
 }  # fmt: skip
@@ -110,18 +112,25 @@ class Runner:
 
     def __init__(self, stages: Stages, session: Session, ends: float) -> None:
         self.stages, self.session, self.ends = stages, session, ends
-        self.verified = self.succeeded = True
+        self.succeeded = True
+        self.verified = not any(row["stage"] == "smoke" and row.get("status", DONE) != DONE for row in session.rows())
         self.running: list[Job] = []
+        self.compiling: list[Job] = []
 
     def run(self) -> None:
+        """Run all calls. Kernels are compiled beside those that time nothing."""
         calls = [(stage, call) for stage, calls in self.stages.items() for call in self.calls_of(calls)]
         shares = [call.seconds if self.session.on_gpu else call.on_cpu for _, call in calls]
         for number, (stage, call) in enumerate(calls):
+            if stage in UNTIMED:
+                self.compile_beside()
+            else:
+                self.stop_compiling()
             limit = (self.ends - seconds_since_boot()) * shares[number] / sum(shares[number:])
             status = self.run_call(stage, call, limit)
-            self.succeeded &= status == "done"
+            self.succeeded &= status == DONE
             if stage == "smoke":
-                self.verified = status == "done"
+                self.verified = status == DONE
             self.summarize()
 
     def calls_of(self, calls: Sequence[Call]) -> Iterator[Call]:
@@ -141,7 +150,7 @@ class Runner:
         )
         try:
             self.start(call, session).result(limit)
-            status = "done"
+            status = DONE
         except (RuntimeError, TimeoutError) as error:
             status = str(error)
         return self.note(stage, call, status, seconds_since_boot() - started)
@@ -152,21 +161,35 @@ class Runner:
         return job
 
     def compile_beside(self) -> None:
-        """Start niced processes that compile what will be timed while the first stages run."""
-        processes = max((os.cpu_count() or 1) // 4, 1)
+        """Start niced processes that compile what will be timed, unless they have been started."""
+        processes = 0 if self.compiling else max((os.cpu_count() or 1) // 4, 1)
         for first in range(processes):
             call = Call("gpu_stages.compilation:run", 0, {"first": first, "every": processes})
-            self.start(call, self.session._replace(stage="compilation"), nice=10)
+            self.compiling.append(self.start(call, self.session._replace(stage="compilation"), nice=10))
+
+    def stop_compiling(self) -> None:
+        """End what would share the cores and the GPU with stages that are timed, and note how it went."""
+        for job in self.compiling:
+            try:
+                job.result(limit=0.1)
+                status = DONE
+            except (RuntimeError, TimeoutError) as error:
+                status = str(error)
+            self.session._replace(stage="compilation").row("all", status=status, seconds=0.0)
+        self.compiling = []
 
     def note(self, stage: str, call: Call, status: str, seconds: float) -> str:
-        what = " ".join(value for value in call.arguments.values() if isinstance(value, str))
+        """Write a row of how a call ended."""
+        values = (value for value in call.arguments.values() if value and isinstance(value, (str, tuple)))
+        what = " ".join(value if isinstance(value, str) else ", ".join(value) for value in values)
         self.session._replace(stage=stage).row(what or "all", status=status, seconds=seconds)
         print(f"{' '.join(filter(None, (stage, what)))}: {status}, {seconds:.0f} s", file=sys.stderr, flush=True)
         return status
 
     def summarize(self) -> str:
-        text = render((self.session.out / RESULTS).read_text())
-        (self.session.out / "summary.md").write_text(text)
+        text = render(self.session.rows())
+        with suppress(OSError):  # a full disk does not stop what is still to come
+            (self.session.out / "summary.md").write_text(text)
         return text
 
     def kill(self) -> None:
@@ -175,17 +198,21 @@ class Runner:
 
 
 @contextmanager
-def terminated_as_exit() -> Iterator[None]:
-    """A SIGTERM raises SystemExit, so that what has been measured is summed up all the same."""
+def ended_as_exit(ends: float) -> Iterator[None]:
+    """SIGTERM, Ctrl-C and the end of the time raise SystemExit, so that what has been measured is summed up."""
 
     def leave(signum: int, frame: Any) -> None:
         sys.exit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = [signal.signal(number, leave) for number in signals]
+    signal.setitimer(signal.ITIMER_REAL, max(ends - seconds_since_boot(), 0.1))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def chosen_stages(part: int, names: str | None) -> Stages:
@@ -195,7 +222,9 @@ def chosen_stages(part: int, names: str | None) -> Stages:
         ValueError: the part has no stage of that name.
     """
     stages = PARTS[part]
-    wanted = names.split(",") if names else list(stages)
+    wanted = list(stages) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"--stages names no stage of {', '.join(stages)}")
     if unknown := set(wanted) - set(stages):
         raise ValueError(f"part {part} has no stage {', '.join(sorted(unknown))}: it has {', '.join(stages)}")
     return {name: calls for name, calls in stages.items() if name in wanted}
@@ -204,34 +233,42 @@ def chosen_stages(part: int, names: str | None) -> Stages:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=PARTS, required=True)
-    parser.add_argument("--minutes", type=float, default=6.5, help="that it takes at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=6.5, help="the most that it takes (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="an empty folder, or one of an earlier part")
-    parser.add_argument("--commit", help="that is measured, where git does not say")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     parser.add_argument("--stages", help="only these, separated by commas")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--preset", help="of all models, instead of each stage's own")
     args = parser.parse_args()
     started = seconds_since_boot()
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {args.minutes}")
     try:
         stages = chosen_stages(args.part, args.stages)
-    except ValueError as error:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
-    args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors as small as these are slower on more
-    with terminated_as_exit(), tempfile.TemporaryDirectory() as scratch:
+    ends = started + 60 * args.minutes - LAST_SECONDS
+    with tempfile.TemporaryDirectory() as scratch:
         told = (args.device, args.preset, args.commit, f"part {args.part}")
         session = Session(args.out.resolve(), Path(scratch), *told)
-        runner = Runner(stages, session, started + 60 * args.minutes - LAST_SECONDS)
-        session.row("all", minutes=args.minutes, preset=args.preset, command=shlex.join(["python", *sys.argv]))
+        if any(row["stage"] == session.stage for row in session.rows()):
+            parser.error(f"--out {args.out} has the results of {session.stage} already: name another folder")
+        runner = Runner(stages, session, ends)
         try:
-            start_server(PRELOADED[args.part], args.device)
-            if args.part == 1:
-                runner.compile_beside()
-            runner.run()
+            with ended_as_exit(ends + LAST_SECONDS / 2):
+                method = start_server(PRELOADED[args.part], args.device, (ends - seconds_since_boot()) / 3)
+                told = {"device": args.device, "preset": args.preset, "minutes": args.minutes, "processes": method}
+                session.row("settings", **told, command=shlex.join(["python", *sys.argv]))
+                runner.run()
+        except RuntimeError as error:
+            runner.succeeded = False
+            session.row("settings", remark=str(error))
         finally:
             runner.kill()
             print(runner.summarize())

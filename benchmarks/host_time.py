@@ -122,7 +122,7 @@ def render(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--commit", help="that is measured (default: what git says)")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "host_time_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -20,14 +20,22 @@ from typing import Any, ClassVar
 
 BENCHMARKS = Path(__file__).resolve().parent
 LONGEST_ERROR = 200
-STARTING = 120  # seconds
 LAST_WORDS = 2  # seconds that a process has to clean up after it has answered
 
 
-def start_server(preload: Iterable[str], device: str) -> None:
-    """Start the server, which imports these modules as far as it can, and wait until it has.
+def start_server(preload: Iterable[str], device: str, limit: float = 120) -> str:
+    """Start the server, which imports these modules as far as it can, and wait until a child of it uses the device.
 
-    Where its children cannot use CUDA after that, processes are started anew instead, and import all themselves.
+    Where a child cannot, processes are started anew instead, and import everything themselves.
+
+    Args:
+        limit: seconds for each of the two.
+
+    Returns:
+        "forkserver" or "spawn".
+
+    Raises:
+        RuntimeError: the device cannot be used either way.
     """
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -35,10 +43,14 @@ def start_server(preload: Iterable[str], device: str) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["PRELOAD"] = ",".join(preload)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
-    try:
-        Job("processes:touch", {"device": device}).result(STARTING)
-    except RuntimeError:
-        Job.start_method = "spawn"
+    for method in ("forkserver", "spawn"):
+        Job.start_method = method
+        try:
+            Job("processes:touch", {"device": device}).result(limit)
+            return method
+        except (RuntimeError, TimeoutError) as error:
+            reason = error
+    raise RuntimeError(f"{device} cannot be used: {reason}")
 
 
 class Job:
@@ -74,6 +86,9 @@ class Job:
         if not returned:
             raise RuntimeError(f"failed: {value}")
         return value
+
+    def is_running(self) -> bool:
+        return bool(self._process.is_alive())
 
     def kill(self) -> None:
         """End the process and all that it has started."""

@@ -1,6 +1,6 @@
 """Are 8-bit moments of an embedding worse than float32's for tokens that come every few hundred steps?
 
-    python benchmarks/rare_tokens.py --commit "$(git rev-parse HEAD)"
+    python benchmarks/rare_tokens.py
 
 Pairs of tokens from Zipf's distribution have one of 64 labels, by a fixed random network over random vectors of the
 tokens. A network with an embedding of its own learns that, so that what it knows of a token comes from the steps in
@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
+from peers import ROOT
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import hf_lowmem  # noqa: E402
-from hf_lowmem.demo.report import PACKAGES, installed_version  # noqa: E402
+import hf_lowmem
 
 TOKENS, WIDTH, LABELS, BATCH = 8192, 256, 64, 128
 RARE = 200  # steps between two occurrences, on average
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("lowmem_adamw", "", {}),
-    ("lowmem_adamw_8bit", "embedding_bits=32", {"embedding_bits": 32}),
-    ("lowmem_adamw_8bit", "embedding_bits=8", {"embedding_bits": 8}),
-]
+CASES = (("lowmem_adamw", ""), ("lowmem_adamw_8bit", "embedding_bits=32"), ("lowmem_adamw_8bit", "embedding_bits=8"))
 
 Sample = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -80,10 +72,10 @@ def rare_weights() -> Tensor:
     return (2 * BATCH * zipf_weights() < 1 / RARE).float()
 
 
-def losses(optim: str, options: dict[str, Any], seed: int, steps: int) -> dict[str, float]:
+def losses(optim: str, options: str, seed: int, steps: int) -> dict[str, float]:
     sample, zipf = make_sampler(seed), zipf_weights()
     model = Network(torch.Generator().manual_seed(seed + 1000), 0.1)
-    optimizer = hf_lowmem.build_optimizer(model, optim, lr=3e-3, weight_decay=0.01, optim_args=options)
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=3e-3, weight_decay=0.01, optim_args=options or None)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         pairs, labels = sample(zipf, BATCH)
@@ -98,19 +90,14 @@ def losses(optim: str, options: dict[str, Any], seed: int, steps: int) -> dict[s
         }
 
 
-def measure(commit: str, seeds: int, steps: int) -> dict[str, Any]:
+def measure(commit: str | None, seeds: int, steps: int) -> dict[str, Any]:
     rows = []
-    for optim, said, options in CASES:
+    for optim, options in CASES:
         found = [losses(optim, options, seed, steps) for seed in range(seeds)]
-        rows.append({"optim": f"{optim} {said}".strip(), **{name: [f[name] for f in found] for name in found[0]}})
+        rows.append({"optim": f"{optim} {options}".strip(), **{name: [f[name] for f in found] for name in found[0]}})
         print(rows[-1], flush=True)
     settings = {"steps": steps, "rare_tokens": int(rare_weights().sum())}
-    return {"commit": commit, **describe_run(), **settings, "rows": rows}
-
-
-def describe_run() -> dict[str, Any]:
-    versions = {name: installed_version(name) for name in PACKAGES}
-    return {"threads": torch.get_num_threads(), "platform": platform.platform(), "versions": versions}
+    return {"machine": describe_machine("cpu", commit), **settings, "rows": rows}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -120,7 +107,8 @@ def render(report: dict[str, Any]) -> str:
         f"{report['steps']} steps of {BATCH} pairs of {TOKENS} tokens. Rare are {report['rare_tokens']} that come",
         f"less than once in {RARE} steps. What is learned, and how to run it: `benchmarks/rare_tokens.py`.",
         "",
-        f"- commit: {report['commit']}",
+        f"- machine: {report['machine']['cpu']}, torch {report['machine']['versions']['torch']}",
+        f"- commit: {report['machine']['commit']}",
         "",
         "| `optim` | all pairs, by seed | mean | pairs with a rare token | mean |",
         "|---|---:|---:|---:|---:|",
@@ -135,7 +123,7 @@ def render(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", required=True, help="of the package that is run")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rare_tokens_cpu.json")

@@ -8,8 +8,8 @@ The parameters are those of a model of `presets.py`, with random normal gradient
 runs in a process of its own beside fused AdamW, each on its own copy of the model. Their steps are timed in pairs
 whose order alternates (A B, B A, ...). A ratio is the median over the pairs, with its quartiles. The row that pairs
 fused AdamW with itself shows the noise: differences within it mean nothing. A row that fails says why; one that has
-not ended after `--limit` seconds is stopped, and after a quarter of them no further pair is started. A row that takes
-more than five times fused AdamW's time gets two pairs.
+not ended after `--limit` seconds is stopped; once a quarter of that has passed since its first step, no further pair
+is started. A row that takes more than five times fused AdamW's time gets two pairs.
 
 - CPU ms: time of the whole process, all threads together, so it does not depend on what else the machine runs as much
   as wall time does. On CUDA the time is the device's, by events.
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="on the CPU (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs per row, at most (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=35, help="seconds for a row (default: %(default)s)")
-    parser.add_argument("--commit", help="that is measured (default: what git says)")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     parser.add_argument(
         "--output",
         type=Path,

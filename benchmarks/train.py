@@ -28,7 +28,7 @@ import torch
 import transformers
 from machine import describe_machine
 from measure import state_bytes
-from peers import PEERS
+from peers import PEERS, ROOT
 from presets import PRESETS
 from processes import Job, start_server
 from tokenizers import Tokenizer, models
@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Training
 
 import hf_lowmem
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIMS = "adamw_torch_fused,adamw_8bit,lowmem_adamw_8bit,slim_adamw,slim_adamw_8bit,adam_mini_8bit,coap_adamw_8bit"
 WARM = 3
 GIB = 2**30
@@ -178,7 +177,7 @@ def main() -> None:
         "--output", type=Path, help="default: benchmarks/results/train_PRESET_DEVICE.json; .md beside it"
     )
     parser.add_argument("--limit", type=float, default=600, help="seconds for a row (default: %(default)s)")
-    parser.add_argument("--commit", help="that is measured (default: what git says)")
+    parser.add_argument("--commit", help="the commit that is measured (default: what git says)")
     args = parser.parse_args()
     settings = {name: getattr(args, name) for name in ("preset", "device", "steps", "batch_size", "length")}
     output = args.output or ROOT / "benchmarks" / "results" / f"train_{args.preset}_{args.device}.json"

@@ -48,7 +48,7 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
 
     A float32 tensor may take a float64 one's place and the other way round: the weight's dtype may have changed.
     """
-    hint = "Resume with the same optim name, rules, state_bits and proj_bits."
+    hint = "Resume with the same optim name, rules and state_bits."
     if set(saved) - {KAHAN_COMP} != set(specs) - {KAHAN_COMP}:
         raise ValueError(
             f"Checkpoint state of a parameter of shape {shape} has {sorted(saved)}, expected {sorted(specs)}. {hint}"
@@ -65,6 +65,8 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
                 f"Checkpoint state {name!r} is {value!r}, expected a tensor of shape {spec.shape}. {hint}"
             )
         if value.shape != spec.shape or (value.dtype != spec.dtype and {value.dtype, spec.dtype} != FLOATS):
+            if name.startswith("proj") and value.shape == spec.shape:
+                hint = f"Resume with proj_bits={8 * value.dtype.itemsize}."
             raise ValueError(
                 f"Checkpoint state {name!r} has shape {tuple(value.shape)} and {value.dtype}, expected {spec.shape} "
                 f"and {spec.dtype}. {hint}"

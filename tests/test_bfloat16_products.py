@@ -170,8 +170,8 @@ def test_what_cuda_is_asked_for(
     multiply = (aten.bmm.dtype, torch.float32) if stack else (aten.mm.dtype, torch.float32)
     assert multiply in projecting.seen
     assert multiply in back.seen
-    assert added == (dtype == torch.bfloat16)
-    if added:
+    assert added
+    if dtype == torch.bfloat16:
         assert (aten.baddbmm_.default if stack else aten.addmm_.default, torch.bfloat16) in adding.seen
         assert adding.copies() == [torch.bfloat16], "of the update, in its own space"
 

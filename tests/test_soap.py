@@ -262,3 +262,18 @@ def test_compiled_steps_compute_what_the_rule_defines() -> None:
         eager, _ = run(start, grads, **options)
         compiled, _ = run(start, grads, compile=True, **options)
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=tolerance)
+
+
+def test_a_checkpoint_with_float32_bases_asks_for_them() -> None:
+    """They were the only kind once, also beside 8-bit moments."""
+    start, options = torch.zeros(96, 64), {"state_bits": 8, "min_8bit_size": 0}
+    saved = Soap([nn.Parameter(start.clone())], proj_bits=32, **options)
+    for saved.param_groups[0]["params"][0].grad in gradients((96, 64), 2):
+        saved.step()
+    written = saved.state_dict()
+    del written["layouts"][0][0]["proj_bits"]  # which there was no option for
+    with pytest.raises(ValueError, match=r"'proj_1' has .* Resume with proj_bits=32\."):
+        Soap([nn.Parameter(start.clone())], **options).load_state_dict(written)
+    resumed = Soap([nn.Parameter(start.clone())], proj_bits=32, **options)
+    resumed.load_state_dict(written)
+    assert next(iter(resumed.state.values()))["proj_1"].dtype == torch.float32

@@ -27,7 +27,7 @@ import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
-from hf_lowmem.kernels.tuning import current_arch, tile_for
+from hf_lowmem.kernels.tuning import current_arch, tile_for, warps_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
@@ -196,7 +196,7 @@ def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_adding_an_update_is_one_pass(rounding: str, tmp_path: Path) -> None:
     tile = tile_for("add", 90)
-    warps = tile.entries // (32 * tile.per_thread)
+    warps = warps_of(tile.entries, tile.per_thread)
     report = Report(gpu_kernels.add, tmp_path, 90, warps, ROUNDING=rounding, TILE=tile.entries)
     assert (report.stack, report.local) == (0, 0)
     assert report.registers <= 128

@@ -24,7 +24,7 @@ from measure import (
     timed_pairs,
 )
 from peers import BASELINE, PEERS, build
-from presets import PRESETS, build_model, copy_of
+from presets import PRESETS, build_model, copy_of, one_layer
 
 from gpu_stages.session import Session
 
@@ -38,13 +38,21 @@ ROWS = (
     "slim_adamw_8bit rounding=kahan",
 )
 PAIRS = 9
+FEW = 2  # rows, where it is only tried out
 DTYPE = "bf16"  # of the weights that are compared
 
 
 def run(
     session: Session, preset: str = "1b", names: Sequence[str] = ROWS, baselines: Sequence[str] = ("bf16", "fp32")
 ) -> None:
-    """A row for each name; the baselines are built once and timed anew beside each."""
+    """A row for each name; the baselines are built once and timed anew beside each.
+
+    Raises:
+        RuntimeError: an optimizer of ours has failed, or no time was left for it, or CUDA has failed.
+    """
+    session.wait_for_memory()
+    names = names if session.on_gpu else names[:FEW]
+    missing = []
     models = {DTYPE: build_model(PRESETS[session.preset or preset], DTYPES[DTYPE], session.device)}
     for dtype in baselines:
         models.setdefault(dtype, copy_of(models[DTYPE], DTYPES[dtype]))
@@ -57,19 +65,29 @@ def run(
             session.row(name, remark="not installed")
         elif session.seconds_left < statistics.median(taken):
             session.row(name, remark="no time was left")
+            missing.append(name)
         else:
             started = time.perf_counter()
             try:
-                session.row(name, **measured(name, models[DTYPE], optimizers, session))
+                session.row(name, **measured(name, session.preset or preset, models[DTYPE], optimizers, session))
             except Exception as error:  # of one peer, which the others have nothing to do with
-                session.row(name, remark=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+                said = (str(error).strip().splitlines() or [""])[0][:150]
+                session.row(name, remark=f"{type(error).__name__}: {said}")
+                if "CUDA error" in said:  # no later row would work either
+                    raise
+                missing += [name] if name not in PEERS else []
             taken.append(time.perf_counter() - started)
         if session.on_gpu:
             torch.cuda.empty_cache()
+    if missing:
+        raise RuntimeError(f"there are no figures of {', '.join(missing)}")
 
 
-def measured(name: str, model: Any, baselines: dict[str, Any], session: Session) -> dict[str, Any]:
-    model, device = copy_of(model, DTYPES[DTYPE]), session.device
+def measured(name: str, preset: str, model: Any, baselines: dict[str, Any], session: Session) -> dict[str, Any]:
+    device = session.device
+    # Kernels are compiled first, or the first step would take as long.
+    build(name, build_model(one_layer(preset), DTYPES[DTYPE], device)).step()
+    model = copy_of(model, DTYPES[DTYPE])
     optimizer, copy = build(name, model), copying(device)
     first = timed(optimizer.step, device)
     extra = extra_bytes(optimizer.step, device)
@@ -77,7 +95,7 @@ def measured(name: str, model: Any, baselines: dict[str, Any], session: Session)
     timed_pairs(*steps, device=device, pairs=2, ends=0)  # a lead-in
     own, *theirs, copies = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"), last=copy)
     held = memory(model, optimizer)
-    row: dict[str, Any] = {"ms": middle(own), **ratios(own, theirs, baselines)}
+    row: dict[str, Any] = {"ms": middle(own), **ratios(own, theirs, baselines), "pairs": len(own)}
     row |= {"gb_per_s": held["moved_bytes"] / 1e6 / middle(own), **bandwidth(held["moved_bytes"], own, copies, device)}
     row |= {"state_bytes_per_parameter": held["state_bytes_per_parameter"], "first_step_s": first[1] / 1e3}
     row["extra_mib"] = None if extra is None else extra / 2**20
@@ -99,11 +117,13 @@ def measured(name: str, model: Any, baselines: dict[str, Any], session: Session)
     return row
 
 
-def ratios(own: list[Times], theirs: list[list[Times]], baselines: dict[str, Any]) -> dict[str, float]:
-    """Of the pairs, against each baseline; and each baseline's milliseconds."""
-    found = {}
+def ratios(own: list[Times], theirs: list[list[Times]], baselines: dict[str, Any]) -> dict[str, Any]:
+    """Of the pairs, against each baseline, with their quartiles; and each baseline's milliseconds."""
+    found: dict[str, Any] = {}
     for dtype, times in zip(baselines, theirs, strict=True):
-        found[f"to_{dtype}"] = statistics.median(a[1] / b[1] for a, b in zip(own, times, strict=True))
+        each = [a[1] / b[1] for a, b in zip(own, times, strict=True)]
+        low, found[f"to_{dtype}"], high = statistics.quantiles(each, n=4, method="inclusive")
+        found[f"to_{dtype}_quartiles"] = f"{low:.3f}-{high:.3f}"
         found[f"adamw_{dtype}_ms"] = middle(times)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,16 @@ def properties(session: Session) -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "arch": f"sm_{found.major}{found.minor}",
         "cuda": torch.version.cuda,
+        "driver_clocks_power": nvidia_smi("driver_version,clocks.max.sm,clocks.max.memory,power.limit"),
     }
+
+
+def nvidia_smi(query: str) -> str:
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def compilers() -> str:

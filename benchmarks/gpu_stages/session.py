@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,17 @@ class Session(NamedTuple):
     def seconds_left(self) -> float:
         return self.ends - seconds_since_boot()
 
+    def wait_for_memory(self) -> None:
+        """Wait until what an earlier process held on the GPU is free, for some seconds at most."""
+        import torch
+
+        until = seconds_since_boot() + 5
+        while self.on_gpu and seconds_since_boot() < until:
+            free, total = torch.cuda.mem_get_info()
+            if free > 0.95 * total:
+                return
+            time.sleep(0.1)
+
     @property
     def on_gpu(self) -> bool:
         return self.device == "cuda"
@@ -49,11 +62,17 @@ class Session(NamedTuple):
         if not self.verified:
             row["unverified"] = True
         descriptor = os.open(self.out / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(row, default=str) + "\n").encode())
+        try:  # the line break before it ends a line that was cut off
+            os.write(descriptor, ("\n" + json.dumps(row, default=str) + "\n").encode())
         finally:
             os.close(descriptor)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of the session so far."""
-        return [json.loads(line) for line in (self.out / RESULTS).read_text().splitlines()]
+        """All rows so far; lines that were cut off are left out."""
+        path, found = self.out / RESULTS, []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "stage" in row and "row" in row:
+                    found.append(row)
+        return found

@@ -11,6 +11,7 @@ STEPS, STEPS_ON_CPU = 8, 3
 
 
 def run(session: Session, optim: str, preset: str) -> None:
+    session.wait_for_memory()
     batch_size, length = (1, 32) if not session.on_gpu else (1, 2048) if preset == "8b" else (4, 2048)
     steps = STEPS if session.on_gpu else STEPS_ON_CPU
     found = measure(optim, session.preset or preset, session.device, steps, batch_size, length)

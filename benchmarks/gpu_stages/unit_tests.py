@@ -12,7 +12,7 @@ from peers import ROOT
 
 from gpu_stages.session import Session
 
-FILES = ("gpu_kernels", "capturable", "golden", "offload", "golden_projected", "rounding")
+FILES = ("gpu_kernels", "capturable", "golden", "offload", "golden_projected", "rounding", "bfloat16_products")
 MOST_FAILURES = 40
 
 

@@ -24,7 +24,7 @@ from hf_lowmem.kernels import eager
 from hf_lowmem.kernels.eager import Form, adamw_form
 from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
 from hf_lowmem.kernels.seam import Hyper, Kernel, Slot
-from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, current_arch, tile_for
+from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, current_arch, tile_for, warps_of
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.rounding import noise_key
@@ -95,8 +95,8 @@ class Variant(NamedTuple):
             of one program over its group, which it reads twice; or "before", by kernels of their own.
         nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
         line, lines: the size of a tile.
-        groups: that a tile holds, of as many lines each; 1 where a tile is a part of one.
-        per_thread: the entries of a tile that each thread takes.
+        groups: how many groups a tile holds, each of `lines / groups` lines; 1 where a tile is part of a group.
+        per_thread: how many entries of a tile each thread takes.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
         clip: whether a scale multiplies the gradients.
         ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a line.
@@ -244,7 +244,7 @@ def add(slot: Slot, update: Tensor, scale: float, decay: float | Tensor) -> None
     entries, tile = param.numel() // decays.numel(), tile_for("add", current_arch())
     comps, rounding = slot.state.get(KAHAN_COMP, param), slot.plan.rounding.kind
     grid = (-(-entries // tile.entries), decays.numel())
-    options = dict(num_warps=tile.entries // (32 * tile.per_thread), enable_fp_fusion=True)
+    options = dict(num_warps=warps_of(tile.entries, tile.per_thread), enable_fp_fusion=True)
     sizes = dict(ROUNDING=rounding, TILE=tile.entries)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernels.add[grid](param, comps, update, decays, scale, slot.noise_key, entries, **sizes, **options)
@@ -365,16 +365,16 @@ def _power_of_two(at_least: int) -> int:
 
 
 def warps(variant: Variant) -> int:
-    """Of a program; with 16 entries per thread at most where more would not fit into an A100's registers."""
+    """The warps of a program. A thread takes 16 entries at most where more would not fit into an A100's registers."""
     many = variant.rounding == "kahan" and variant.second == "full" and variant.moment.primitive_bitwidth > 8
     many |= variant.ragged and variant.align == 1  # an address for each entry
     per_thread = min(variant.per_thread, 16) if many else variant.per_thread
-    return min(max(variant.line * variant.lines // (32 * per_thread), 1), 16)
+    return warps_of(variant.line * variant.lines, per_thread)
 
 
 @contextmanager
 def tuned(tiles: Mapping[str, Tile]) -> Iterator[None]:
-    """Cut the launches of some kinds into other tiles than the table's, as long as the context lasts.
+    """Cut the launches of some kinds into other tiles than the table's, while the context lasts.
 
     Raises:
         ValueError: there is no such kind.

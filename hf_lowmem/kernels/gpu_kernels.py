@@ -194,7 +194,7 @@ def tile_of(part, cell, chunk, v: tl.constexpr):
     else:
         group, row, column = cell * v.groups, number // across, number % across
     begin = tl.full([v.lines], 0, tl.int64) + size(part, START, v.align)
-    if v.groups > 1:  # which are one loop
+    if v.groups > 1:  # the groups of a tile are evenly spaced
         group += tl.arange(0, v.lines) // LINES
         row = tl.where(group < tl.load(part + GROUPS), row, rows)
         begin += group * size(part, INNER_GROUP_STRIDE, v.align)
@@ -367,8 +367,10 @@ def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
 
 @triton.jit
 def cell_of(part, number, count, v: tl.constexpr):
-    """The cell of a program, and which of its `count` programs it is, so that the next program reads what lies next:
-    the group's next lines, or, of columns, those beside them.
+    """The cell of a program, and which of the cell's `count` programs it is.
+
+    Consecutive programs read what lies side by side: the next lines of a group or, for columns, the columns beside
+    them.
     """
     if v.second == "column":
         cells = tl.load(part + CELLS).to(tl.int32)
@@ -388,7 +390,7 @@ def columns_of(part, cell, v: tl.constexpr):
 
 @triton.jit
 def sum_squares(parts, sums, totals, owners, TOTALS: tl.constexpr, v: tl.constexpr):
-    """The sum of squares, or the sums per column, of some chunks of a cell; `totals` are of squares not finite too."""
+    """The sum of squares, or the sums per column, of some chunks of a cell; `totals` have those not finite in them."""
     part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
     first, count = tl.load(part + FIRST_SUM), tl.load(part + SUMS).to(tl.int32)
     cell, number = cell_of(part, tl.program_id(0) - first.to(tl.int32), count, v)

@@ -13,12 +13,12 @@ class Tile(NamedTuple):
     """Sizes, powers of two, in entries.
 
     Args:
-        entries: what a program steps at a time.
-        per_thread: what each of its threads takes of that, which decides the warps; at most 16 are launched.
-        one_tile: the largest group whose mean is found in one tile, which is larger for it where need be.
+        entries: that a program steps at a time.
+        per_thread: that each of its threads takes, which decides the warps; at most 16 are launched.
+        one_tile: the largest group that is stepped as one tile, even where it has more than `entries`.
         one_program: the largest group that one program takes, in several tiles; the means of larger groups are found
             before the step.
-        partial_sum: what one program adds up of such a group.
+        partial_sum: how many entries of such a group one program adds up.
     """
 
     entries: int = 1 << 12
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     partial_sum: int = 1 << 15
 
 
-# `Variant.second`, with the moments in floats or in 8-bit codes; and "add", of a projected update.
+# Each is a `Variant.second`, with moments in floats or in 8-bit codes; "add" adds a projected update to its weight.
 KINDS = [f"{second}{bits}" for second in ("none", "full", "group", "column") for bits in ("", " 8-bit")] + ["add"]
 # By the kind of launch and 10 times the compute capability. The defaults are read off the compiler's registers and
 # instructions; rows that a sweep has measured replace them.
@@ -40,17 +40,22 @@ _DEFAULT_ARCH = 90
 def current_arch() -> int:
     """10 times the compute capability of the process's GPU.
 
-    It is 90 in the interpreter, on GPUs of other makers, and where there is no GPU, for which launches can be planned.
+    It is 90 in the interpreter, on GPUs of other makers, and without a GPU, where launches can still be planned.
     """
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return _DEFAULT_ARCH
     try:
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return _DEFAULT_ARCH
         target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:  # "0 active drivers"
+    except (ImportError, RuntimeError):  # the latter says "0 active drivers"
         return _DEFAULT_ARCH
     return target.arch if target.backend == "cuda" else _DEFAULT_ARCH
+
+
+def warps_of(entries: int, per_thread: int) -> int:
+    """The warps of a program whose threads take so many entries each."""
+    return min(max(entries // (32 * per_thread), 1), 16)
 
 
 @cache

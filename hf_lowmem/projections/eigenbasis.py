@@ -135,7 +135,7 @@ def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
 
 
 def outer_product(stack: Tensor, axis: int) -> Tensor:
-    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...), which nothing is rounded for."""
+    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...); bfloat16 ones are multiplied exactly."""
     unfolded = stack.movedim(axis, -1).flatten(1, -2)
     unfolded = unfolded.to(product_dtype(unfolded, unfolded, unfolded))
     return product(unfolded.mT, unfolded, unfolded)

@@ -5,6 +5,7 @@ Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from hf_lowmem.projections.precision import full_float32, product, product_dtype
 from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 SKETCH_SEED = 3407
+ENTRIES_AT_ONCE = 1 << 22  # of a product that is not added as it is made
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,17 @@ class LowRank:
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
         left, right = self._back(state, update)
         dtype = product_dtype(left, right, state["proj"])
-        if dtype != param.dtype:
+        if dtype == param.dtype:
+            add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
+            with rounded_once() if dtype == torch.bfloat16 else nullcontext():
+                add_product(left.to(dtype), right.to(dtype), beta=decay, alpha=self.options.scale)
+            return True
+        if param.dtype != torch.float32:
             return False
-        add_product = param.baddbmm_ if param.ndim == 3 else param.addmm_
-        with rounded_once():
-            add_product(left.to(dtype), right.to(dtype), beta=decay, alpha=self.options.scale)
+        # A bfloat16 product is added to a float32 weight some rows at a time, so that none is as large as the weight.
+        rows = max(ENTRIES_AT_ONCE // (param.numel() // param.shape[-2]), 1)
+        for part, factor in zip(param.split(rows, -2), left.split(rows, -2), strict=True):
+            part.mul_(decay).add_(product(factor, right, state["proj"]), alpha=self.options.scale)
         return True
 
     def _back(self, state: State, update: Tensor) -> tuple[Tensor, Tensor]:

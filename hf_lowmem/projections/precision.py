@@ -1,4 +1,4 @@
-"""In what precision products with a basis are taken, and those that a basis is made of."""
+"""The precision of products with a basis, and of the products that make a basis."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def rounded_once() -> Iterator[None]:
-    """Products that are written as bfloat16 are rounded once inside.
+    """Inside, cuBLAS rounds a product that it writes as bfloat16 only once.
 
-    By default cuBLAS may split a sum into parts that it rounds one by one, the weight among them.
+    By default it may split a sum into parts that it rounds one by one, the weight among them.
     """
     matmul = torch.backends.cuda.matmul
     allowed = matmul.allow_bf16_reduced_precision_reduction

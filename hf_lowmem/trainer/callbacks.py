@@ -184,7 +184,10 @@ def unwrapped(optimizer: Any) -> Any:
 
 @lru_cache(maxsize=1 << 10)  # 2 KiB each
 def sampled_places(numel: int, device: torch.device) -> Tensor:
-    """Fixed places (flat, int64) all over a weight of that size, kept: a copy to the device would wait for it."""
+    """Fixed places (flat, int64) all over a weight of that size.
+
+    They are kept, because a copy to the device would wait for the device.
+    """
     generator = torch.Generator().manual_seed(numel)
     return torch.randint(numel, (min(SAMPLES, numel),), generator=generator).to(device)
 
