@@ -28,7 +28,8 @@ is started. A row that takes more than five times fused AdamW's time gets two pa
 - host ms, on CUDA: until `step()` returns, with an idle device before it.
 - graph ms, on CUDA: the device's time of the step replayed as a CUDA graph, for optimizers with `capturable=True`.
 
-Where a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes. Each kind of change is
+Where a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes (or most of them, which
+the median tells). Each kind of change is
 timed too, by setting the step counters to where it is due, and `amortised` is the time of all of the first 200 steps,
 the first one included, over that of 200 of fused AdamW's.
 """

@@ -176,16 +176,17 @@ def test_rows_of_one_process_share_their_baselines(tmp_path: Path, monkeypatch: 
     session = Session(tmp_path, tmp_path, "cpu", "tiny", None, "core")
     with pytest.raises(RuntimeError, match="no figures of no_such_name"):
         core.run(session, names=("signum_8bit", "absent", "no_such_name", "coap_adamw_8bit"))
-    signum, absent, unknown, coap = rows_in(tmp_path)
+    found = {row["row"]: row for row in rows_in(tmp_path)}
     mine = ["signum_8bit", "signum_8bit", "no_such_name", "coap_adamw_8bit", "coap_adamw_8bit"]  # one layer, then all
     assert built == ["adamw_fused", "adamw_fused", *mine]
     for baseline in ("bf16", "fp32"):
-        assert signum[f"to_{baseline}"] > 0
-        assert signum[f"clipped_to_{baseline}"] > 0
-    assert absent == {"stage": "core", "row": "absent", "remark": "not installed"}
-    assert unknown["remark"].startswith("ValueError")
-    assert coap["amortised_ratio"] > 0
-    assert "clipped_ms" not in coap
+        assert found["signum_8bit"][f"to_{baseline}"] > 0
+        assert found["signum_8bit, clipped"][f"to_{baseline}"] > 0
+    assert 1 < found["signum_8bit, memory"]["state_bytes_per_parameter"] < 1.5
+    assert found["absent"] == {"stage": "core", "row": "absent", "remark": "not installed"}
+    assert found["no_such_name"]["remark"].startswith("ValueError")
+    assert found["coap_adamw_8bit, changes of basis"]["amortised_ratio"] > 0
+    assert "coap_adamw_8bit, clipped" not in found
 
 
 def test_the_sweep_tells_the_best_tile_of_each_kind() -> None:

@@ -69,7 +69,7 @@ def run(
         else:
             started = time.perf_counter()
             try:
-                session.row(name, **measured(name, session.preset or preset, models[DTYPE], optimizers, session))
+                measure(name, session.preset or preset, models[DTYPE], optimizers, session)
             except Exception as error:  # of one peer, which the others have nothing to do with
                 said = (str(error).strip().splitlines() or [""])[0][:150]
                 session.row(name, remark=f"{type(error).__name__}: {said}")
@@ -83,7 +83,8 @@ def run(
         raise RuntimeError(f"there are no figures of {', '.join(missing)}")
 
 
-def measured(name: str, preset: str, model: Any, baselines: dict[str, Any], session: Session) -> dict[str, Any]:
+def measure(name: str, preset: str, model: Any, baselines: dict[str, Any], session: Session) -> None:
+    """Rows of the step, of its memory, and of clipping and the step or of the changes of a basis."""
     device = session.device
     # Kernels are compiled first, or the first step would take as long.
     build(name, build_model(one_layer(preset), DTYPES[DTYPE], device)).step()
@@ -96,25 +97,30 @@ def measured(name: str, preset: str, model: Any, baselines: dict[str, Any], sess
     own, *theirs, copies = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"), last=copy)
     held = memory(model, optimizer)
     row: dict[str, Any] = {"ms": middle(own), **ratios(own, theirs, baselines), "pairs": len(own)}
-    row |= {"gb_per_s": held["moved_bytes"] / 1e6 / middle(own), **bandwidth(held["moved_bytes"], own, copies, device)}
-    row |= {"state_bytes_per_parameter": held["state_bytes_per_parameter"], "first_step_s": first[1] / 1e3}
-    row["extra_mib"] = None if extra is None else extra / 2**20
     if session.on_gpu:
         row["host_ms"] = 1e3 * host_seconds(optimizer.step, PAIRS)
+    session.row(name, **row)
+    session.row(
+        f"{name}, memory",
+        state_bytes_per_parameter=held["state_bytes_per_parameter"],
+        extra_mib=None if extra is None else extra / 2**20,
+        gb_per_s=held["moved_bytes"] / 1e6 / middle(own),
+        **bandwidth(held["moved_bytes"], own, copies, device),
+    )
     if changes := changes_of_basis(optimizer):
         against = {"cpu_ms": row["ms"], "wall_ms": row["ms"], "baseline_cpu_ms": middle(theirs[0])}
         found = amortise(optimizer, changes, against | {"baseline_wall_ms": middle(theirs[0])}, first, device)
-        row |= {f"{kind}_ms": times["wall_ms"] for kind, times in found["change_of_basis"].items()}
-        row["amortised_ratio"] = found["amortised"]["wall"]
+        changed = {f"{kind}_ms": times["wall_ms"] for kind, times in found["change_of_basis"].items()}
+        changed |= {"first_step_s": first[1] / 1e3, "amortised_ratio": found["amortised"]["wall"]}
+        session.row(f"{name}, changes of basis", **changed)
     elif name in CLIPPED or name not in PEERS:
         steps = [clipped_step(each) for each in (optimizer, *baselines.values())]
         timed_pairs(*steps, device=device, pairs=2, ends=0)
         own, *theirs = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"))
-        clipped = {"ms": middle(own), **ratios(own, theirs, baselines)}
-        row |= {f"clipped_{key}": value for key, value in clipped.items()}
+        row = {"ms": middle(own), **ratios(own, theirs, baselines), "pairs": len(own)}
         if session.on_gpu:
-            row["clipped_host_ms"] = 1e3 * host_seconds(steps[0], PAIRS)
-    return row
+            row["host_ms"] = 1e3 * host_seconds(steps[0], PAIRS)
+        session.row(f"{name}, clipped", **row)
 
 
 def ratios(own: list[Times], theirs: list[list[Times]], baselines: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,10 @@ LEGENDS["coap"] = f"{LEGENDS['core']} Then fine-tuning, batches of 4 x 2,048 tok
 NAMES = {
     "to_bf16": "ratio to AdamW bf16",
     "to_fp32": "ratio to AdamW fp32",
+    "to_bf16_quartiles": "quartiles",
+    "to_fp32_quartiles": "quartiles",
+    "adamw_bf16_ms": "AdamW bf16, ms",
+    "adamw_fp32_ms": "AdamW fp32, ms",
     "gb_per_s": "GB/s",
     "copy_gb_per_s": "copy GB/s",
     "copy_share": "share of copy",
@@ -85,9 +89,8 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def name(column: str) -> str:
-    """The title of a column: "clipped_to_bf16" is that of "to_bf16", clipped."""
-    plain = column.removeprefix("clipped_")
-    return ("clipped, " if plain != column else "") + NAMES.get(plain, plain.replace("_", " "))
+    """The title of a column."""
+    return NAMES.get(column, column.replace("_", " "))
 
 
 def shown(value: Any) -> str:
