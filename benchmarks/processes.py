@@ -123,10 +123,11 @@ def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | N
 
 
 def touch(device: str) -> None:
-    """Use the device."""
-    import torch
+    """Use the device, unless it is the CPU."""
+    if device != "cpu":
+        import torch
 
-    torch.zeros(1, device=device)
+        torch.zeros(1, device=device)
 
 
 def seconds_since_boot() -> float:

@@ -148,6 +148,7 @@ def test_options_that_cannot_be_are_one_sentence(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_said(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("it is there")
@@ -165,6 +166,7 @@ def test_the_server_leaves_cuda_and_bitsandbytes_to_its_children() -> None:
         subprocess.run([sys.executable, "-c", check], env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_rows_of_one_process_share_their_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
     monkeypatch.setattr(core, "PAIRS", 2)
