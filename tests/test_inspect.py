@@ -164,6 +164,7 @@ def llama_8b(tmp_path):
 PROCESS = [sys.executable, "-m", "hf_lowmem"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "statuses"), [("--json", {141}), ("--rows", {0, 141})])
 def test_a_closed_pipe_is_quiet(option, statuses, llama_8b):
     """As `| head`. The JSON is more than a pipe holds; of the rows some or all may be written before it is closed."""

@@ -149,7 +149,7 @@ def test_lowmem_adamw_is_adamw() -> None:
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 67]), max_size=4).map(tuple)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(
     shape=shapes,
     which=st.sampled_from([LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum]),

@@ -206,6 +206,7 @@ def test_kahan_keeps_what_float32_would(
     assert ((narrow - full).abs() <= 64 * torch.finfo(torch.float32).eps * full.abs().clamp(min=0.01)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize("cls", [LowMemAdamW, CoapAdamW])
 @pytest.mark.parametrize("rounding", KEEPING)
