@@ -263,8 +263,8 @@ def main() -> None:
         try:
             with ended_as_exit(ends + LAST_SECONDS / 2):
                 method = start_server(PRELOADED[args.part], args.device, (ends - seconds_since_boot()) / 3)
-                told = {"device": args.device, "preset": args.preset, "minutes": args.minutes, "processes": method}
-                session.row("settings", **told, command=shlex.join(["python", *sys.argv]))
+                settings = {"device": args.device, "preset": args.preset, "minutes": args.minutes, "processes": method}
+                session.row("settings", **settings, command=shlex.join(["python", *sys.argv]))
                 runner.run()
         except RuntimeError as error:
             runner.succeeded = False

@@ -1,4 +1,4 @@
-"""What a result was measured on: the machine, the versions, the commit and the command."""
+"""Describes what a result was measured on: the machine, the versions, the commit and the command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = dict.fromkeys(("torch", "transformers", "triton", *(peer.distribution
 
 
 def describe_machine(device: str, commit: str | None = None) -> dict[str, Any]:
-    """`commit` is for copies of the tree that git does not know, or where git is missing."""
+    """Describe this machine and run; `commit` is for copies of the tree that git does not know."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -39,7 +39,7 @@ def cpu_name() -> str:
 
 
 def commit_of_the_tree() -> str:
-    """The commit that is checked out, and whether it has been changed; "unknown" without git."""
+    """Return the commit that is checked out, and whether it has been changed; "unknown" without git."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, which are stopped when their time is over.
+"""Runs measurements in processes of their own, which are stopped when their time is over.
 
 The processes are forked from a server that has imported what takes long and has not touched CUDA, so they start at
 once. This module imports nothing that does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def started(command: list[str], out: Path, minutes: float, **environment: str) -
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
-    return Session(out, out, "cpu", None, None, "").rows()
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
 def endings(out: Path) -> dict[str, str]:
@@ -125,6 +126,7 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
     assert "| row | remark |\n|---|---:|\n| d | not installed |" in text
     assert "c:\n\n```\nx\n```" in text
     assert "All that was to be done has been done." in text
+    assert (tmp_path / "results.jsonl").read_text().count("\n") == 4, "a line for each row and the half one"
     session.row("all", status="stopped after 3 s", seconds=3.0)
     assert "Not done:\n\n- core, all: stopped after 3 s" in summary.render(session.rows())
 

@@ -1,4 +1,4 @@
-"""The step of each optimizer against fused AdamW with bfloat16 state, and with float32 weights and state."""
+"""Times the step of each optimizer against fused AdamW with bfloat16 state, and with float32 weights and state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of a small model as CUDA graphs, where the host is what a step waits for."""
+"""Times steps of a small model, for which the device waits for the host, also as CUDA graphs."""
 
 from __future__ import annotations
 

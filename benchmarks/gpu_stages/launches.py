@@ -1,4 +1,4 @@
-"""The time of each kernel of a step, and how much of the device's bandwidth it reaches."""
+"""Times each kernel of a step, and finds how much of the device's bandwidth it reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a model out to the host and back."""
+"""Moves the state of a model to the host and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine is, and what it reaches: copies, transfers, launches."""
+"""Says what the machine is, and measures what it reaches: copies, transfers and launches."""
 
 from __future__ import annotations
 

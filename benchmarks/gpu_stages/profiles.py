@@ -1,4 +1,4 @@
-"""What the time of a few clipped steps goes to, on the device and on the host."""
+"""Profiles a few clipped steps, on the device and on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss on held-out text after as many steps as the time allows: a new model on the source of what is installed."""
+"""Trains a new model on the source of what is installed, for as many steps as the time allows, and evaluates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DPO and GRPO through TRL: whether they run and resume, a step's time and the peak memory."""
+"""Trains by DPO and GRPO through TRL, resumes, and measures a step's time and the peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage is told, and where it writes its figures. Importable without torch."""
+"""Holds what a stage is told, and writes its figures. It can be imported without torch."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ class Session(NamedTuple):
         row = {"stage": self.stage, "row": name, **figures}
         if not self.verified:
             row["unverified"] = True
-        descriptor = os.open(self.out / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:  # the line break before it ends a line that was cut off
-            os.write(descriptor, ("\n" + json.dumps(row, default=str) + "\n").encode())
+        descriptor = os.open(self.out / RESULTS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            was_cut_off = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (("\n" if was_cut_off else "") + json.dumps(row, default=str) + "\n").encode())
         finally:
             os.close(descriptor)
 

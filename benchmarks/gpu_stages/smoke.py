@@ -1,4 +1,4 @@
-"""Whether the kernels do what the rules say, before anything is timed."""
+"""Checks that the kernels do what the rules say, before anything is timed."""
 
 from __future__ import annotations
 

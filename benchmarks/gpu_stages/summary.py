@@ -1,4 +1,7 @@
-"""The rows of a session as Markdown: what has gone wrong, then a table for each stage. Importable without torch."""
+"""Writes the rows of a session as Markdown: what has gone wrong, then tables for each stage.
+
+It can be imported without torch.
+"""
 
 from __future__ import annotations
 

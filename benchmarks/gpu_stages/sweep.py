@@ -1,4 +1,4 @@
-"""Tiles of other sizes for each kind of launch; the fastest, ready for the table in `hf_lowmem/kernels/tuning.py`."""
+"""Times tiles of other sizes for each kind of launch, and prints the fastest for `hf_lowmem/kernels/tuning.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole steps of supervised fine-tuning: `train.py`, a row for each call."""
+"""Takes whole steps of supervised fine-tuning, as `train.py` does; each call writes a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The project's own tests that need a GPU, by pytest; on a CPU a few in Triton's interpreter."""
+"""Runs the project's own tests that need a GPU; on a CPU, it runs a few in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def product(left: Tensor, right: Tensor, basis: Tensor) -> Tensor:
 
 
 def product_dtype(left: Tensor, right: Tensor, basis: Tensor) -> torch.dtype:
-    """What the operands of a product with a basis are rounded to; its sums are float32 at least.
+    """Return the dtype that the operands of a product with a basis are rounded to; its sums are float32 at least.
 
     Where the basis is bfloat16 the other operand loses no more by rounding than the basis has lost already. A float32
     basis is not rounded, whatever the gradient's dtype is.
@@ -33,9 +33,9 @@ def product_dtype(left: Tensor, right: Tensor, basis: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has units that multiply bfloat16 and add in float32, and torch returns the float32 sums.
+    """Return whether a device multiplies bfloat16 and adds in float32, and torch returns the float32 sums.
 
-    ROCm's torch does not, and CUDA devices before 8.0 have no such units.
+    ROCm's torch does not return them, and CUDA devices before 8.0 have no such units.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
