@@ -30,8 +30,8 @@ assert triton.__version__ == sys.argv[1], f"triton {triton.__version__} from {tr
 print(f"triton {triton.__version__}, numpy {numpy.__version__}")
 END
 
-cd "$folder/tests"
-TRITON_INTERPRET=1 "$python" -m pytest -n auto --maxprocesses 4 --noconftest -p no:cacheprovider test_gpu_kernels.py \
-    -k "map or odd_sizes or share_a_tile or walk_along or update_is_added or bad_gradient or replayed" "$@"
-"$python" -m pytest -n auto --maxprocesses 4 -p no:cacheprovider test_triton_aot.py -m "not slow" \
-    -k "(budget or before_a_step or short_block) and 90 or optimizer_launches or adding or aligned" "$@"
+cd "$folder"
+TRITON_INTERPRET=1 "$python" -m pytest -n auto --maxprocesses 4 --noconftest -p no:cacheprovider \
+    tests/kernels/test_gpu_kernels.py -k "map or odd_sizes or share_a_tile or walk_along or update_is_added or bad_gradient or replayed" "$@"
+"$python" -m pytest -n auto --maxprocesses 4 -p no:cacheprovider tests/kernels/test_triton_aot.py \
+    -m "not slow" -k "(budget or before_a_step or short_block) and 90 or optimizer_launches or adding or aligned" "$@"

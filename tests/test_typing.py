@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 PREAMBLE = """
 from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 import hf_lowmem
+from tests import ROOT
 
 model: PreTrainedModel
 optimizer: hf_lowmem.LowMemOptimizer

@@ -12,7 +12,15 @@ from peers import ROOT
 
 from gpu_stages.session import Session
 
-FILES = ("gpu_kernels", "capturable", "golden", "offload", "golden_projected", "rounding", "bfloat16_products")
+FILES = (
+    "tests/kernels/test_gpu_kernels.py",
+    "tests/optimizer/test_capturable.py",
+    "tests/golden/test_golden.py",
+    "tests/optimizer/test_offload.py",
+    "tests/golden/test_golden_projected.py",
+    "tests/optimizer/test_rounding.py",
+    "tests/projections/test_bfloat16_products.py",
+)
 MOST_FAILURES = 40
 
 
@@ -21,12 +29,12 @@ def run(session: Session) -> None:
     report.unlink(missing_ok=True)
     arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if session.on_gpu:
-        arguments += [f"tests/test_{name}.py" for name in FILES] + ["-m", "gpu and not compiler"]
+        arguments += [*FILES, "-m", "gpu and not compiler"]
         arguments += [f"--maxfail={MOST_FAILURES}"]
         arguments += ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
         arguments += ["--timeout=60"] if find_spec("pytest_timeout") else []
     else:
-        arguments += ["tests/test_gpu_kernels.py", "-k", "one_code or an_update_is_added", "-n0", "--noconftest"]
+        arguments += [FILES[0], "-k", "one_code or an_update_is_added", "-n0", "--noconftest"]
     os.chdir(ROOT)
     # As Ctrl-C does, the alarm has pytest report what has run.
     signal.signal(signal.SIGALRM, signal.default_int_handler)

@@ -2,25 +2,20 @@
 
 import argparse
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-from torch.testing._internal.two_tensor import TwoTensor
-
-import hf_lowmem
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import machine
 import measure
 import peers
 import presets
+import pytest
 import step_time
 import step_time_report
+import torch
 import train
+from torch.testing._internal.two_tensor import TwoTensor
+
+import hf_lowmem
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13"}}
 MACHINE |= {"commit": "abc", "command": "python benchmarks/step_time.py"}

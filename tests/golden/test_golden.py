@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import hf_lowmem
 from hf_lowmem.trainer.optim_args import recipe_for
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent
 CASES = {
     "slim_llama_adamw": ("lowmem_adamw", None),
     "slim_llama_layermap": ("slim_adamw", None),

@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +28,10 @@ from hf_lowmem.algorithms import (
     Soap,
 )
 from hf_lowmem.roles import canonical_name
+from tests import ROOT
 
 CLASSES = [LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum, CoapAdamW, CoapAdafactor, Soap]
-DOCS = Path(__file__).parents[1] / "docs" / "torch_agreement.md"
+DOCS = ROOT / "docs" / "torch_agreement.md"
 every_class = pytest.mark.parametrize("cls", CLASSES)
 # For what the classes share; COAP's two add groups in a way of their own.
 two_classes = pytest.mark.parametrize("cls", [LowMemAdamW, CoapAdamW])

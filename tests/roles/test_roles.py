@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers as tf
-from model_families import ADAPTED, DECODER_LMS, FAMILIES, LAYOUTS, VOCAB_SIZE, tiny_model
 
 import hf_lowmem
 from hf_lowmem import fused_layouts, roles
 from hf_lowmem.roles import ROLES, ParamRole, Part, assign_roles, canonical_name
+from tests.support.model_families import ADAPTED, DECODER_LMS, FAMILIES, LAYOUTS, VOCAB_SIZE, tiny_model
 
 # ---------------------------------------------------------------- the expected roles, by hand
 

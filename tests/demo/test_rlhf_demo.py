@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +12,8 @@ from hf_lowmem.demo.rlhf_settings import SCALES, RlhfSettings, StageSettings, ch
 
 pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
+
+import rlhf_seeds
 
 from hf_lowmem.demo.data import build_pairs
 from hf_lowmem.demo.preferences import (
@@ -188,24 +188,16 @@ def test_every_stage_runs_with_two_optimizers(tmp_path, capsys, monkeypatch):
     # The same weights and the same first batch.
     assert adamw["SFT"]["curves"]["loss"][0] == slim["SFT"]["curves"]["loss"][0]
 
-    seeds, first, second = seeds_script(), tmp_path / "0" / "rlhf_demo.json", tmp_path / "1.json"
+    first, second = tmp_path / "0" / "rlhf_demo.json", tmp_path / "1.json"
     with pytest.raises(SystemExit, match=r"seeds \[0, 0\]"):
-        seeds.merge([first, first], commit="abc")
+        rlhf_seeds.merge([first, first], commit="abc")
     report["settings"] |= {"seed": 1, "vocab_size": 513}
     second.write_text(json.dumps(report))
     with pytest.raises(SystemExit, match="more than its seed"):
-        seeds.merge([first, second], commit="abc")
+        rlhf_seeds.merge([first, second], commit="abc")
     report["settings"]["vocab_size"] = 512
     second.write_text(json.dumps(report))
-    merged = seeds.merge([second, first], commit="abc")
+    merged = rlhf_seeds.merge([second, first], commit="abc")
     assert merged["seeds"] == [0, 1]
     assert [row["optim"] for row in merged["rows"]] == ["adamw_torch", "slim_adamw_8bit"] * 4
-    assert "held-out accuracy, another" in seeds.render(merged)
-
-
-def seeds_script():
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "rlhf_seeds.py"
-    spec = importlib.util.spec_from_file_location("rlhf_seeds", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert "held-out accuracy, another" in rlhf_seeds.render(merged)

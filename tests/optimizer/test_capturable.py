@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_runs import run
-from test_optimizer import IDS, VARIANTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_lowmem
 from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW, Soap
 from hf_lowmem.kernels import warn_of_capturable
+from tests.support.declarations import IDS, VARIANTS
+from tests.support.kernel_runs import run
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])

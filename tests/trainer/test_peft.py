@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from model_families import FAMILIES, tiny_model
-from resumed_runs import (
+from torch import nn
+
+import hf_lowmem
+from tests.support.model_families import FAMILIES, tiny_model
+from tests.support.resumed_runs import (
     assert_declared_state,
     assert_the_trainers_groups,
     assert_trained,
@@ -22,10 +25,7 @@ from resumed_runs import (
     same_state,
     same_weights,
 )
-from torch import nn
-from trl_trainers import MODELS, SIZES, TRAINERS, save_model
-
-import hf_lowmem
+from tests.support.trl_trainers import MODELS, SIZES, TRAINERS, save_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("trl_ready")

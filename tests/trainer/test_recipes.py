@@ -1,10 +1,8 @@
 """The recipes of scripts/recipes: TRL's parsers know every key, and the planned memory is what the script computes."""
 
 import json
-import sys
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 import hf_lowmem
 from hf_lowmem.kernels import KERNELS, eager, gpu
 from hf_lowmem.trainer.optim_args import recipe_for
+from tests import ROOT
 
 pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 TASKS = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 REPORT = json.loads((ROOT / "benchmarks" / "results" / "recipe_memory.json").read_text())
@@ -28,7 +26,6 @@ SIZES = {"0.5b": "Qwen2.5-0.5B", "1.5b": "Qwen2.5-1.5B", "8b": "Llama-3.1-8B"}
 
 @pytest.fixture(scope="module")
 def recipe_memory():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import recipe_memory
 
     return recipe_memory

@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from model_families import DECODER_LMS, FAMILIES, tiny_model
 
 import hf_lowmem
 from hf_lowmem.sizes import readable
+from tests.support.model_families import DECODER_LMS, FAMILIES, tiny_model
 
 
 def table(family: str, optim: str, **options: object) -> dict[str, object]:

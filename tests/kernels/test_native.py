@@ -16,8 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_runs import RAGGED, by_rule, run
-from model_families import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 import hf_lowmem
@@ -25,8 +23,10 @@ from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import Hyper, eager, native, reinstall
 from hf_lowmem.kernels.geometry import geometry
+from tests import ROOT
+from tests.support.kernel_runs import RAGGED, by_rule, run
+from tests.support.model_families import FAMILIES, tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["lowmem_adamw", "slim_adamw", "adam_mini", "adalayer", "signum"]
 ROUNDINGS = ["nearest", "stochastic", "kahan"]
 built = pytest.mark.skipif(
@@ -386,7 +386,7 @@ def test_a_folder_on_the_path_alone_is_reinstalled_by_name(monkeypatch, tmp_path
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     driver, flags = tmp_path / "driver", ["-O1", "-g", "-std=gnu11", "-fopenmp", "-DNO_CLONES"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = ROOT / "tests" / "native_driver.c"
+    source = ROOT / "tests" / "support" / "native_driver.c"
     subprocess.run(["gcc", *flags, str(source), "-o", str(driver), "-lm"], check=True)
     done = subprocess.run([str(driver)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

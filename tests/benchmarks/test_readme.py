@@ -1,11 +1,10 @@
 """The README's measured tables are those of the committed results."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -34,6 +33,7 @@ from hf_lowmem.kernels import KERNELS, Slot, eager, gpu
 from hf_lowmem.kernels.gpu_kernels import decoded, encoded
 from hf_lowmem.kernels.tuning import KINDS, Tile, current_arch, tile_for
 from hf_lowmem.state import Rounding, StatePlan
+from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

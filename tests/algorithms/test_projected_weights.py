@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from model_families import _GQA, FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import hf_lowmem
 from hf_lowmem.planner import Explanation
 from hf_lowmem.trainer.optim_args import recipe_for
+from tests.support.model_families import _GQA, FAMILIES, tiny_model
 
 RANK = 4
 BODY_ROLES = {"attention_query", "attention_key", "attention_value", "attention_output", "attention_qkv"}

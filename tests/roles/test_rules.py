@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_families import tiny_model
 
 import hf_lowmem
+from tests.support.model_families import tiny_model
 
 
 def explained(model: torch.nn.Module, path: Path, rules: dict) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Every trainer of the installed TRL with our names: the optimizer, its groups, a finite loss, bit-exact resume.
 
-pytest tests/test_trl_trainers.py --trl-table docs/trl_trainers.md      writes the table of what was run
+pytest tests/trainer/test_trl_trainers.py --trl-table docs/trl_trainers.md      writes the table of what was run
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from resumed_runs import (
+from transformers import Trainer
+
+from tests import ROOT
+from tests.support.resumed_runs import (
     assert_declared_state,
     assert_the_trainers_groups,
     assert_trained,
@@ -23,8 +26,7 @@ from resumed_runs import (
     same_state,
     same_weights,
 )
-from transformers import Trainer
-from trl_trainers import EXCLUDED, MODELS, NOT_SAVED, TRAINERS, TrlTrainer, save_model
+from tests.support.trl_trainers import EXCLUDED, MODELS, NOT_SAVED, TRAINERS, TrlTrainer, save_model
 
 pytestmark = pytest.mark.usefixtures("trl_ready")
 
@@ -35,7 +37,7 @@ OPTIMS = {
     "coap_adamw_8bit": "min_8bit_size=0,rank_ratio=2,update_interval=2",
 }
 EXACT = "bit-exact"
-TABLE = Path(__file__).parents[1] / "docs" / "trl_trainers.md"
+TABLE = ROOT / "docs" / "trl_trainers.md"
 
 Run = Callable[..., tuple[Trainer, Trainer]]
 
@@ -153,13 +155,15 @@ def table_of(cells: dict[tuple[str, str, str], str]) -> str:
     lines = [
         "# TRL's trainers with our optim names",
         "",
-        f"Written by `pytest tests/test_trl_trainers.py --trl-table docs/trl_trainers.md` with {versions}, on a CPU.",
+        "Written by `pytest tests/trainer/test_trl_trainers.py --trl-table docs/trl_trainers.md`",
+        f"with {versions}, on a CPU.",
         "",
         f"Each trainer trains a tiny {families} for four steps with each name, and once more",
-        "from the checkpoint of the second step, under the settings of `tests/trl_trainers.py`. Checked each time:",
-        "the optimizer is ours and holds the state that `explain` declares; every parameter has the learning rate and",
-        "the weight decay that it has under `adamw_torch`; the losses are finite. `bit-exact`: the resumed run ends",
-        "with the same weights and optimizer state. `resumes`: it does not, and nor does `adamw_torch`.",
+        "from the checkpoint of the second step, under the settings of `tests/support/trl_trainers.py`.",
+        "Checked each time: the optimizer is ours and holds the state that `explain` declares; every parameter has",
+        "the learning rate and the weight decay that it has under `adamw_torch`; the losses are finite. `bit-exact`:",
+        "the resumed run ends with the same weights and optimizer state. `resumes`: it does not, and nor does",
+        "`adamw_torch`.",
         "",
         "| trainer | " + " | ".join(f"`{optim}`" for optim in OPTIMS) + " |",
         "|---|" + "---|" * len(OPTIMS),

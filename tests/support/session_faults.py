@@ -1,4 +1,4 @@
-"""Stages of a session that go wrong, for test_gpu_session.py."""
+"""Stages of a session that go wrong, for benchmarks/test_gpu_session.py."""
 
 from __future__ import annotations
 

@@ -12,25 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import gpu_session
 import measure
+import pytest
+import torch
 from gpu_stages import core, summary, sweep
 from gpu_stages.session import Session
 
-TESTS = Path(__file__).parent
-BENCHMARKS = TESTS.parent / "benchmarks"
+from tests import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 # Stages of a part that have the faults of session_faults.py, in the place of the real ones.
 DRIVER = """
 import sys, gpu_session
 stages = sys.argv.pop(1).split(",")
 gpu_session.PRELOADED[2] = []
 for name in stages:
-    target, share = f"session_faults:{name.replace('smoke', 'raises')}", 0.1 if name == "hangs" else 1
+    target, share = f"tests.support.session_faults:{name.replace('smoke', 'raises')}", 0.1 if name == "hangs" else 1
     gpu_session.PARTS[2][name] = (gpu_session.Call(target, 1, on_cpu=share),)
 gpu_session.PARTS[2] = {name: gpu_session.PARTS[2][name] for name in stages}
 gpu_session.UNTIMED = ()
@@ -41,7 +39,7 @@ gpu_session.main()
 def started(command: list[str], out: Path, minutes: float, **environment: str) -> subprocess.Popen:
     options = ["--part", "2", "--minutes", str(minutes), "--preset", "tiny", "--out", str(out)]
     options += [] if "--device" in command else ["--device", "cpu"]
-    path = os.pathsep.join([str(BENCHMARKS), str(TESTS), environment.pop("PYTHONPATH", "")])
+    path = os.pathsep.join([str(BENCHMARKS), str(ROOT), environment.pop("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *command, *options],
         env=os.environ | {"PYTHONPATH": path} | environment,

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +15,18 @@ import hf_lowmem
 from hf_lowmem.kernels import KERNELS, gpu, key_of, native, warn_of_plain_torch
 from hf_lowmem.kernels.geometry import geometry
 from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, tile_for
+from tests import ROOT
 
-TESTS = Path(__file__).parent
+KERNELS_ON_GPUS = "tests/kernels/test_gpu_kernels.py"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     """Triton must know before it is imported that it interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "test_gpu_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", KERNELS_ON_GPUS]
     done = subprocess.run(
-        command, cwd=TESTS, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -22,7 +22,7 @@ from hf_lowmem.codecs.dynamic_map import decode_table
 from hf_lowmem.projections import BasisOptions, low_rank
 from hf_lowmem.state import State, TensorSpec
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent
 CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "coap_adamw_rank": (CoapAdamW, {"rank": 8}),
     "coap_adamw_ratio_restore": (CoapAdamW, {"rank_ratio": 2, "restore_state": "reference", "correct_bias": False}),

@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_lowmem
 from hf_lowmem.cli import TRL_TASKS, main
+from tests import ROOT
 
 pytest.importorskip("trl")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 PAIRS = [{"prompt": f"Say {word}: ", "chosen": word, "rejected": word[::-1]} for word in WORDS]
 PROMPTS = [{"prompt": f"Say {word}: ", "answer": word} for word in WORDS]

@@ -1,6 +1,6 @@
 /* Steps parts of many shapes by native.c, for the sanitizers: every buffer is exactly as large as it must be. */
 
-#include "../hf_lowmem/kernels/native.c"
+#include "../../hf_lowmem/kernels/native.c"
 
 #include <stdio.h>
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_optimizer import IDS, VARIANTS
 from torch import Tensor, nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import LowMemAdamW, SlimAdamW
+from tests.support.declarations import IDS, VARIANTS
 
 DTYPES = [torch.float32, torch.bfloat16]
 
