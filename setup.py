@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fno-wra
 class BuildKernels(build_ext):
     """Compile with OpenMP, or for one thread where the compiler has none.
 
-    No OpenMP library is linked: torch's is in every process that loads the kernels (see kernels/native.py).
+    No OpenMP library is linked: torch's is in every process that loads the kernels (see kernels/cpu/library.py).
     """
 
     def build_extension(self, ext: Any) -> None:
@@ -40,15 +41,22 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-SOURCE = "hf_lowmem/kernels/native.c"
-CHECKSUM = zlib.crc32((Path(__file__).parent / SOURCE).read_bytes())  # a library of another source is not loaded
+KERNELS = Path("hf_lowmem/kernels")
+SOURCES = (KERNELS / "cpu/native.c", KERNELS / "columns.py")
+# A library that was built from other sources is not loaded.
+CHECKSUM = zlib.crc32(b"".join((Path(__file__).parent / source).read_bytes() for source in SOURCES))
+columns = runpy.run_path(str(Path(__file__).parent / KERNELS / "columns.py"))
 
 setup(
     ext_modules=[
         Extension(
-            "hf_lowmem.kernels._native",
-            [SOURCE],
-            define_macros=[("CHECKSUM", f"{CHECKSUM}u")],
+            "hf_lowmem.kernels.cpu._native",
+            [str(SOURCES[0])],
+            define_macros=[
+                ("CHECKSUM", f"{CHECKSUM}u"),
+                ("PART_COLUMNS", ", ".join(columns["CPU_PART"])),
+                ("SCALAR_COLUMNS", ", ".join(columns["SCALARS"])),
+            ],
             libraries=["m"],
             optional=True,
         )

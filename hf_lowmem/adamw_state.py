@@ -86,7 +86,7 @@ def from_adamw(saved: Mapping[str, Any], plan: StatePlan, shape: tuple[int, ...]
     device = saved["exp_avg"].device
     state = {name: spec.zeros(device) for name, spec in plan.specs(tuple(shape)).items()}
     state["step"].fill_(float(saved["step"]))
-    for name, moment in plan.bind(state).items():
+    for name, moment in plan.bind(state, tuple(shape)).items():
         moment.ema(saved[name].to(plan.arithmetic), 0.0)
     return state
 
@@ -102,6 +102,6 @@ def to_adamw(state: State, plan: StatePlan, shape: tuple[int, ...], dtype: torch
     """
     held = {name: tensor.clone() for name, tensor in state.items()}
     still = torch.zeros(shape, dtype=plan.arithmetic, device=held["exp_avg"].device)
-    moments: dict[str, Tensor] = {name: bound.ema(still, 1.0) for name, bound in plan.bind(held).items()}
+    moments: dict[str, Tensor] = {name: bound.ema(still, 1.0) for name, bound in plan.bind(held, tuple(shape)).items()}
     step = held["step"].to("cpu", torch.float32)
     return {"step": step, **{name: moments[name].expand(shape).to(dtype) for name in MOMENTS}}

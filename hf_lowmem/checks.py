@@ -1,4 +1,4 @@
-"""Bad input, told in one sentence: hyperparameters, groups, parameters, and what a step finds of them."""
+"""The checks of hyperparameters, options and parameter groups, each of which names what is wrong in one sentence."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from hf_lowmem.codecs import BLOCK_SIZES, STATE_BITS
-from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
-from hf_lowmem.state import TensorSpec
 
 Group = Mapping[str, Any]
 LEAST = {
@@ -71,27 +67,6 @@ def check_one_rank(values: Mapping[str, Any]) -> None:
     if values.get("rank") is not None and values.get("rank_ratio") is not None:
         raise ValueError(
             f"rank={values['rank']} and rank_ratio={values['rank_ratio']} both set the rank: give one of them."
-        )
-
-
-def check_param(param: Tensor) -> None:
-    """Refuse a parameter whose entries no optimizer of this package can step."""
-    if is_lazy(param):
-        raise ValueError("A lazy parameter has no shape yet: take one forward pass before the optimizer is built.")
-    if param.is_complex():
-        raise ValueError(
-            f"Complex parameters are not supported (shape {tuple(param.shape)}, {param.dtype}): "
-            "train torch.view_as_real of it, or give it to another optimizer."
-        )
-    if param.is_floating_point() and param.itemsize < 2:
-        raise ValueError(
-            f"Parameters of {param.dtype} are not supported (shape {tuple(param.shape)}): train them in bfloat16 or "
-            "float16, or give them to another optimizer."
-        )
-    if param.layout is not torch.strided:
-        raise ValueError(
-            f"Parameters of layout {param.layout} are not supported (shape {tuple(param.shape)}): "
-            "train a dense copy of it, or give it to another optimizer."
         )
 
 
@@ -161,88 +136,3 @@ def one_edit_apart(a: str, b: str) -> bool:
     end = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
     a, b = a[: len(a) - end], b[: len(b) - end]
     return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
-
-
-def check_grad(param: Tensor, grad: Tensor, device: torch.device, owner: str) -> Tensor:
-    """The gradient of a weight on `device`, as a dense copy where its storage does not hold its entries as they are.
-
-    Raises:
-        RuntimeError: the gradient is sparse, has another shape or device than the weight, or has lost its storage.
-    """
-    if is_dense(grad) and grad.shape == param.shape and grad.device == device:
-        return grad
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{owner} does not support sparse gradients (parameter of shape {tuple(param.shape)}): "
-            "use sparse=False in the embedding."
-        )
-    if grad.shape != param.shape or grad.device != device:
-        raise RuntimeError(
-            f"A gradient of shape {tuple(grad.shape)} on {grad.device} does not fit its weight of shape "
-            f"{tuple(param.shape)} on {device}, which has been replaced since the backward pass: call "
-            "optimizer.zero_grad() and take a new backward pass."
-        )
-    if is_plain(grad) and not is_stored(grad):
-        raise RuntimeError(
-            f"The storage of a gradient of shape {tuple(grad.shape)} has been freed or cut: call "
-            "optimizer.zero_grad() and take a new backward pass."
-        )
-    return densified(grad)
-
-
-def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:
-    """Refuse state that is not laid out as declared for the weight as it is now.
-
-    Raises:
-        RuntimeError: the weight or its state has changed its shape, dtype, strides or device since it was made.
-    """
-    for key, spec in specs.items():
-        tensor = state.get(key)
-        if not isinstance(tensor, Tensor) or tensor.shape != spec.shape:
-            found = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is {tensor!r}"
-            raise RuntimeError(
-                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} "
-                "is expected: if the weight was resized, call optimizer.resize_state() before the next step."
-            )
-        place = spec.place(param.device)
-        if tensor.dtype != spec.dtype or tensor.device != place or not tensor.is_contiguous() or not is_dense(tensor):
-            raise RuntimeError(
-                f"The optimizer state {key!r} of {name} is {tensor.dtype} on {tensor.device} with strides "
-                f"{tensor.stride()}, expected contiguous {spec.dtype} on {place}: load it with load_state_dict, and "
-                "do not replace it."
-            )
-
-
-def check_capturable(group: Group, projects: bool) -> None:
-    """Refuse `capturable` where a step needs the host: to change a basis, compile, or bring state back."""
-    others = [option for option in ("compile", "offload_state") if group[option]]
-    if group["capturable"] and (projects or others):
-        reason = f"{others[0]}=true" if others else "an optimizer that projects, whose bases change on a schedule"
-        raise ValueError(f"capturable=true does not go with {reason}: leave one of them out.")
-
-
-# These attributes and class names mark a parameter as a piece of weights, so that no scheme need be imported.
-PIECES = {
-    "placements": "a DTensor",
-    "_fsdp_flattened": "of FSDP1",
-    "_is_flat_param": "of FSDP1",
-    "ds_id": "of DeepSpeed ZeRO-3",
-    "FlatParameter": "a flat parameter",
-    "ShardedTensor": "a ShardedTensor",
-}
-
-
-def check_whole(param: Tensor, name: str = "") -> None:
-    """Refuse a piece of a weight, or several weights in one vector: the rows and heads that state follows are gone.
-
-    Args:
-        name: the parameter's, for the sentence.
-    """
-    classes = {cls.__name__ for cls in type(param).__mro__}
-    for mark, scheme in PIECES.items():
-        if mark in classes or hasattr(param, mark):
-            which = f"parameter {name!r}" if name else "parameter"
-            raise ValueError(
-                f"Sharded weights are not supported yet: the {which} of shape {tuple(param.shape)} is {scheme}; "
-                "train with DDP or in one process."
-            )

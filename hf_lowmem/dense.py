@@ -32,11 +32,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _end(tensor: Tensor) -> int:
     """The byte of the storage at which the tensor's last entry ends."""
-    if tensor.is_contiguous():
-        last = tensor.numel()
-    else:
-        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int((tensor.storage_offset() + last) * tensor.itemsize)
+    return int((tensor.storage_offset() + last_entry(tensor)) * tensor.itemsize)
+
+
+def last_entry(tensor: Tensor) -> int:
+    """Return the number of entries from the tensor's first to its last in memory, both counted; 0 if it has none."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def densified(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,16 +116,17 @@ def _driver() -> str:
 def _kernels(broken: list[str]) -> Part:
     import torch
 
-    from hf_lowmem.kernels import gpu, native
-    from hf_lowmem.kernels.reinstall import reinstall_command
+    from hf_lowmem.kernels.cpu import library
+    from hf_lowmem.kernels.cpu.reinstall import reinstall_command
+    from hf_lowmem.kernels.triton.variants import triton_kernels
 
-    function, fault = native.loaded()
+    function, fault = library.loaded()
     compiled = "built" if function else f"{fault} run `{reinstall_command()}`"
     if fault and not fault.startswith("missing"):
         broken.append(f"The compiled CPU kernels are {compiled}.")
     if not torch.cuda.is_available():
         triton = "not needed, there is no CUDA device"
-    elif gpu.triton_kernels() is not None:
+    elif triton_kernels() is not None:
         triton = "usable"
     else:
         triton = "not usable: steps on the GPU take several times longer; see the warning at the first step"
@@ -171,6 +171,7 @@ def _movement(name: str, model: Any, kernels: bool = True) -> Any:
     """How far a few steps move all weights, on gradients that are always the same; the model stays as it is."""
     import torch
 
+    from hf_lowmem.kernels import forced
     from hf_lowmem.trainer.build import build_optimizer
 
     model = deepcopy(model)
@@ -179,24 +180,12 @@ def _movement(name: str, model: Any, kernels: bool = True) -> Any:
     options = {"min_8bit_size": 64} if name.endswith("_8bit") else {}
     optimizer = build_optimizer(model, name, lr=1e-2, weight_decay=0.1, optim_args=options)
     generator = torch.Generator().manual_seed(1)
-    with nullcontext() if kernels else _without_kernels():
+    with nullcontext() if kernels else forced("rule"):
         for _ in range(STEPS):
             for weight in weights:
                 weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
             optimizer.step()
     return torch.nn.utils.parameters_to_vector(weights).detach().float() - before
-
-
-@contextmanager
-def _without_kernels() -> Iterator[None]:
-    """The optimizer finds no kernel, and runs the rules."""
-    optimizer: Any = import_module("hf_lowmem.optimizer")
-    found = optimizer.find_kernel
-    optimizer.find_kernel = lambda key: None
-    try:
-        yield
-    finally:
-        optimizer.find_kernel = found
 
 
 def _environment(broken: list[str]) -> Part:

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowmem.adamw_state import check_takes_adamw, from_adamw, is_adamw
-from hf_lowmem.checks import (
-    check_capturable,
-    check_flags,
-    check_grad,
-    check_group_keys,
-    check_hyperparameters,
-    check_param,
-    check_stored,
-    check_whole,
-    nearest_option,
-)
-from hf_lowmem.composed import compiled_step, composed_step
-from hf_lowmem.dense import densified, is_dense, is_plain
-from hf_lowmem.kernels import Clip, Hyper, KernelKey, Slot, TritonKernel, find_kernel, key_of, warn_of_capturable
-from hf_lowmem.kernels.gpu import capturing
-from hf_lowmem.kernels.norms import moved, total_norm
+from hf_lowmem import checkpoint
+from hf_lowmem.buckets import Buckets
+from hf_lowmem.checks import check_flags, check_group_keys, check_hyperparameters, nearest_option
+from hf_lowmem.clipping import Clipping
+from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.log import get_logger
 from hf_lowmem.options import HYPERPARAMETERS, describe, show_options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
-from hf_lowmem.rounding import noise_key
-from hf_lowmem.saved_state import (
-    FLOATS,
-    check_group_sizes,
-    check_groups,
-    check_layouts,
-    check_state,
-    copied,
-    resized_state,
-)
-from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
+from hf_lowmem.state import FULL_SPACE, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
+from hf_lowmem.step_checks import check_capturable, check_param, check_whole
+from hf_lowmem.stepping import step_bucket
 from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = get_logger(__name__)
@@ -79,45 +55,6 @@ def algorithms() -> set[str]:
         classes += cls.__subclasses__()
         found.add(getattr(cls, "algorithm", ""))
     return found
-
-
-class Checked(NamedTuple):
-    """What was true of a parameter, its state and its group's values when they were last compared with the plan.
-
-    `bucket` says which parameters it is stepped with: those of one kernel and device, wrapper subclasses apart.
-    """
-
-    layout: ParamLayout
-    values: tuple[Any, ...]
-    shape: torch.Size
-    dtype: torch.dtype
-    pointer: int
-    tensors: tuple[tuple[Tensor, torch.Size, int], ...]
-    plan: StatePlan
-    bucket: tuple[KernelKey, torch.device, bool]
-
-    def still_holds(self, param: Tensor, state: State) -> bool:
-        """Whether weight and state are the same tensors at the same addresses, so that nothing need be compared."""
-        if self.shape != param.shape or self.dtype is not param.dtype or len(state) != len(self.tensors):
-            return False
-        if not is_plain(param) or self.pointer != param.data_ptr() or param.is_neg():
-            return False
-        for mine, (theirs, shape, pointer) in zip(state.values(), self.tensors, strict=True):
-            if mine is not theirs or mine.data_ptr() != pointer or mine.shape != shape:
-                return False
-            if mine.is_neg() or not mine.is_contiguous():
-                return False
-        return True
-
-
-class Member(NamedTuple):
-    """One parameter to step: its place among all of the optimizer's, its gradient as a dense tensor, and its state."""
-
-    number: int
-    param: Tensor
-    grad: Tensor
-    state: State
-    checked: Checked
 
 
 class LowMemOptimizer(Optimizer):
@@ -191,15 +128,7 @@ class LowMemOptimizer(Optimizer):
     def _forget_caches(self) -> None:
         """Start with what belongs to the next step, and to this process, empty."""
         self._plans: dict[tuple, StatePlan] = {}
-        self._checked: dict[Tensor, Checked] = {}
-        self._turns: dict[int, int] | None = (
-            None  # of weights that share memory with others, by id; None where unknown
-        )
-        self._host_copies = HostCopies()
-        self._rounding_changed: Counter[str] = Counter()
-        self._clips: dict[tuple[torch.device, torch.dtype], Clip] = {}  # of the next step, by device and arithmetic
-        self._clipped: dict[Tensor, Any] = {}  # weak references to the gradients, by parameter
-        self._clip_captured = self._asked_to_clip = False
+        self._buckets, self._clipping, self._host_copies = Buckets(), Clipping(), HostCopies()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -339,24 +268,39 @@ class LowMemOptimizer(Optimizer):
 
     def init_state(self, param: Tensor) -> State:
         """Allocate the declared state of one of the optimizer's parameters, all zero."""
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            for member, layout in zip(group["params"], layouts.layouts, strict=True):
+        for _, group, layouts in self.groups_with_layouts():
+            for member, layout in zip(group["params"], layouts, strict=True):
                 if member is param:
-                    return self._init_state(param, layout, self._schedule(group), group)
+                    return self.allocate(param, layout, group)
         raise KeyError(f"The optimizer has no parameter {tuple(param.shape)} that is this one.")
 
-    def _init_state(self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], group: Group) -> State:
+    def groups_with_layouts(self) -> Iterator[tuple[int, Group, list[ParamLayout]]]:
+        """Return each group's number, the group, and the layouts of its parameters."""
+        for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            yield number, group, layouts.layouts
+
+    def allocate(self, param: Tensor, layout: ParamLayout, group: Group) -> State:
+        """Allocate the declared state of a parameter of a group, all zero."""
         check_whole(param, layout.name)
-        plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
-        state = {name: spec.zeros(param.device) for name, spec in self._specs(param, plan, group).items()}
-        self.state[param] = state
-        self._checked.pop(param, None)
+        specs = self.specs_of(param, self.plan_by(layout, group, param), group)
+        state = self.state[param] = {name: spec.zeros(param.device) for name, spec in specs.items()}
+        self._buckets.forget(param)
         return state
 
+    def plan_by(self, layout: ParamLayout, group: Group, param: Tensor) -> StatePlan:
+        """Return the plan of a parameter of a group."""
+        return self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
+
     @staticmethod
-    def _specs(param: Tensor, plan: StatePlan, group: Group) -> dict[str, TensorSpec]:
+    def specs_of(param: Tensor, plan: StatePlan, group: Group) -> dict[str, TensorSpec]:
+        """Return the state tensors that a parameter of a group is to have."""
         specs = plan.specs(tuple(param.shape))
         return {**specs, "step": replace(STEP, on_host=not group["capturable"])}
+
+    def step_options(self, group: Group) -> tuple[Any, ...]:
+        """Return the values of a group that its parameters' plans and backends depend on."""
+        flags = [group[flag] for flag in RULE_FLAGS.get(self.rule, ())]
+        return (*self._schedule(group), group["capturable"], group["compile"], *flags)
 
     @not_compiled
     @torch.no_grad()
@@ -374,21 +318,22 @@ class LowMemOptimizer(Optimizer):
                 loss = closure()
         self._check_capture()
         self._fetch_state()
-        self._warn_of_missed_clipping()
+        self._clipping.warn_if_missed(self.param_groups)
         stepped: list[Tensor] = []
-        for group, key, slots in self._buckets(advance=True):
-            with _no_autocast(key.device):
-                for bucket in [slots] if is_plain(slots[0].param) else [[slot] for slot in slots]:
-                    self._run(key, bucket, group)
-            stepped += [slot.param for slot in slots]
+        for number, bucket in self._found_buckets(advance=True):
+            group = self.param_groups[number]
+            with _no_autocast(bucket.device.type):
+                for part in self._clipping.applied(bucket):
+                    step_bucket(part, self._hyper(group, part))
+            stepped += bucket.params
         # Kernels write through addresses, which autograd does not see.
         torch.autograd.graph.increment_version(stepped)
-        self._clips, self._clipped = {}, {}
-        for change, weights in self._rounding_changed.items():
+        self._clipping.forget()
+        for change, weights in self._buckets.rounding_changed.items():
             logger.info(
                 "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
             )
-        self._rounding_changed.clear()
+        self._buckets.rounding_changed.clear()
         return loss
 
     @not_compiled
@@ -413,28 +358,17 @@ class LowMemOptimizer(Optimizer):
         """
         if not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
-        self._asked_to_clip = True
         self._host_copies.fetch()
-        kept: dict[Any, Tensor] = {}
-        buckets = self._buckets(advance=False)
-        norm = total_norm(((None if group["compile"] else key, slots) for group, key, slots in buckets), kept)
-        if max_norm < float("inf"):
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            clipped = [slot for _, _, slots in buckets for slot in slots]
-            kinds = {(slot.param.device, slot.plan.arithmetic) for slot in clipped}
-            self._clips = {kind: Clip(moved(scale, kind[0]).to(kind[1]), kept) for kind in kinds}
-            self._clipped = {slot.param: weakref.ref(slot.param.grad) for slot in clipped}
-            self._clip_captured = any(capturing(device) for device, _ in self._clips)
-        return norm
+        return self._clipping.find([bucket for _, bucket in self._found_buckets(advance=False)], max_norm)
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; a clipping whose step was not taken is forgotten."""
-        self._clips, self._clipped = {}, {}
+        self._clipping.forget()
         super().zero_grad(set_to_none)
 
-    def _buckets(self, advance: bool) -> list[tuple[Group, KernelKey, list[Slot]]]:
-        """The parameters with a gradient, all checked, by what a kernel steps together; `advance` counts the step."""
+    def _found_buckets(self, advance: bool) -> list[tuple[int, Bucket]]:
+        """Return the checked buckets with the number of their group."""
         if len(self.param_groups) != len(self._layouts):
             raise RuntimeError(
                 f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were added:"
@@ -443,169 +377,15 @@ class LowMemOptimizer(Optimizer):
         for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
             layouts.check(group, number, self.layout_options)
             check_flags(group, type(self).__name__)
-        firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
-        members = [self._members(*entry) for entry in zip(self.param_groups, self._layouts, firsts, strict=False)]
-        if self._turns is None:
-            self._turns = turns_of_overlapping(self._checked)
-        found = []
-        for group, with_grad in zip(self.param_groups, members, strict=True):
-            if advance and with_grad:
-                steps = [member.state["step"] for member in with_grad]
-                # On the host this is a loop, in which a number would be made a tensor each time.
-                torch._foreach_add_(
-                    steps, 1 if group["capturable"] else torch.tensor(1.0, dtype=torch.float32, device="cpu")
-                )
-            buckets: dict[tuple[Any, int, int], list[Slot]] = defaultdict(list)
-            for member, later in zip(with_grad, repeats(with_grad), strict=True):
-                if member.param.numel():
-                    turn = self._turns.get(id(member.param), 0)
-                    buckets[member.checked.bucket, turn, -later].append(self._slot(member, group, later))
-            found += [(group, bucket[0], slots) for (bucket, *_), slots in buckets.items()]
-        return found
+        return self._buckets.find(self, advance)
 
-    def _members(self, group: Group, layouts: GroupLayouts, first: int) -> list[Member]:
-        """The parameters of a group that have a gradient; each trainable one has its state afterwards."""
-        schedule, found, owner = self._schedule(group), [], type(self).__name__
-        values = (*schedule, group["capturable"], *[group[flag] for flag in RULE_FLAGS.get(self.rule, ())])
-        for number, (param, layout) in enumerate(zip(group["params"], layouts.layouts, strict=True), first):
-            grad = param.grad
-            if grad is None and not param.requires_grad:
-                continue
-            # Every trainable parameter gets its state, gradient or not, so that all ranks hold the same keys.
-            state = self.state.get(param) or self._init_state(param, layout, schedule, group)
-            if grad is None:
-                continue
-            checked = self._checked.get(param)
-            if (
-                checked is None
-                or checked.layout is not layout
-                or checked.values != values
-                or not checked.still_holds(param, state)
-            ):
-                checked = self._check(param, layout, schedule, values, group)
-            found.append(Member(number, param, check_grad(param, grad, checked.bucket[1], owner), state, checked))
-        return found
-
-    def _check(
-        self, param: Tensor, layout: ParamLayout, schedule: tuple[Any, ...], values: tuple[Any, ...], group: Group
-    ) -> Checked:
-        """Compare a weight and its state with their plan; what a change of options or dtype has left is fitted."""
-        check_whole(param, layout.name)
-        name = layout.name or "A parameter"
-        last, state = self._checked.get(param), self.state[param]
-        if last is not None and last.shape != param.shape:
-            raise RuntimeError(
-                f"{name} has shape {tuple(param.shape)}, but its optimizer state was made for {tuple(last.shape)}: if "
-                "the weight was resized, call optimizer.resize_state() before the next step."
-            )
-        if not param.is_floating_point():
-            raise RuntimeError(f"{name} of shape {tuple(param.shape)} is {param.dtype}: only floats can be stepped.")
-        if param.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{name} of shape {tuple(param.shape)} is an inference tensor, which cannot be updated outside of "
-                "torch.inference_mode(): train a clone of it."
-            )
-        if is_plain(param) and not is_dense(param):
-            raise RuntimeError(
-                f"{name} of shape {tuple(param.shape)} has no storage that holds all of its entries as they are: "
-                "train a plain tensor."
-            )
-        if is_plain(param) and torch._debug_has_internal_overlap(param) == 1:
-            raise RuntimeError(
-                f"{name} of shape {tuple(param.shape)} has entries that share memory, as those of an expanded tensor "
-                "do: train a clone of it."
-            )
-        if last is None and not is_plain(param):
-            densified(param)  # a class that cannot be read is refused before anything is written
-        plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
-        specs = self._specs(param, plan, group)
-        self._fit_rounding(param, state, plan)
-        for key, spec in specs.items():
-            # The weight's dtype may have changed since the state was made or saved.
-            tensor = state.get(key)
-            if isinstance(tensor, Tensor) and {tensor.dtype, spec.dtype} == FLOATS:
-                state[key] = tensor.to(spec.dtype)
-        check_stored(param, state, specs, name)
-        held = [tensor for tensor in state.values() if isinstance(tensor, Tensor)]
-        tensors = tuple((tensor, tensor.shape, tensor.data_ptr()) for tensor in held)
-        self._turns = None
-        pointer = param.data_ptr() if is_plain(param) else 0
-        kernel = key_of(self.rule_of(plan, group), plan, param.device.type)
-        bucket = (kernel, param.device, is_plain(param))
-        checked = Checked(layout, values, param.shape, param.dtype, pointer, tensors, plan, bucket)
-        self._checked[param] = checked
-        if len(self._checked) > sum(len(group["params"]) for group in self.param_groups):  # some were swapped out
-            params = [member for group in self.param_groups for member in group["params"] if member in self._checked]
-            self._checked = {member: self._checked[member] for member in params}
-        return checked
-
-    def _slot(self, member: Member, group: Group, later: int = 0) -> Slot:
-        """A member to step; `later` more of its steps have been counted already."""
-        number, param, grad, state, checked = member
-        plan, clip = checked.plan, None
-        step: Any = state["step"] - later if group["capturable"] else state["step"].item() - self.idle_calls - later
-        key: Any = 0
-        if plan.rounding.kind == "stochastic":
-            seed = group["rounding_seed"]
-            key = (seed, number) if group["capturable"] else noise_key(seed, number, int(step))
-        if self._clipped and param in self._clipped and self._clipped[param]() is param.grad:
-            clip = self._clips.get((param.device, plan.arithmetic))
-        return Slot(param, grad, state, plan, step, key, clip)
-
-    def _fit_rounding(self, param: Tensor, state: State, plan: StatePlan) -> None:
-        # `rounding`, and the weight's dtype, may have changed since the state was made or saved.
-        if (KAHAN_COMP in state) != (plan.rounding.kind == "kahan"):
-            wanted = plan.rounding.specs(tuple(param.shape))
-            state.pop(KAHAN_COMP, None)
-            state.update({name: spec.zeros(param.device) for name, spec in wanted.items()})
-            self._rounding_changed["started at zero" if wanted else "left out"] += 1
-
-    def _run(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
-        """Step the slots of a bucket; a weight that is a wrapper subclass is stepped by itself, as a dense copy."""
-        (wrapper, plan), staged = (slots[0].param, slots[0].plan), not is_plain(slots[0].param)
-        if staged:
-            # A weight that rounds to nearest keeps float32's digits for the wrapper's own rounding.
-            dtype = plan.arithmetic if plan.rounding.kind == "nearest" else wrapper.dtype
-            slots = [slots[0]._replace(param=densified(wrapper, dtype), grad=slots[0].grad.to(dtype))]
-        # Products and compiled steps take one dtype; kernels and rules read any.
-        slots = [
-            slot._replace(grad=slot.grad.to(slot.plan.arithmetic))
-            if slot.grad.dtype != slot.param.dtype and (group["compile"] or slot.plan.projection is not FULL_SPACE)
-            else slot
-            for slot in slots
-        ]
-        slots = [slot.clipped() if slot.plan.projection.takes_gradient(slot.state) else slot for slot in slots]
-        # A basis is found from numbers, which a gradient on the meta device does not have.
-        projected = [s for s in slots if s.plan.projection is not FULL_SPACE and not s.grad.is_meta]
-        for _, grad, state, plan, *_ in projected:
-            plan.projection.before_step(grad, state, plan.bind(state))
-        active = [slot for slot in slots if slot.step > 0] if self.idle_calls else slots
-        if active:
-            self._update(key, active, group)
-        for _, grad, state, plan, *_ in projected:
-            plan.projection.after_step(grad, state, plan.bind(state), group["betas"][1])
-        if staged:
-            wrapper.copy_(slots[0].param)
-
-    def _update(self, key: KernelKey, slots: list[Slot], group: Group) -> None:
-        beta1, beta2 = group["betas"]
-        flags = {flag: group[flag] for flag in RULE_FLAGS.get(key.rule, ())}
-        lr = group["lr"]
-        on_device = group["capturable"] and isinstance(lr, Tensor) and lr.device == slots[0].param.device
+    @staticmethod
+    def _hyper(group: Group, bucket: Bucket) -> Hyper:
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        on_device = group["capturable"] and isinstance(lr, Tensor) and lr.device == bucket.device
         lr = lr.reshape(()) if on_device else float(lr)
-        hyper = Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
-        kernel = None if group["compile"] or not is_plain(slots[0].param) else find_kernel(key)
-        if group["capturable"]:  # the other kernels take their numbers from the host
-            if isinstance(kernel, TritonKernel):
-                slots = kernel.step(slots, hyper)
-            else:
-                warn_of_capturable(key.device)
-            kernel = None
-        if kernel:
-            kernel(slots, hyper)
-            return
-        for slot in slots:
-            (compiled_step if group["compile"] else composed_step)(key.rule, slot, hyper)
+        flags = {flag: group[flag] for flag in RULE_FLAGS.get(bucket.rule, ())}
+        return Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -634,25 +414,14 @@ class LowMemOptimizer(Optimizer):
     def _check_capture(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         check()
-        if self._clips and any(capturing(device) for device, _ in self._clips) != self._clip_captured:
-            raise RuntimeError(
-                "clip_grad_norm_ was called outside of the CUDA graph that captures its step: capture both in one."
-            )
-
-    def _warn_of_missed_clipping(self) -> None:
-        if not self._asked_to_clip and any(group["fused_clip"] for group in self.param_groups):
-            self._asked_to_clip = True  # to say it once
-            logger.warning(
-                "fused_clip=true, but the optimizer was not asked to clip: hf_lowmem.register() lets a Trainer's "
-                "max_grad_norm do so, or call optimizer.clip_grad_norm_(max_norm) before each step."
-            )
+        self._clipping.check_capture()
 
     def synchronize_state(self) -> None:
         """Wait until state that `release_state` is moving to the host can be read there."""
         self._host_copies.synchronize()
 
     def state_transferred(self) -> Transfer:
-        """What `release_state` and the steps after it have moved, both ways, since the last call of this method."""
+        """Return what `release_state` and the steps after it have moved, both ways, since the last call."""
         return self._host_copies.transferred()
 
     @not_compiled
@@ -671,19 +440,19 @@ class LowMemOptimizer(Optimizer):
         """
         self._host_copies.fetch()
         resized: dict[Tensor, State] = {}
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            for param, layout in zip(group["params"], layouts.layouts, strict=True):
+        for _, group, layouts in self.groups_with_layouts():
+            for param, layout in zip(group["params"], layouts, strict=True):
                 if self.state.get(param):
-                    plan = self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
-                    specs = self._specs(param, plan, group)
-                    resized[param] = resized_state(param, self.state[param], specs, layout.name or "A parameter")
+                    specs = self.specs_of(param, self.plan_by(layout, group, param), group)
+                    name = layout.name or "A parameter"
+                    resized[param] = checkpoint.resized_state(param, self.state[param], specs, name)
         for param, state in resized.items():
             self.state[param] = state
-            self._checked.pop(param, None)
+            self._buckets.forget(param)
 
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
-        """Hyperparameters and state, as plain numbers and tensors.
+        """Return hyperparameters and state, as plain numbers and tensors.
 
         Beside torch's own keys, `layouts` has the name and the layout options of each parameter, by group.
         """
@@ -702,9 +471,15 @@ class LowMemOptimizer(Optimizer):
         self._forget_caches()
         super().__setstate__(state)
 
-    def _optim_name(self) -> str:
+    @property
+    def optim_name(self) -> str:
         """The optim name that users know this optimizer by."""
         return f"{self.algorithm}_8bit" if self._layout_defaults["state_bits"] == 8 else self.algorithm
+
+    @property
+    def kept_options(self) -> set[str]:
+        """The keys of a group that stay this run's when a checkpoint is loaded."""
+        return {"params", *RUN_OPTIONS, *self.plan_options(), *RULE_FLAGS.get(self.rule, ())}
 
     @not_compiled
     @torch.no_grad()
@@ -723,90 +498,13 @@ class LowMemOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved_groups = state_dict["param_groups"]
-        adamw = is_adamw(saved_groups, state_dict["state"])
-        if adamw:
-            check_takes_adamw(saved_groups, self.rule, self._optim_name())
-            check_group_sizes(self.param_groups, saved_groups)
-        else:
-            check_groups(self.param_groups, saved_groups, self.algorithm, self._optim_name())
-        for saved_group in saved_groups:
-            check_flags({} if adamw else saved_group, type(self).__name__)
-        check_layouts(self._layouts, state_dict.get("layouts"), saved_groups)
-        loaded: dict[Tensor, State] = {}
-        for group, layouts, saved_group in zip(self.param_groups, self._layouts, saved_groups, strict=True):
-            for param, layout, key in zip(group["params"], layouts.layouts, saved_group["params"], strict=True):
-                if saved := state_dict["state"].get(key):
-                    plan = self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
-                    if adamw:
-                        saved = from_adamw(saved, plan, tuple(param.shape))
-                    specs = self._specs(param, plan, group)
-                    check_state(saved, specs, tuple(param.shape))
-                    with torch.inference_mode(False):  # a later step may be outside of it
-                        loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
-        kept = {"params", *RUN_OPTIONS, *self.plan_options(), *RULE_FLAGS.get(self.rule, ())}
-        for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            lr, keeps = group["lr"], kept | ({"param_names"} & group.keys())
-            taken_over = {
-                k: v for k, v in saved_group.items() if k not in keeps and (k in HYPERPARAMETERS or not adamw)
-            }
-            group.update(copy.deepcopy(taken_over))
-            if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
-                rate, earlier = float(group["lr"]), self.param_groups[:number]
-                taken = any(other["lr"] is lr for other in earlier) and float(lr) != rate
-                group["lr"] = torch.full_like(lr, rate) if taken else lr.fill_(rate)
+        loaded = checkpoint.load(self, self._layouts, state_dict)
         self._host_copies.forget()
-        self._checked.clear()
-        known = {key for saved_group in saved_groups for key in saved_group["params"]}
+        self._buckets.forget()
         self.state.clear()
-        # What belongs to no weight is the user's, and is carried along as torch carries it.
-        self.state.update({key: value for key, value in state_dict["state"].items() if key not in known})
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def repeats(members: list[Member]) -> list[int]:
-    """For each member, how often its parameter comes again after it.
-
-    torch steps a parameter as often as its group names it, one time after the other.
-    """
-    left = Counter(id(member.param) for member in members)
-    if len(left) == len(members):
-        return [0] * len(members)
-    left.subtract(left.keys())
-    found = []
-    for member in members:
-        found.append(left[id(member.param)])
-        left[id(member.param)] -= 1
-    return found
-
-
-def turns_of_overlapping(checked: Mapping[Tensor, Checked]) -> dict[int, int]:
-    """For parameters that share memory with others, by id: which of them is stepped when.
-
-    A kernel steps the parameters of a bucket on several threads, which must not write the same entries.
-    """
-    spans = sorted(
-        (
-            each.pointer,
-            each.pointer + param.untyped_storage().nbytes()
-            if not param.is_contiguous()
-            else each.pointer + param.nbytes,
-            number,
-            id(param),
-        )
-        for number, (param, each) in enumerate(checked.items())
-        if each.pointer
-    )
-    turns: dict[int, int] = {}
-    reach = turn = 0
-    for start, end, _, param_id in spans:
-        turn = turn + 1 if start < reach else 0
-        reach = max(reach, end)
-        if turn:
-            turns[param_id] = turn
-    return turns
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

@@ -25,6 +25,8 @@ class TensorSpec:
         dtype: storage dtype.
         signed: False for tensors that are never negative; picks the 8-bit code map.
         on_host: stays on the CPU, because every step reads it.
+        block: consecutive entries of the parameter's last axis that one entry of the state's last axis stands for,
+            where `param_dims` names no axis for it.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class TensorSpec:
     dtype: torch.dtype = torch.float32
     signed: bool = True
     on_host: bool = False
+    block: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +76,11 @@ class Codec(Protocol):
 
 
 class Moment(Protocol):
-    """How one moment of a parameter is represented."""
+    """How one moment of a parameter is represented.
+
+    Two moments of a plan may share a state tensor, such as a window of gradients: both declare it alike, and rules
+    average the first moment before the second.
+    """
 
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
         """The state tensors of the moment `name` for a parameter of `shape`."""
@@ -91,12 +98,13 @@ class FullMoment(Moment, Protocol):
 
 @dataclass(frozen=True)
 class BoundMoment:
-    """One moment of one parameter, with the state that it is stored in and the dtype of the arithmetic."""
+    """One moment of one parameter, with its state, the shape of its space, and the dtype of the arithmetic."""
 
     moment: Moment
     state: State
     name: str
     codec: Codec
+    shape: tuple[int, ...]
     arithmetic: torch.dtype = torch.float32
 
     def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
@@ -112,7 +120,7 @@ class BoundMoment:
         self.codec.encode(self.state, self.name, self._spec(), value)
 
     def _spec(self) -> TensorSpec:
-        return cast(FullMoment, self.moment).spec(tuple(self.state[self.name].shape))
+        return cast(FullMoment, self.moment).spec(self.shape)
 
 
 Moments = Mapping[str, BoundMoment]
@@ -230,7 +238,11 @@ class StatePlan:
             space, param_dims = self.projection.space(shape, name)
             for key, spec in moment.specs(name, space, self.codec).items():
                 dims = tuple(None if dim is None else param_dims[dim] for dim in spec.param_dims)
-                declared[key] = replace(spec, param_dims=dims)
+                spec = replace(spec, param_dims=dims)
+                if declared.setdefault(key, spec) != spec:
+                    raise ValueError(
+                        f"Two parts of a plan declare the state {key!r} differently: {declared[key]}, {spec}."
+                    )
         return {"step": STEP, **{name: self._in_arithmetic(name, spec) for name, spec in declared.items()}}
 
     def _in_arithmetic(self, name: str, spec: TensorSpec) -> TensorSpec:
@@ -240,9 +252,9 @@ class StatePlan:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(spec.nbytes for spec in self.specs(shape).values())
 
-    def bind(self, state: State) -> dict[str, BoundMoment]:
-        """The moments with the state of one parameter."""
+    def bind(self, state: State, shape: tuple[int, ...]) -> dict[str, BoundMoment]:
+        """Return the moments with the state of one parameter of `shape`, or of a tile of one that is not projected."""
         return {
-            name: BoundMoment(moment, state, name, self.codec, self.arithmetic)
+            name: BoundMoment(moment, state, name, self.codec, self.projection.space(shape, name)[0], self.arithmetic)
             for name, moment in self.moments.items()
         }

@@ -1,4 +1,4 @@
-"""The update rules as the papers write them: pure functions of tensors, the reference for every kernel.
+"""The update rules as the papers write them: pure functions of tensors, which every backend must match.
 
 Each takes the parameter, its gradient, its moments and its projection, the number of the step, and the
 hyperparameters as keywords (numbers, or 0-D tensors where a compiled step must not recompile as they change; flags
@@ -7,7 +7,9 @@ are plain values). It returns the new parameter, all in float32, or in float64 f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch import Tensor
 from hf_lowmem.state import Moments
 
 Number = Any  # a float or a 0-D tensor
+HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")  # what every rule takes
 
 
 class BoundProjection(Protocol):
-    """The projection of one parameter, with its state; whether axis 0 counts matrices."""
+    """The projection of one parameter, with its state; `stacked` says whether axis 0 counts matrices."""
 
     @property
     def stacked(self) -> bool: ...
@@ -28,6 +31,40 @@ class BoundProjection(Protocol):
     def project_back(self, update: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class UpdateRule:
+    """An update rule, and what a backend must know of it.
+
+    Args:
+        function: the rule itself.
+        elementwise: whether an entry's step depends only on the entry's own gradient and moments, so that the rule
+            can be run on slices of the weight.
+        flags: the hyperparameters that only this rule has, which are plain values of the group.
+    """
+
+    function: Callable[..., Tensor]
+    elementwise: bool
+    flags: tuple[str, ...]
+
+
+RULES: dict[str, UpdateRule] = {}
+RULE_FLAGS: dict[str, tuple[str, ...]] = {}
+
+
+def update_rule(name: str, *, elementwise: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function as the update rule `name`; see `UpdateRule` for `elementwise`."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        keywords = inspect.signature(function).parameters.values()
+        named = [each.name for each in keywords if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        RULE_FLAGS[name] = tuple(flag for flag in named if flag not in HYPERPARAMETERS)
+        RULES[name] = UpdateRule(function, elementwise, RULE_FLAGS[name])
+        return function
+
+    return register
+
+
+@update_rule("adamw", elementwise=True)
 def adamw_rule(
     param: Tensor,
     grad: Tensor,
@@ -49,6 +86,7 @@ def adamw_rule(
     return new_param
 
 
+@update_rule("transformers_adamw", elementwise=True)
 def transformers_adamw_rule(
     param: Tensor,
     grad: Tensor,
@@ -75,6 +113,7 @@ def transformers_adamw_rule(
     return new_param
 
 
+@update_rule("soap", elementwise=False)
 def soap_rule(
     param: Tensor,
     grad: Tensor,
@@ -101,6 +140,7 @@ def soap_rule(
     return new_param
 
 
+@update_rule("adafactor", elementwise=False)
 def adafactor_rule(
     param: Tensor,
     grad: Tensor,
@@ -131,6 +171,7 @@ def adafactor_rule(
     return new_param
 
 
+@update_rule("signum", elementwise=True)
 def signum_rule(
     param: Tensor,
     grad: Tensor,
@@ -151,26 +192,6 @@ def signum_rule(
 
 
 def root_mean_square(tensor: Tensor, stacked: bool) -> Tensor:
-    """Of the whole tensor, 0-D, or of each matrix of a stack, broadcastable to it."""
+    """Return the root mean square of a tensor, 0-D, or that of each matrix of a stack, broadcastable to it."""
     dims = tuple(range(1 if stacked else 0, tensor.ndim))
     return tensor.square().mean(dims, keepdim=stacked).sqrt()
-
-
-UpdateRule = Callable[..., Tensor]
-RULES: dict[str, UpdateRule] = {
-    "adamw": adamw_rule,
-    "transformers_adamw": transformers_adamw_rule,
-    "adafactor": adafactor_rule,
-    "soap": soap_rule,
-    "signum": signum_rule,
-}
-
-# The rules under which an entry's step depends on nothing but the entry's own gradient and moments.
-ELEMENTWISE = ("adamw", "transformers_adamw", "signum")
-
-# The hyperparameters that only one rule has: flags, plain values of the group.
-RULE_FLAGS: dict[str, tuple[str, ...]] = {
-    "transformers_adamw": ("correct_bias",),
-    "adafactor": ("decay_rate", "clip_threshold", "scale_parameter"),
-    "soap": ("correct_bias", "normalize_grads"),
-}

@@ -47,7 +47,11 @@ class Int8Blockwise:
         scales = (*spec.shape[: -self.row_axes], blocks)
         return {
             name: replace(spec, dtype=torch.uint8),
-            f"{name}_absmax": TensorSpec(scales, (*spec.param_dims[: -self.row_axes], None)),
+            f"{name}_absmax": TensorSpec(
+                scales,
+                (*spec.param_dims[: -self.row_axes], None),
+                block=self.block_size if self.row_axes == 1 else 1,
+            ),
         }
 
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
+from hf_lowmem.scratch import known_finite
 from hf_lowmem.state import Codec, State, TensorSpec
+
+Index = tuple[slice, ...]  # a tile of a weight: slices of its leading axes
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,14 @@ class GroupMean:
     def state_name(self, name: str, segment: Segment) -> str:
         return f"{name}_{segment.name}" if segment.name else name
 
+    def state_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the state tensors, in the order of the segments."""
+        return tuple(self.state_name(name, segment) for segment in self.segments)
+
+    def stored(self, state: State, name: str) -> list[Tensor]:
+        """Return the stored means, in the order of the segments."""
+        return [state[key] for key in self.state_names(name)]
+
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
         return {self.state_name(name, segment): segment.spec(shape) for segment in self.segments}
 
@@ -106,6 +120,86 @@ class GroupMean:
             stored.copy_(beta * stored + (1 - beta) * mean)
             segment.view(estimate).copy_(stored)
         return estimate
+
+    # -- a tile at a time -------------------------------------------------------------------------------------------
+
+    def uncrossed_axes(self, ndim: int) -> int:
+        """Return how many leading axes of a weight a tile may cut without cutting a group of entries."""
+        crossed = {axis for segment in self.segments for axis in segment.axes}
+        if len(self.segments) > 1 or self.segments[0].rows_per_block > 1:
+            crossed.add(self.segments[0].axis)
+        return next((axis for axis in range(ndim) if axis in crossed), ndim)
+
+    def add_squares(self, totals: Sequence[Tensor], square: Tensor, index: Index) -> None:
+        """Add the sums of a tile's squared gradient to `totals`, which have the shapes of the stored means.
+
+        A square that is not finite counts as zero: it concerns its own entry only.
+        """
+        square = square.view(1) if square.ndim == 0 else square
+        for segment, total in zip(self.segments, totals, strict=True):
+            total = total.view(1) if total.ndim == 0 else total
+            entries, groups = self._rows(segment, index, square.shape, square.device)
+            if entries is not None and not len(entries):
+                continue
+            part = square if entries is None else square.index_select(segment.axis, entries)
+            others = [axis for axis in segment.axes if axis != segment.axis or groups is None]
+            sums = part.sum(others, keepdim=True) if others else part
+            if others and not known_finite(sums):
+                sums = part.nan_to_num(0.0, 0.0, 0.0).sum(others, keepdim=True)
+            elif not others:
+                sums = part.nan_to_num(0.0, 0.0, 0.0)
+            target = _tile_of(total, index, None if groups is None else segment.axis)
+            if groups is None:
+                target.add_(sums)
+            else:
+                target.index_add_(segment.axis, groups, sums)
+
+    def ema_of_tile(
+        self, stored: Sequence[Tensor], totals: Sequence[Tensor], square: Tensor, index: Index, beta: float | Tensor
+    ) -> Tensor:
+        """Average the squared gradient of a tile of whole groups in, and return the estimate, broadcastable to it.
+
+        Args:
+            totals: zeros of the shapes of `stored`, where no other tile has left its sums of these groups.
+        """
+        self.add_squares(totals, square, index)
+        means, sums = ([_tile_of(each, index, None) for each in tensors] for tensors in (stored, totals))
+        self.average(means, sums, square.numel(), beta)
+        return self.estimate(stored, index, square.shape)
+
+    def average(self, stored: Sequence[Tensor], totals: Sequence[Tensor], entries: int, beta: float | Tensor) -> None:
+        """Average sums of squares into the stored means of a weight, or a tile of whole groups, of so many entries."""
+        length = self._length * self.segments[0].outer
+        for segment, mean, total in zip(self.segments, stored, totals, strict=True):
+            share = entries * segment.outer * (segment.stop - segment.start) // length
+            mean.copy_(beta * mean + (1 - beta) * (total / (share // total.numel())))
+
+    def estimate(self, stored: Sequence[Tensor], index: Index, shape: Sequence[int]) -> Tensor:
+        """Return the stored means of a tile of `shape`, broadcastable to it."""
+        if not shape:
+            return stored[0]
+        split, found = self.segments[0].axis, stored[0].new_empty(shape if len(stored) > 1 else 0)
+        for segment, mean in zip(self.segments, stored, strict=True):
+            entries, groups = self._rows(segment, index, shape, mean.device)
+            part = _tile_of(mean, index, None if groups is None else split)
+            part = part if groups is None else part.index_select(split, groups)
+            if entries is None:
+                return part
+            found.index_copy_(split, entries, part.expand([*shape[:split], len(entries), *shape[split + 1 :]]))
+        return found
+
+    @property
+    def _length(self) -> int:
+        """The entries of the split axis per repeat."""
+        return max(segment.stop for segment in self.segments)
+
+    def _rows(
+        self, segment: Segment, index: Index, shape: Sequence[int], device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return `_entries` of a tile of `shape`."""
+        axis = segment.axis
+        start = index[axis].start if axis < len(index) else 0
+        return _entries(segment, self._length, (start, start + shape[axis]), device)
 
 
 def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1) -> GroupMean:
@@ -128,3 +222,30 @@ def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1
             f"use a divisor of {size}."
         )
     return GroupMean((Segment("", axis, 1, 0, size, averaged, blocks),))
+
+
+@lru_cache(maxsize=1 << 12)
+def _entries(
+    segment: Segment, length: int, span: tuple[int, int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return which entries in `span` of the split axis are the segment's, and the place of each one's stored mean.
+
+    Entries are None where all are the segment's; places are None where the axis is averaged, or where each entry has
+    its own mean and `_tile_of` has found them.
+    """
+    averaged = segment.axis in segment.axes
+    if (segment.start, segment.stop) == (0, length) and (averaged or segment.rows_per_block == 1):
+        return None, None
+    along = torch.arange(*span, device="cpu")
+    repeat, offset = along // length, along % length
+    mine = (offset >= segment.start) & (offset < segment.stop)
+    blocks = (segment.stop - segment.start) // segment.rows_per_block
+    group = repeat * blocks + (offset - segment.start) // segment.rows_per_block
+    entries = None if bool(mine.all()) else mine.nonzero().flatten().to(device)
+    return entries, None if averaged else group[mine].to(device)
+
+
+def _tile_of(stored: Tensor, index: Index, whole_axis: int | None) -> Tensor:
+    """Return the part of stored means that a tile has to do with, uncut along `whole_axis` and averaged axes."""
+    sizes = zip(index, stored.shape, strict=False)
+    return stored[tuple(slice(None) if n == 1 or a == whole_axis else cut for a, (cut, n) in enumerate(sizes))]

@@ -12,12 +12,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
-from hf_lowmem.checks import check_param, check_whole
 from hf_lowmem.log import PACKAGE, announce, get_logger, is_first_process
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.param_groups import Recipe, plan_roles
 from hf_lowmem.planner import Explanation, explain_plan
 from hf_lowmem.sizes import in_unit, unit_of
+from hf_lowmem.step_checks import check_param, check_whole
 from hf_lowmem.trainer.optim_args import read_optim_args, recipe_for
 
 logger = get_logger(__name__)

@@ -1,10 +1,12 @@
 """How the launches of the Triton kernels are cut into programs: a table by the kind of launch and the GPU.
 
-The sweep of `benchmarks/gpu_session.py` measures other tiles, with `gpu.tuned`, and prints rows for the table.
+The sweep of `benchmarks/gpu_session.py` measures other tiles, with `tuned`, and prints rows for the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -63,3 +65,33 @@ def tile_for(kind: str, arch: int) -> Tile:
     """The table's row for the GPU, or for the newest older one in it; for the oldest where there is no older one."""
     known = [number for name, number in TUNING if name == kind]
     return TUNING[kind, max((number for number in known if number <= arch), default=min(known))]
+
+
+@contextmanager
+def tuned(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Cut the launches of some kinds into other tiles than the table's while the context lasts.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if unknown := set(tiles) - set(KINDS):
+        raise ValueError(f"The kinds of launch are {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
+    before = dict(TUNING)
+    TUNING.update({(kind, current_arch()): tile for kind, tile in tiles.items()})
+    _generation[0] += 1
+    tile_for.cache_clear()
+    try:
+        yield
+    finally:
+        TUNING.clear()
+        TUNING.update(before)
+        _generation[0] += 1
+        tile_for.cache_clear()
+
+
+_generation = [0]
+
+
+def generation() -> int:
+    """Return a number that changes with the table: launches that were planned by an older one are outdated."""
+    return _generation[0]

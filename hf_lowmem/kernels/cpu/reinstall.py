@@ -7,7 +7,7 @@ import shlex
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-CLONE = Path(__file__).parents[2]
+CLONE = Path(__file__).parents[3]
 
 
 def reinstall_command() -> str:

@@ -4,7 +4,7 @@
  * is the same on any number of threads. A unit goes over its entries in runs of at most RUN, whose temporaries stay in
  * the first cache; float32 tensors are worked on where they are.
  *
- * The caller passes addresses, sizes and dtypes: native.py declares the same structures.
+ * The caller passes tables of addresses, sizes, dtypes and numbers, whose columns columns.py declares for both.
  */
 
 #include <math.h>
@@ -54,18 +54,18 @@ typedef struct {
     const Map *map;
 } Moment;
 
-/* A part of a weight: groups x rows x columns entries, of which groups and rows are each two nested loops and columns
- * are contiguous. `means` holds one number per group, or one per group and column. */
+/* The tables that the caller fills, one row per part; columns.py says what their columns are. */
+typedef struct { int64_t PART_COLUMNS; } PartRow;
+typedef struct { double SCALAR_COLUMNS; } ScalarRow;
+
+/* A part of a weight: its rows of both tables, and what they stand for. `means` holds one number per group, or one per
+ * group and column; `averaged` says that it holds this step's gradient already. */
 typedef struct {
-    void *param;
-    const void *grad;
-    int16_t *kahan_comp;
+    struct { int64_t PART_COLUMNS; };
+    struct { double SCALAR_COLUMNS; };
+    Moment first, second;
     float *means;
-    Moment exp_avg, exp_avg_sq;
-    int64_t groups, inner_groups, outer_group_stride, inner_group_stride;
-    int64_t rows, inner_rows, outer_row_stride, inner_row_stride;
-    int64_t columns, per_column, start, dtype, rule, rounding, noise_key;
-    double grad_scale, decay, step_size, eps, beta1, beta2;
+    int averaged;
 } Part;
 
 /* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
@@ -148,9 +148,9 @@ INLINE const float *load_grad(const Part *part, int64_t at, int n, float *buffer
 }
 
 INLINE float *load_param(const Part *part, int64_t at, int n, float *buffer) {
-    float *value = load(part->param, part->dtype, at, n, buffer);
+    float *value = load((void *)part->param, part->dtype, at, n, buffer);
     if (part->rounding == KAHAN) {
-        const int16_t *comp = part->kahan_comp + at;
+        const int16_t *comp = (const int16_t *)part->kahan_comp + at;
         SIMD for (int i = 0; i < n; i++) value[i] += last_place(value[i]) * ((float)comp[i] * 0x1p-16f);
     }
     return value;
@@ -170,7 +170,7 @@ INLINE void store_param(const Part *part, int64_t at, int n, const float *value)
     }
     SIMD for (int i = 0; i < n; i++) to[i] = to_bfloat16(value[i]);
     if (part->rounding == KAHAN) {
-        int16_t *comp = part->kahan_comp + at;
+        int16_t *comp = (int16_t *)part->kahan_comp + at;
         SIMD for (int i = 0; i < n; i++) {
             float stored = from_bfloat16(to[i]);
             float fraction = nearbyintf((value[i] - stored) / last_place(stored) * 0x1p16f);
@@ -284,20 +284,20 @@ INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
-    const int64_t scale_at = first_block(&part->exp_avg, at); /* both moments have the same blocks */
-    float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->exp_avg, at, scale_at, n, averages);
-    fetch_ahead(part->param, part->dtype, at, n);
-    fetch_ahead(part->grad, part->dtype, at, n);
-    fetch_ahead(part->exp_avg.data, part->exp_avg.dtype, at, n);
-    if (part->rule == ADAMW_FULL) fetch_ahead(part->exp_avg_sq.data, part->exp_avg_sq.dtype, at, n);
+    const int64_t scale_at = first_block(&part->first, at); /* both moments have the same blocks */
+    float *param = load_param(part, at, n, params), *exp_avg = load_moment(&part->first, at, scale_at, n, averages);
+    fetch_ahead((const void *)part->param, part->dtype, at, n);
+    fetch_ahead((const void *)part->grad, part->dtype, at, n);
+    fetch_ahead(part->first.data, part->first.dtype, at, n);
+    if (part->rule == ADAMW_FULL) fetch_ahead(part->second.data, part->second.dtype, at, n);
     const float decay = (float)part->decay, step_size = (float)part->step_size, eps = (float)part->eps;
-    const float weight1 = (float)(1 - part->beta1);
+    const float weight1 = (float)part->new_1;
 
     if (part->rule == ADAMW_FULL) {
         SIMD for (int i = 0; i < n; i++) exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
-        float *exp_avg_sq = load_moment(&part->exp_avg_sq, at, scale_at, n, squares);
-        const float beta2 = (float)part->beta2, weight2 = (float)(1 - part->beta2);
-        if (part->exp_avg_sq.dtype == CODES) { /* they hold the root */
+        float *exp_avg_sq = load_moment(&part->second, at, scale_at, n, squares);
+        const float beta2 = (float)part->beta2, weight2 = (float)part->new_2;
+        if (part->second.dtype == CODES) { /* they hold the root */
             SIMD for (int i = 0; i < n; i++) {
                 float root = sqrtf(beta2 * (exp_avg_sq[i] * exp_avg_sq[i]) + weight2 * (grad[i] * grad[i]));
                 exp_avg_sq[i] = root;
@@ -309,7 +309,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
                 param[i] = param[i] * decay - step_size * (exp_avg[i] / (sqrtf(exp_avg_sq[i]) + eps));
             }
         }
-        store_moment(&part->exp_avg_sq, at, scale_at, n, exp_avg_sq);
+        store_moment(&part->second, at, scale_at, n, exp_avg_sq);
     } else if (part->rule == SIGNUM) {
         SIMD for (int i = 0; i < n; i++) {
             exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
@@ -328,7 +328,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
         }
     }
     store_param(part, at, n, param);
-    store_moment(&part->exp_avg, at, scale_at, n, exp_avg);
+    store_moment(&part->first, at, scale_at, n, exp_avg);
 }
 
 /* ------------------------------------------------------------------------------------------------------- one unit */
@@ -343,7 +343,7 @@ INLINE int64_t offset_of(const Part *part, int64_t group, int64_t row) {
 }
 
 INLINE int run_size(const Part *part) {
-    int64_t block = part->exp_avg.dtype == CODES ? part->exp_avg.block_size : 1;
+    int64_t block = part->first.dtype == CODES ? part->first.block_size : 1;
     return (int)(RUN - RUN % block);
 }
 
@@ -385,9 +385,9 @@ INLINE void sum_column_squares(const Part *part, int64_t group, const Range *ran
 
 /* Average `count` means' sums of squares of `entries` each into them, and find what divides their entries. */
 INLINE void average(const Part *part, float *means, const double *sums, int64_t count, double entries, float *scales) {
-    const double weight = (1 - part->beta2) / entries;
+    const double weight = part->new_2 / entries;
     SIMD for (int64_t i = 0; i < count; i++) {
-        means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
+        if (!part->averaged) means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
         scales[i] = (float)part->step_size / (sqrtf(means[i]) + (float)part->eps);
     }
 }
@@ -472,7 +472,9 @@ CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scr
         if (cut->scales) {
             scales = cut->scales + group * count;
         } else if (part->rule == ADAMW_MEAN) {
-            if (part->per_column) {
+            if (part->averaged) {
+                scratch.sums[0] = 0; /* it is not read */
+            } else if (part->per_column) {
                 memset(scratch.sums, 0, (size_t)count * sizeof *scratch.sums);
                 sum_column_squares(part, group, &range, scratch.few, scratch.sums);
             } else {
@@ -502,14 +504,48 @@ static int64_t part_of(const int64_t *first_unit, int64_t parts, int64_t unit) {
 uint32_t hf_lowmem_checksum(void) { return CHECKSUM; }
 #endif
 
-/* Step all parts. Returns 0, or 1 without having changed anything when there is no memory for the sums. */
-int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
-    int64_t widest = 1, sums = 0, scales = 0;
+static int64_t item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == BFLOAT16 ? 2 : 1; }
+
+/* A full moment from its first entry in the part on. */
+static Moment moment_of(const Part *part, int64_t data, int64_t absmax, int64_t dtype, const Map *map) {
+    int64_t scales = part->start / part->row * parts_of(part->row, part->block_size);
+    Moment moment = {
+        (void *)(data + part->start * item_size(dtype)),
+        dtype == CODES ? (float *)absmax + scales : NULL,
+        dtype, part->block_size, part->row, map,
+    };
+    return moment;
+}
+
+/* A part from its rows in the tables, its addresses moved to the first entry. */
+static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *maps, int averaged) {
+    Part part = {0};
+    memcpy(&part, row, sizeof *row);
+    memcpy(&part.decay, scalars, sizeof *scalars);
+    part.first = moment_of(&part, part.exp_avg, part.exp_avg_absmax, part.exp_avg_dtype, maps);
+    if (part.rule == ADAMW_FULL)
+        part.second = moment_of(&part, part.exp_avg_sq, part.exp_avg_sq_absmax, part.exp_avg_sq_dtype, maps + 1);
+    part.means = (float *)part.exp_avg_sq;
+    part.averaged = averaged;
+    part.param += part.start * item_size(part.dtype);
+    part.grad += part.start * item_size(part.dtype);
+    part.kahan_comp += part.start * (int64_t)sizeof(int16_t);
+    return part;
+}
+
+/* Step all parts, of which each has a row in both tables; `maps` are those of signed and of unsigned codes, and with
+ * `averaged` the means hold this step's gradients already. Returns 0, or 1 without having changed anything when there
+ * is no memory for the sums. */
+int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *maps, int64_t count, int averaged,
+                   int threads) {
+    int64_t widest = 1, sums = 0, shared_scales = 0;
+    Part *parts = malloc((size_t)count * sizeof *parts);
     Cut *cuts = malloc((size_t)count * sizeof *cuts);
     int64_t *first_unit = malloc((size_t)(count + 1) * sizeof *first_unit);
     double *all_sums = NULL;
     float *all_scales = NULL;
-    if (!cuts || !first_unit) goto failed;
+    if (!parts || !cuts || !first_unit) goto failed;
+    for (int64_t p = 0; p < count; p++) parts[p] = part_from(rows + p, scalars + p, maps, averaged);
     first_unit[0] = 0;
     for (int64_t p = 0; p < count; p++) {
         cuts[p] = cut_of(parts + p);
@@ -518,11 +554,11 @@ int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
         if (parts[p].per_column && parts[p].columns > widest) widest = parts[p].columns;
         if (shares_means(parts + p, cuts + p)) {
             sums += units * means_of_group(parts + p);
-            scales += parts[p].groups * means_of_group(parts + p);
+            shared_scales += parts[p].groups * means_of_group(parts + p);
         }
     }
     all_sums = calloc((size_t)(sums + widest * threads), sizeof *all_sums);
-    all_scales = malloc((size_t)(scales + 2 * widest * threads) * sizeof *all_scales);
+    all_scales = malloc((size_t)(shared_scales + 2 * widest * threads) * sizeof *all_scales);
     if (!all_sums || !all_scales) goto failed;
     double *next_sums = all_sums + widest * threads;
     float *next_scales = all_scales + 2 * widest * threads;
@@ -539,7 +575,7 @@ int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
         if (sums) {
             _Pragma("omp for schedule(dynamic)") for (int64_t unit = 0; unit < first_unit[count]; unit++) {
                 int64_t p = part_of(first_unit, count, unit);
-                if (cuts[p].sums) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
+                if (cuts[p].sums && !averaged) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
             }
             _Pragma("omp for schedule(dynamic)") for (int64_t p = 0; p < count; p++)
                 if (cuts[p].sums) combine(parts + p, cuts + p);
@@ -549,9 +585,9 @@ int hf_lowmem_step(const Part *parts, int64_t count, int threads) {
             step_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
         }
     }
-    free(all_scales), free(all_sums), free(first_unit), free(cuts);
+    free(all_scales), free(all_sums), free(first_unit), free(cuts), free(parts);
     return 0;
 failed:
-    free(all_scales), free(all_sums), free(first_unit), free(cuts);
+    free(all_scales), free(all_sums), free(first_unit), free(cuts), free(parts);
     return 1;
 }

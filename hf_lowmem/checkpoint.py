@@ -1,20 +1,75 @@
-"""State that comes from a checkpoint, or from a weight of another size: compared with what is declared, and copied."""
+"""State that comes from a checkpoint or from a weight of another size: it is compared with the plan, and copied."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.adamw_state import ANEW
+from hf_lowmem.adamw_state import ANEW, check_takes_adamw, from_adamw, is_adamw
+from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
+from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, as_tuple
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
 
+if TYPE_CHECKING:
+    from hf_lowmem.optimizer import LowMemOptimizer
+
 Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
+
+
+def load(optimizer: LowMemOptimizer, layouts: Sequence[GroupLayouts], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """Take a checkpoint's hyperparameters over into an optimizer's groups, and return the state by parameter.
+
+    Nothing is changed where the checkpoint does not fit.
+
+    Raises:
+        ValueError: the checkpoint is another optimizer's, or its state is laid out otherwise.
+    """
+    saved_groups = state_dict["param_groups"]
+    adamw = is_adamw(saved_groups, state_dict["state"])
+    if adamw:
+        check_takes_adamw(saved_groups, optimizer.rule, optimizer.optim_name)
+        check_group_sizes(optimizer.param_groups, saved_groups)
+    else:
+        check_groups(optimizer.param_groups, saved_groups, optimizer.algorithm, optimizer.optim_name)
+    for saved_group in saved_groups:
+        check_flags({} if adamw else saved_group, type(optimizer).__name__)
+    check_layouts(layouts, state_dict.get("layouts"), saved_groups)
+    known = {key for saved_group in saved_groups for key in saved_group["params"]}
+    # What belongs to no weight is the user's, and is carried along as torch carries it.
+    loaded = {key: value for key, value in state_dict["state"].items() if key not in known}
+    for (_, group, members), saved_group in zip(optimizer.groups_with_layouts(), saved_groups, strict=True):
+        for param, layout, key in zip(group["params"], members, saved_group["params"], strict=True):
+            if saved := state_dict["state"].get(key):
+                plan = optimizer.plan_by(layout, group, param)
+                if adamw:
+                    saved = from_adamw(saved, plan, tuple(param.shape))
+                specs = optimizer.specs_of(param, plan, group)
+                check_state(saved, specs, tuple(param.shape))
+                with torch.inference_mode(False):  # a later step may be outside of it
+                    loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
+    take_over(optimizer.param_groups, saved_groups, optimizer.kept_options, HYPERPARAMETERS if adamw else None)
+    return loaded
+
+
+def take_over(
+    groups: Sequence[dict[str, Any]], saved: Sequence[Group], kept: set[str], only: Sequence[str] | None
+) -> None:
+    """Copy the values of saved groups, all but the `kept` ones, or `only` some; a tensor lr stays the same tensor."""
+    for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        lr, keeps = group["lr"], kept | ({"param_names"} & group.keys())
+        wanted = {k: v for k, v in saved_group.items() if k not in keeps and (only is None or k in only)}
+        group.update(copy.deepcopy(wanted))
+        if isinstance(lr, Tensor):  # which a scheduler or a captured graph may hold
+            rate = float(group["lr"])
+            taken = any(other["lr"] is lr for other in groups[:number]) and float(lr) != rate
+            group["lr"] = torch.full_like(lr, rate) if taken else lr.fill_(rate)
 
 
 def check_groups(current: Sequence[Group], saved: Sequence[Group], algorithm: str, optim: str) -> None:

@@ -1,0 +1,376 @@
+"""The parameters of an optimizer in buckets, checked before each step and kept for as long as nothing moves.
+
+Kernels write through addresses, so before anything is written every weight, gradient and state tensor is compared
+with what was planned for it. `Marks` compares all of them at once with what was found when the buckets were made;
+only where something differs are they looked at one by one, and the buckets made anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.checkpoint import FLOATS
+from hf_lowmem.dense import densified, is_plain, last_entry
+from hf_lowmem.kernels import COMPILED, RULE, TRITON
+from hf_lowmem.kernels.bucket import Bucket, ParamStep
+from hf_lowmem.kernels.registry import Backend, choice, find_backend, warn_of_capturable
+from hf_lowmem.param_layouts import ParamLayout
+from hf_lowmem.rounding import noise_key
+from hf_lowmem.state import KAHAN_COMP, State, StatePlan
+from hf_lowmem.step_checks import check_grad, check_stored, check_weight
+
+if TYPE_CHECKING:
+    from hf_lowmem.optimizer import LowMemOptimizer
+
+Group = dict[str, Any]
+_T = torch.Tensor
+# Read from many tensors at once, an attribute takes half the time.
+_grad, _shape, _dtype, _device, _layout = map(operator.attrgetter, ("grad", "shape", "dtype", "device", "layout"))
+
+
+class Member(NamedTuple):
+    """A parameter to step: its group's number and its own among all, its dense gradient, its state and its plan."""
+
+    group: int
+    place: int
+    param: Tensor
+    grad: Tensor
+    state: State
+    plan: StatePlan
+
+
+class Marks(NamedTuple):
+    """What can be told of many tensors at once: where marks are equal, no pointer, shape or dtype has changed."""
+
+    types: list[type]
+    addresses: list[int]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Marks:
+        layouts = [list(map(mark, tensors)) for mark in (_shape, _T.stride, _dtype, _device)]
+        return cls(list(map(type, tensors)), list(map(_T.data_ptr, tensors)), *layouts)
+
+
+class StepCounts:
+    """How many steps each parameter has taken, in one tensor, of which the `step` of each one's state is a view.
+
+    One operation advances all of them, where one for each would take longer than all other work of a step.
+    """
+
+    def __init__(self, states: Sequence[State]) -> None:
+        with torch.inference_mode(False):  # a later step may be outside of it
+            self.values = torch.tensor([state["step"].item() for state in states], dtype=torch.float32, device="cpu")
+            self.views = list(self.values.unbind())
+        for state, view in zip(states, self.views, strict=True):
+            state["step"] = view
+
+    def belongs_to(self, states: Sequence[State]) -> bool:
+        """Return whether the states have these counts."""
+        return len(states) == len(self.views) and same((state["step"] for state in states), self.views)
+
+
+@dataclass(eq=False)
+class Planned:
+    """A bucket, and where the numbers of its steps come from.
+
+    Args:
+        group: the place of its parameters' group.
+        members: the parameters that it steps.
+        grads: the places of their gradients among all that there are.
+        counts: the places of their step counts; None where steps are counted on the device.
+        later: how many more steps of these parameters this call of the optimizer's `step` takes after this one.
+    """
+
+    bucket: Bucket
+    group: int
+    members: list[Member]
+    grads: list[int]
+    counts: list[int] | None
+    later: int
+
+    def __post_init__(self) -> None:
+        self.is_random = any(member.plan.rounding.kind == "stochastic" for member in self.members)
+
+    def number(self, counted: list[float], seed: int, idle_calls: int) -> None:
+        """Set the numbers of this step, and the keys of its noise."""
+        bucket, offset = self.bucket, self.later + idle_calls
+        if self.counts is None:
+            bucket.steps = [member.state["step"] - offset for member in self.members]
+        else:
+            bucket.steps = [counted[place] - offset for place in self.counts]
+        if self.is_random:
+            bucket.noise_keys = [
+                self._noise_key(member, seed, step) for member, step in zip(self.members, bucket.steps, strict=True)
+            ]
+
+    def _noise_key(self, member: Member, seed: int, step: Any) -> Any:
+        if member.plan.rounding.kind != "stochastic":
+            return 0
+        return (seed, member.place) if self.counts is None else noise_key(seed, member.place, int(step))
+
+
+class Buckets:
+    """The buckets of an optimizer's parameters that have a gradient."""
+
+    def __init__(self) -> None:
+        self.rounding_changed: Counter[str] = Counter()  # of Kahan buffers that were made or left out
+        self._counts: StepCounts | None = None
+        self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
+        self._known: Known | None = None
+
+    def forget(self, param: Tensor | None = None) -> None:
+        """Forget what was compared: the state of a parameter, or of all, has been replaced."""
+        self._known = None
+        if param is None:
+            self._shapes.clear()
+        else:
+            self._shapes.pop(param, None)
+
+    def find(self, optimizer: LowMemOptimizer, advance: bool) -> list[tuple[int, Bucket]]:
+        """Return the buckets with the place of their group, all checked; `advance` counts this step.
+
+        Raises:
+            RuntimeError: a weight, its gradient or its state do not fit each other; nothing has been counted then.
+        """
+        groups = optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]
+        grads = list(map(_grad, params))
+        options = [optimizer.step_options(group) for group in groups]
+        if self._known is None or not self._known.still_holds(optimizer, params, grads, options):
+            self._known = None  # until all of them have been found to fit
+            self._known = Known(optimizer, params, grads, options, self._members(optimizer), self._counted(optimizer))
+        known = self._known
+        if advance:
+            known.advance()
+        counted = known.counts.values.tolist()
+        for each in known.planned:
+            each.number(counted, groups[each.group]["rounding_seed"], optimizer.idle_calls)
+        return [(each.group, each.bucket) for each in known.planned]
+
+    def _members(self, optimizer: LowMemOptimizer) -> list[Member]:
+        """Return the parameters that have a gradient; each trainable one has its state afterwards."""
+        members, place, owner = list[Member](), -1, type(optimizer).__name__
+        for number, group, layouts in optimizer.groups_with_layouts():
+            for param, layout in zip(group["params"], layouts, strict=True):
+                place += 1
+                grad = param.grad
+                if grad is None and not param.requires_grad:
+                    continue
+                # Every trainable parameter gets its state, gradient or not, so that all ranks hold the same keys.
+                state = optimizer.state.get(param) or optimizer.allocate(param, layout, group)
+                if grad is None:
+                    continue
+                plan = self._checked_plan(optimizer, param, state, layout, group)
+                members.append(Member(number, place, param, check_grad(param, grad, param.device, owner), state, plan))
+        if len(self._shapes) > place + 1:  # some parameters were swapped out
+            self._shapes = {member.param: member.param.shape for member in members}
+        return members
+
+    def _checked_plan(
+        self, optimizer: LowMemOptimizer, param: Tensor, state: State, layout: ParamLayout, group: Group
+    ) -> StatePlan:
+        """Return the plan of a parameter that fits it; what a change of options or dtype has left is fitted."""
+        name = layout.name or "A parameter"
+        check_weight(param, layout.name, self._shapes.get(param))
+        if state["step"] == 0 and not is_plain(param):
+            densified(param)  # a class that cannot be read is refused before anything is written
+        plan = optimizer.plan_by(layout, group, param)
+        specs = optimizer.specs_of(param, plan, group)
+        if (KAHAN_COMP in state) != (plan.rounding.kind == "kahan"):  # `rounding` may have changed since
+            state.pop(KAHAN_COMP, None)
+            wanted = plan.rounding.specs(tuple(param.shape))
+            state.update({key: spec.zeros(param.device) for key, spec in wanted.items()})
+            self.rounding_changed["started at zero" if wanted else "left out"] += 1
+        for key, spec in specs.items():  # the weight's dtype may have changed since
+            tensor = state.get(key)
+            if isinstance(tensor, Tensor) and {tensor.dtype, spec.dtype} == FLOATS:
+                state[key] = tensor.to(spec.dtype)
+        check_stored(param, state, specs, name)
+        self._shapes[param] = param.shape
+        return plan
+
+    def _counted(self, optimizer: LowMemOptimizer) -> StepCounts:
+        """Return the step counts of all parameters with state, kept on the host, in the order of the groups."""
+        states = {
+            id(param): optimizer.state[param]
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if not group["capturable"] and param in optimizer.state
+        }
+        counted = list(states.values())
+        if self._counts is None or not self._counts.belongs_to(counted):
+            self._counts = StepCounts(counted)
+        return self._counts
+
+
+class Known:
+    """The buckets as they were made, and all that must not have changed for them to be stepped again."""
+
+    def __init__(
+        self,
+        optimizer: LowMemOptimizer,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        options: list[Any],
+        members: list[Member],
+        counts: StepCounts,
+    ) -> None:
+        self.params, self.options, self.choice = params, options, choice()
+        self.layouts = [layouts for _, _, layouts in optimizer.groups_with_layouts()]
+        self.has_grad = [grad is not None for grad in grads]
+        self.frozen = [p for p, grad in zip(params, grads, strict=True) if grad is None and not p.requires_grad]
+        self.state_params, self.states = list(optimizer.state.keys()), list(optimizer.state.values())
+        self.members, self.counts = members, counts
+        self.grads = [grad for grad in grads if grad is not None]
+        self.is_plain = all(is_plain(member.param) for member in members)
+        self.is_plain &= same((member.grad for member in members), self.grads)  # none had to be made dense
+        self.tensors = self._tensors()
+        if self.is_plain:
+            self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(self.grads)
+            self.ends = list(map(last_entry, self.grads))
+        self.planned = planned(optimizer, members, counts)
+        places = {id(view): place for place, view in enumerate(counts.views)}
+        self._added = torch.zeros_like(counts.values)
+        for member in members:
+            if (place := places.get(id(member.state["step"]))) is not None:
+                self._added[place] += 1
+        self._on_device = [m.state["step"] for m in members if optimizer.param_groups[m.group]["capturable"]]
+
+    def _tensors(self) -> list[Tensor]:
+        """Return the weights and all tensors of their state."""
+        states = chain.from_iterable(member.state.values() for member in self.members)
+        return [*(member.param for member in self.members), *states]
+
+    def still_holds(
+        self, optimizer: LowMemOptimizer, params: list[Tensor], grads: list[Tensor | None], options: list[Any]
+    ) -> bool:
+        """Return whether all tensors are the same at the same addresses, and take this step's gradients if so."""
+        if not self.is_plain or len(params) != len(self.params) or not same(params, self.params):
+            return False
+        if options != self.options or self.choice != choice():
+            return False
+        if not same((layouts for _, _, layouts in optimizer.groups_with_layouts()), self.layouts):
+            return False
+        if [grad is not None for grad in grads] != self.has_grad or any(p.requires_grad for p in self.frozen):
+            return False
+        state = optimizer.state
+        if len(state) != len(self.states) or not same(state.keys(), self.state_params):
+            return False
+        if not same(state.values(), self.states):
+            return False
+        tensors = self._tensors()
+        if len(tensors) != len(self.tensors) or not same(tensors, self.tensors) or any(map(_T.is_neg, tensors)):
+            return False
+        return Marks.of(tensors) == self.marks and self._take([grad for grad in grads if grad is not None])
+
+    def _take(self, grads: list[Tensor]) -> bool:
+        """Take this step's gradients if they are laid out as those before, wherever they are."""
+        if not all(layout is torch.strided for layout in map(_layout, grads)):
+            return False
+        found, known = Marks.of(grads), self.grad_marks
+        if found._replace(addresses=known.addresses) != known:
+            return False
+        if any(map(_T.is_neg, grads)) or any(map(_T._is_zerotensor, grads)):
+            return False
+        offsets, sizes = map(_T.storage_offset, grads), [grad.untyped_storage().nbytes() for grad in grads]
+        for address, offset, end, size, grad in zip(found.addresses, offsets, self.ends, sizes, grads, strict=True):
+            if end and (not address or (offset + end) * grad.itemsize > size):
+                return False
+        self.grads, self.grad_marks = grads, found
+        for each in self.planned:
+            each.bucket.grads = [grads[place] for place in each.grads]
+        return True
+
+    def advance(self) -> None:
+        """Count a step of every parameter that has a gradient."""
+        self.counts.values.add_(self._added)
+        if self._on_device:
+            torch._foreach_add_(self._on_device, 1)
+
+
+def planned(optimizer: LowMemOptimizer, members: list[Member], counts: StepCounts) -> list[Planned]:
+    """Divide the parameters into buckets, in the order of their groups."""
+    turns, later = turns_of_overlapping(members), repeats(members)
+    places = {id(view): place for place, view in enumerate(counts.views)}
+    found: dict[Any, list[int]] = defaultdict(list)
+    for number, member in enumerate(members):
+        if member.param.numel():
+            group, param = optimizer.param_groups[member.group], member.param
+            rule, backend = optimizer.rule_of(member.plan, group), chosen(optimizer, member, group)
+            alone = number if not is_plain(param) else -1  # a wrapper subclass is stepped by itself
+            kind = (rule, backend, param.device, member.plan.arithmetic, alone)
+            found[(member.group, *kind, turns.get(id(param), 0), -later[number])].append(number)
+    buckets = []
+    for (group_place, rule, backend, device, *_, earlier), numbers in found.items():
+        chosen_members = [members[number] for number in numbers]
+        params, grads, states, plans = zip(*(member[2:] for member in chosen_members), strict=True)
+        nothing: list[Any] = [0] * len(numbers)  # until the step is numbered
+        bucket = Bucket(rule, backend, device, params, grads, states, plans, nothing, nothing)
+        capturable = optimizer.param_groups[group_place]["capturable"]
+        own = None if capturable else [places[id(member.state["step"])] for member in chosen_members]
+        buckets.append(Planned(bucket, group_place, chosen_members, numbers, own, -earlier))
+    return sorted(buckets, key=lambda each: each.group)
+
+
+def chosen(optimizer: LowMemOptimizer, member: Member, group: Group) -> Backend:
+    """Return the backend that steps a parameter."""
+    if group["compile"]:
+        return COMPILED
+    if not is_plain(member.param):
+        return RULE  # a dense copy of it is stepped, whose backend is found then
+    step = member.state["step"] if group["capturable"] else 1.0
+    rule = optimizer.rule_of(member.plan, group)
+    backend = find_backend(rule, ParamStep(member.param, member.grad, member.state, member.plan, step))
+    if group["capturable"] and backend is not TRITON:  # the other kernels take their numbers from the host
+        warn_of_capturable(member.param.device.type)
+    return backend
+
+
+def repeats(members: Sequence[Member]) -> list[int]:
+    """Return, for each member, how often its parameter comes again after it in its group.
+
+    torch steps a parameter as often as its group names it, one time after the other.
+    """
+    left = Counter((member.group, id(member.param)) for member in members)
+    found = []
+    for member in members:
+        left[member.group, id(member.param)] -= 1
+        found.append(left[member.group, id(member.param)])
+    return found
+
+
+def turns_of_overlapping(members: Sequence[Member]) -> dict[int, int]:
+    """Return, for parameters that share memory with others, by id, which of them is stepped when.
+
+    A kernel steps the parameters of a bucket on several threads, which must not write the same entries.
+    """
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + last_entry(param) * param.itemsize, place, id(param))
+        for place, param in enumerate({id(m.param): m.param for m in members}.values())
+        if is_plain(param) and param.data_ptr()
+    )
+    turns: dict[int, int] = {}
+    reach = turn = 0
+    for start, end, _, param_id in spans:
+        turn = turn + 1 if start < reach else 0
+        reach = max(reach, end)
+        if turn:
+            turns[param_id] = turn
+    return turns
+
+
+def same(found: Iterable[Any], known: Iterable[Any]) -> bool:
+    """Return whether two collections of the same length hold the same objects."""
+    return all(map(operator.is_, found, known))

@@ -1,0 +1,58 @@
+"""The columns of the tables that the compiled kernels read, declared once for C, Triton and Python.
+
+`setup.py` runs this file to compile the C kernels, so it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Where a part of a weight, its gradient and its state are: addresses of the whole tensors, 0 for those it lacks.
+ADDRESSES = ("param", "grad", "kahan_comp", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+
+
+class Geometry(NamedTuple):
+    """The entries of a part: groups x rows x columns, of which groups and rows are each two nested loops.
+
+    Columns are contiguous. The entries of a group share a mean: all of them, or, `per_column`, those of each column.
+    Strides, and the `start` in the weight, are in entries.
+    """
+
+    groups: int
+    inner_groups: int
+    outer_group_stride: int
+    inner_group_stride: int
+    rows: int
+    inner_rows: int
+    outer_row_stride: int
+    inner_row_stride: int
+    columns: int
+    per_column: bool
+    start: int
+
+
+# What the C kernels need beside: dtypes and kinds by number, and the entries of an 8-bit block and of a row of blocks.
+CPU_PART = (
+    *ADDRESSES,
+    *Geometry._fields,
+    *("dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "rule", "rounding", "block_size", "row"),
+)
+
+# What the Triton kernels need beside: a part has `cells`, which share no mean, each of `chunks` tiles, or of `sums`
+# partial sums; each kind is numbered through all parts of a launch, from the part's `first_` on. `weight` is the row
+# of its scalars.
+TRITON_PART = (
+    *ADDRESSES,
+    *Geometry._fields,
+    "weight",
+    "first_tile",
+    "chunks",
+    "first_sum",
+    "sums",
+    "first_cell",
+    "cells",
+)
+
+# The numbers of one step of a part, float64: see `scalars.py`. `new_1` and `new_2` are the new gradient's shares in
+# the moments; `grad_scale` is what clipping multiplies the gradient by, which the Triton kernels read from elsewhere.
+SCALARS = ("decay", "step_size", "eps", "new_1", "beta2", "new_2", "noise_key", "grad_scale")

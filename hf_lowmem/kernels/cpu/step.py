@@ -1,0 +1,104 @@
+"""Steps on the CPU by the compiled kernels: one call for a bucket, one pass over memory where there can be, on all
+threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import Int8Blockwise
+from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
+from hf_lowmem.kernels.columns import CPU_PART
+from hf_lowmem.kernels.cpu.library import code_maps, library
+from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
+from hf_lowmem.kernels.registry import Backend
+from hf_lowmem.kernels.scalars import rows_on_host
+
+# The numbers by which native.c knows rules, dtypes and roundings.
+RULES = {"full": 0, "mean": 1, "none": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
+GRAD = CPU_PART.index("grad")
+
+
+class Cpu(Backend):
+    """Steps by the library of contiguous float32 and bfloat16 weights whose gradients have the weight's dtype."""
+
+    name = "cpu"
+    devices = ("cpu",)
+
+    def available(self) -> bool:
+        return library() is not None
+
+    def covers(self, rule: str, step: ParamStep) -> bool:
+        param, grad = step.param, step.grad
+        if second_moment(rule, step.plan) is None or isinstance(step.step, Tensor):
+            return False
+        if param.dtype not in (torch.float32, torch.bfloat16) or grad.dtype != param.dtype:
+            return False
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            return False
+        return geometries_of(step.plan, tuple(param.shape)) is not None and self.available()
+
+    def step(self, bucket: Bucket, hyper: Hyper) -> None:
+        self._call(bucket, hyper, averaged=False)
+
+    def apply(self, bucket: Bucket, hyper: Hyper) -> None:
+        self._call(bucket, hyper, averaged=True)
+
+    def _call(self, bucket: Bucket, hyper: Hyper, averaged: bool) -> None:
+        table = bucket.kept.get(self.name)
+        if table is None:
+            table = bucket.kept[self.name] = Table(bucket)
+        table.take_gradients(bucket)
+        scale = 1.0 if bucket.clip is None else bucket.clip.scale.item()
+        scalars = rows_on_host(bucket, hyper, table.owners, scale)
+        steps = library()
+        assert steps is not None
+        rows, numbers, count = table.rows.data_ptr(), scalars.data_ptr(), len(table.owners)
+        if steps(rows, numbers, code_maps(), count, averaged, torch.get_num_threads()):
+            raise MemoryError("There is no memory left for the sums of the optimizer's step.")
+
+
+class Table:
+    """The rows of a bucket's parts, int64 (parts, columns), and the place in the bucket of each one's weight."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        rows = [(number, row) for number, step in enumerate(bucket) for row in rows_of(bucket.rule, step)]
+        self.owners = torch.tensor([number for number, _ in rows], dtype=torch.int64, device="cpu")
+        self.rows = torch.tensor([row for _, row in rows], dtype=torch.int64, device="cpu")
+        self._gradients = bucket.gradient_addresses()
+
+    def take_gradients(self, bucket: Bucket) -> None:
+        """Write the addresses of this step's gradients, if they have moved."""
+        found = bucket.gradient_addresses()
+        if found != self._gradients:
+            self._gradients = found
+            self.rows[:, GRAD] = torch.tensor(found, dtype=torch.int64, device="cpu")[self.owners]
+
+
+def rows_of(rule: str, step: ParamStep) -> list[list[int]]:
+    """Return the row of each part of a weight."""
+    param, codec, second = step.param, step.plan.codec, second_moment(rule, step.plan)
+    found = geometries_of(step.plan, tuple(param.shape))
+    assert second is not None
+    assert found is not None
+    block = row = 1
+    if isinstance(codec, Int8Blockwise):
+        block = codec.block_size
+        row = codec.ragged_row(tuple(param.shape)) or block  # whole blocks are rows of their own
+    kinds = {
+        "dtype": DTYPES[param.dtype],
+        "exp_avg_dtype": DTYPES[step.state["exp_avg"].dtype],
+        "exp_avg_sq_dtype": DTYPES[step.state["exp_avg_sq"].dtype] if second == "full" else 0,
+        "rule": RULES[second],
+        "rounding": ROUNDINGS["nearest" if param.dtype == torch.float32 else step.plan.rounding.kind],
+        "block_size": block,
+        "row": row,
+    }
+    addresses = addresses_of(param, step.grad, step.state, step.plan)
+    parts = [{**kinds, **geometry._asdict(), **where} for geometry, where in zip(found, addresses, strict=True)]
+    return [[part.get(column, 0) for column in CPU_PART] for part in parts]
+
+
+CPU = Cpu()

@@ -1,0 +1,88 @@
+"""The numbers of a step by which the elementwise kernels take it: one form for AdamW and Signum.
+
+    param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
+
+Bias corrections and the order of decay and update, in which the update rules differ, are in these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels.bucket import Bucket, Hyper
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step: floats, or 0-D tensors on the device under `capturable`."""
+
+    decay: Any
+    step_size: Any
+    eps: Any
+
+
+class Row(NamedTuple):
+    """The numbers of one step of one part of a weight, float64, as the kernels read them.
+
+    `new_1` and `new_2` are the shares of the new gradient in the moments; `grad_scale` is what clipping multiplies
+    the gradient by where a kernel takes it from here.
+    """
+
+    decay: Any
+    step_size: Any
+    eps: Any
+    new_1: Any
+    beta2: Any
+    new_2: Any
+    noise_key: Any
+    grad_scale: Any = 1.0
+
+
+def adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
+    """Return the numbers of `adamw_rule`: the bias corrections of both moments are moved to the scalars."""
+    root = (1 - hyper.beta2**step) ** 0.5
+    step_size = hyper.lr * root / (1 - hyper.beta1**step)
+    return Scalars(1 - hyper.lr * hyper.weight_decay, step_size, hyper.eps * root)
+
+
+def transformers_adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
+    """Return the numbers of `transformers_adamw_rule`, which decays the update too."""
+    decay = 1 - hyper.lr * hyper.weight_decay
+    step_size = adamw_scalars(step, hyper).step_size if hyper.flags["correct_bias"] else hyper.lr
+    return Scalars(decay, decay * step_size, hyper.eps)
+
+
+def signum_scalars(step: Any, hyper: Hyper) -> Scalars:
+    """Return the numbers of `signum_rule`: the sign takes the place of the quotient."""
+    return Scalars(1 - hyper.lr * hyper.weight_decay, hyper.lr, 0.0)
+
+
+SCALARS: dict[str, Callable[[Any, Hyper], Scalars]] = {
+    "adamw": adamw_scalars,
+    "transformers_adamw": transformers_adamw_scalars,
+    "signum": signum_scalars,
+}
+
+
+def rows_on_host(bucket: Bucket, hyper: Hyper, parts: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return a `Row` for each part of the bucket's weights, float64 (parts, fields) on the CPU.
+
+    Args:
+        parts: int64 on the CPU, the place in the bucket of the weight that each part belongs to.
+    """
+    shares = (1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2)
+    scalars_of, found = SCALARS[bucket.rule], dict[float, tuple[float, ...]]()
+    for step in dict.fromkeys(bucket.steps):
+        found[step] = (*scalars_of(step, hyper), *shares, 0, grad_scale)
+    if len(found) == 1:
+        rows = torch.tensor([*found.values()], dtype=torch.float64, device="cpu").repeat(len(parts), 1)
+    else:
+        every = torch.tensor([found[step] for step in bucket.steps], dtype=torch.float64, device="cpu")
+        rows = every[parts]
+    if any(bucket.noise_keys):
+        keys: Sequence[int] = bucket.noise_keys
+        rows[:, Row._fields.index("noise_key")] = torch.tensor(keys, dtype=torch.float64, device="cpu")[parts]
+    return rows

@@ -1,0 +1,211 @@
+"""The Triton kernels: AdamW with a full second moment or one number per group, and Signum; `launch.py` launches them.
+
+One launch steps many parts of weights; `columns.py` says what a row of its table holds. A program steps one tile, or
+one group. What is compiled is in `Variant`, which has no number that changes from step to step. The squares of a mean
+are added in an order that its shape and the tiles of `tuning.py` decide, so a step is the same at every run.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_lowmem.kernels.triton.codes import decoded, encoded
+from hf_lowmem.kernels.triton.memory import (
+    BETA_2,
+    CHUNKS,
+    COLUMNS,
+    DECAY,
+    DTYPES,
+    EPS,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FIELDS,
+    FIRST_CELL,
+    FIRST_SUM,
+    FIRST_TILE,
+    GRAD,
+    GROUPS,
+    INFINITY,
+    KAHAN_COMP,
+    NEW_1,
+    NEW_2,
+    NOISE_KEY,
+    PARAM,
+    ROWS,
+    SCALARS,
+    STEP_SIZE,
+    SUMS,
+    WEIGHT,
+    cell_of,
+    columns_of,
+    grad_of,
+    loaded,
+    means_of,
+    pointer,
+    reciprocal,
+    scalar,
+    scale_of,
+    store,
+    tile_of,
+)
+from hf_lowmem.kernels.triton.rounding import take
+
+__all__ = ["DTYPES", "add", "combine", "decoded", "encoded", "step", "sum_squares", "tl", "write_grads"]
+
+
+@triton.jit
+def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
+    """Step a tile, or where the means are found by "loop" a group, of the part that `owners` names for the program."""
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    part = parts + owner * FIELDS
+    scalars = all_scalars + tl.load(part + WEIGHT) * SCALARS
+    number = tl.program_id(0) - tl.load(part + FIRST_TILE).to(tl.int32)
+    chunks, scale = tl.load(part + CHUNKS).to(tl.int32), scale_of(grad_scale, v)
+    if v.means == "none":
+        tile = tile_of(part, 0, number, v)
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), 0.0, v)
+    elif v.means == "before":
+        cell, chunk = cell_of(part, number, chunks, v)
+        tile = tile_of(part, cell, chunk, v)
+        if v.second == "column":
+            where, own = columns_of(part, cell, v)
+            root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
+        else:
+            root = tl.sqrt(tl.load(means_of(part) + cell))
+        step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
+    else:
+        groups = number * v.groups
+        if v.groups > 1:
+            groups += tl.arange(0, v.groups)
+        means, own = means_of(part) + groups, groups < tl.load(part + GROUPS)
+        mean = tl.load(means, mask=own, other=0.0)  # before the sum, whose barrier keeps the store from overtaking it
+        if v.means == "tile":
+            tile = tile_of(part, number, 0, v)
+            grad = grad_of(part, tile, scale, v)
+            total = squares(grad)
+        else:
+            total = tl.zeros([v.lines, v.line], tl.float32)
+            for chunk in range(chunks):
+                total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
+        if v.groups > 1:
+            total = tl.reshape(total, [v.groups, v.lines // v.groups * v.line])
+            mean = averaged(part, scalars, mean, tl.sum(total, 1), v)
+            root = tl.broadcast_to(tl.sqrt(mean)[:, None], [v.groups, v.lines // v.groups])
+            root = tl.reshape(root, [v.lines, 1])
+        else:
+            mean = averaged(part, scalars, mean, tl.sum(total), v)
+            root = tl.sqrt(mean)
+        tl.store(means, mean, mask=own)
+        if v.means == "tile":
+            step_tile(part, scalars, tile, grad, root, v)
+        else:
+            for chunk in range(chunks):
+                tile = tile_of(part, number, chunk, v)
+                step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
+
+
+@triton.jit
+def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
+    """param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps); of means, `root` is the square root."""
+    if v.second == "full":
+        CODES: tl.constexpr = tl.uint8 if v.moment == tl.uint8 else tl.float32
+        exp_avg_sq = loaded(part, EXP_AVG_SQ, CODES, tile, False, v)
+        exp_avg_sq = tl.fma(grad * grad, scalar(scalars, NEW_2), exp_avg_sq * scalar(scalars, BETA_2))
+        root = tl.sqrt(exp_avg_sq)
+        store(part, EXP_AVG_SQ, CODES, tile, root if CODES == tl.uint8 else exp_avg_sq, False, v)
+    exp_avg = loaded(part, EXP_AVG, v.moment, tile, True, v)
+    exp_avg = tl.fma(grad - exp_avg, scalar(scalars, NEW_1), exp_avg)
+    if v.second == "none":
+        update = ((exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)) * scalar(scalars, STEP_SIZE)
+    else:
+        update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
+    store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
+
+    weights, comps = pointer(part, PARAM, v.weight, v.align), pointer(part, KAHAN_COMP, tl.int16, v.align)
+    key = tl.load(scalars + NOISE_KEY).to(tl.int32)
+    take(weights, comps, tile[0], tile[1], scalar(scalars, DECAY), -update, key, v.weight, v.rounding)
+
+
+@triton.jit
+def averaged(part, scalars, mean, total, v: tl.constexpr):
+    """The new means, of the old ones and the sums of squares."""
+    count = tl.load(part + ROWS)
+    if v.second == "group":
+        count *= tl.load(part + COLUMNS)
+    return scalar(scalars, BETA_2) * mean + scalar(scalars, NEW_2) / count.to(tl.float32) * total
+
+
+@triton.jit
+def squares(grad):
+    """A square that is not finite counts as zero: it concerns its own entry only."""
+    square = grad * grad
+    return tl.where(square < INFINITY, square, 0.0)
+
+
+@triton.jit
+def sum_squares(parts, sums, totals, owners, TOTALS: tl.constexpr, v: tl.constexpr):
+    """The sum of squares, or the sums per column, of some chunks of a cell; `totals` have those not finite in them."""
+    part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
+    first, count = tl.load(part + FIRST_SUM), tl.load(part + SUMS).to(tl.int32)
+    cell, number = cell_of(part, tl.program_id(0) - first.to(tl.int32), count, v)
+    total = tl.zeros([v.lines, v.line], tl.float32)
+    every = tl.zeros([v.lines, v.line], tl.float32)
+    chunks = tl.load(part + CHUNKS).to(tl.int32)
+    span = tl.cdiv(chunks, count)
+    for chunk in range(number * span, tl.minimum(number * span + span, chunks)):
+        grad = grad_of(part, tile_of(part, cell, chunk, v), 1.0, v)
+        total += squares(grad)
+        if TOTALS:
+            every += grad * grad
+    place = first + cell * count + number
+    if TOTALS:
+        tl.store(totals + place, tl.sum(tl.sum(every, 1), 0))
+    if v.second == "column":
+        tl.store(sums + place * v.line + tl.arange(0, v.line), tl.sum(total, 0))
+    else:
+        tl.store(sums + place, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
+    """Average into the means of a cell what `sum_squares` has found of it; for one warp, so that no barrier is needed
+    between loading and storing them."""
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    part = parts + owner * FIELDS
+    cell = tl.program_id(0) - tl.load(part + FIRST_CELL).to(tl.int32)
+    WIDTH: tl.constexpr = v.line if v.second == "column" else 1
+    if v.second == "column":
+        where, own = columns_of(part, cell, v)
+    else:
+        where, own = cell + tl.arange(0, 1), tl.full([1], True, tl.int1)
+    mean = tl.load(means_of(part) + where, mask=own, other=0.0)
+    count = tl.load(part + SUMS).to(tl.int32)
+    first = tl.load(part + FIRST_SUM) + cell * count
+    total = tl.zeros([4, WIDTH], tl.float32)
+    for number in range(0, count, 4):
+        each = number + tl.arange(0, 4)[:, None]
+        total += tl.load(sums + (first + each) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=each < count, other=0.0)
+    summed = tl.sum(total, 0)
+    if v.clip:
+        scale = scale_of(grad_scale, v)
+        summed *= scale * scale
+        summed = tl.where(summed < INFINITY, summed, 0.0)  # a norm that is not finite leaves no finite square
+    mean = averaged(part, all_scalars + tl.load(part + WEIGHT) * SCALARS, mean, summed, v)
+    tl.store(means_of(part) + where, mean, mask=own)
+
+
+@triton.jit(do_not_specialize=["key"])
+def add(weights, comps, updates, decays, scale, key, entries, ROUNDING: tl.constexpr, TILE: tl.constexpr):
+    """param <- decay * param + scale * update, for matrices of `entries` entries that have a decay each."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < entries
+    at += tl.program_id(1).to(tl.int64) * entries
+    update = scale * tl.load(updates + at, mask=inside, other=0.0)
+    decay = tl.load(decays + tl.program_id(1))
+    take(weights, comps, at, inside, decay, update, key, weights.dtype.element_ty, ROUNDING)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def write_grads(parts, first, last, grads):
+    """The addresses of some gradients, each plus one, into their rows from row `first`; those too many are the last"""
+    for number in tl.static_range(len(grads)):
+        tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number] - 1)
