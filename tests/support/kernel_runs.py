@@ -1,4 +1,4 @@
-"""A few steps of one parameter, by the kernel that its key finds or by the rule."""
+"""A few steps of one parameter, by the backend that covers it or by the rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import decode_table
-from hf_lowmem.kernels import KERNELS, eager
+from hf_lowmem.kernels import forced
 from hf_lowmem.rounding import StoredWeight
 
 
@@ -50,9 +50,8 @@ def run(
     return (weight.load() if plan.rounding.kind == "kahan" else param.detach().float()), decoded
 
 
-def by_rule(monkeypatch: pytest.MonkeyPatch, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+def by_rule(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    with forced("rule"):
         return run(*args)
 
 
@@ -104,13 +103,9 @@ def check_gpu_kernel(
     (cls, options, shape), on_device = case, torch.device(device)
     options = {**options, "state_bits": bits, "rounding": rounding, **({"min_8bit_size": 0} if bits == 8 else {})}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(on_device, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        for key in [key for key in KERNELS if key.device == "cuda"]:
-            patch.setitem(KERNELS, key._replace(device=device), KERNELS[key])
-        patch.setattr(eager, "tiles", lambda *args: pytest.fail("the GPU kernel leaves this to another"))
+    with forced("triton", "in_place"):  # the latter for what is projected, whose updates the former steps
         mine, state = run(cls, options, start, steps=2, clip=clip)
-    with pytest.MonkeyPatch.context() as patch:
-        theirs, expected = by_rule(patch, cls, options, start, 2, None, clip)
+    theirs, expected = by_rule(cls, options, start, 2, None, clip)
     # A code, or a narrow number's neighbour, may fall to either side of a boundary in a few places.
     flips = bits < 32 or rounding == "stochastic" or (rounding == "nearest" and dtype != torch.float32)
     for name, value in {"param": mine, **state}.items():
