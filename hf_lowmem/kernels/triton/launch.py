@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.columns import SCALARS, TRITON_PART
+from hf_lowmem.kernels.registry import choice
 from hf_lowmem.kernels.scalars import SCALARS as SCALARS_OF
 from hf_lowmem.kernels.scalars import rows_on_host
 from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
@@ -175,7 +176,8 @@ def adds(step: ParamStep, update: Tensor) -> bool:
     """Return whether `add` can add an update to a parameter."""
     param = step.param
     plain = param.dtype in WEIGHTS and param.is_contiguous() and update.is_contiguous()
-    return param.device.type == "cuda" and plain and triton_kernels() is not None
+    wanted = "triton" in choice() if choice() else param.device.type == "cuda"
+    return wanted and plain and triton_kernels() is not None
 
 
 def add(step: ParamStep, update: Tensor, scale: float, decay: float | Tensor) -> None:
