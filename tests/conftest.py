@@ -3,7 +3,8 @@
 import gc
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +27,15 @@ def one_launch_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytes
     folder = tmp_path_factory.getbasetemp()
     with FileLock((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "launch.lock"):
         yield
+
+
+@pytest.fixture
+def force() -> Iterator[Callable[..., None]]:
+    """Take the steps of the rest of the test by the backends that are named: `force("rule")`."""
+    from hf_lowmem.kernels import forced
+
+    with ExitStack() as stack:
+        yield lambda *names: stack.enter_context(forced(*names))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

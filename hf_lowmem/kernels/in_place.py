@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.means import Index, scaled_grad, tile_size, tiles
 from hf_lowmem.kernels.registry import Backend, find_backend
+from hf_lowmem.kernels.rule import RULE
 from hf_lowmem.kernels.scalars import transformers_adamw_scalars
 from hf_lowmem.kernels.tiles import full_moments, tiles_of
 from hf_lowmem.kernels.triton import launch
@@ -38,7 +39,7 @@ class InPlace(Backend):
             return False
         second = type(plan.moments["exp_avg_sq"])
         if rule == "adafactor":
-            return second is RowColMean
+            return second is RowColMean or (second is Full and step.param.ndim < 2)
         return second is Full and (rule == "soap" or (rule in _ADAMW and plan.projection is not FULL_SPACE))
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
@@ -46,7 +47,12 @@ class InPlace(Backend):
             subspace_adamw(bucket, hyper)
             return
         for step in bucket:
-            (soap if bucket.rule == "soap" else adafactor)(step, hyper)
+            if bucket.rule == "soap":
+                soap(step, hyper)
+            elif type(step.plan.moments["exp_avg_sq"]) is RowColMean:
+                adafactor(step, hyper)
+            else:  # a vector, which is small
+                RULE.step(Bucket.of([step], bucket.rule, RULE), hyper)
 
 
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
@@ -134,7 +140,9 @@ def soap(step: ParamStep, hyper: Hyper) -> None:
     step, projection = step.clipped(), step.plan.projection
     scalars, indices = transformers_adamw_scalars(step.step, hyper), list(tiles_of(step))
     in_float32 = step.state["exp_avg"].dtype == torch.float32
-    average = step.state["exp_avg"] if in_float32 else torch.empty(step.param.shape, device=step.param.device)
+    average = step.state["exp_avg"]
+    if not in_float32:
+        average = torch.empty(step.param.shape, dtype=torch.float32, device=step.param.device)
     for index in indices:
         exp_avg = full_moments(step, index)["exp_avg"]
         averaged = exp_avg.load().lerp_(scaled_grad(step, index), 1 - hyper.beta1)

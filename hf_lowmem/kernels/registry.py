@@ -82,7 +82,7 @@ def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
     return squares
 
 
-SMALL = 1 << 16  # entries of a weight whose step takes no longer as the rule is written
+SMALL = 1 << 12  # entries from which on it matters that a step is taken as the rule is written
 BACKENDS: dict[str, Backend] = {}
 _forced: list[tuple[str, ...]] = []
 
@@ -108,7 +108,7 @@ def find_backend(rule: str, step: ParamStep, after: str | None = None) -> Backen
     for name in names[names.index(after) + 1 if after in names else 0 :]:
         backend = BACKENDS[name]
         if (choice() or not backend.devices or device in backend.devices) and backend.covers(rule, step):
-            if backend.is_slow and step.param.numel() > SMALL:
+            if backend.is_slow and step.param.numel() >= SMALL:
                 _warn(backend, rule, step)
             return backend
     raise LookupError(f"None of the backends {', '.join(names)} covers {described(rule, step)}.")

@@ -31,7 +31,11 @@ class Tiles(Backend):
 
     def covers(self, rule: str, step: ParamStep) -> bool:
         plan, shape = step.plan, tuple(step.param.shape)
-        kinds = all(type(moment) in (Full, GroupMean) for moment in plan.moments.values())
+        # The sums that means take are those of squares, so no other moment may be a mean.
+        kinds = all(
+            type(moment) is Full or (type(moment) is GroupMean and name == "exp_avg_sq")
+            for name, moment in plan.moments.items()
+        )
         if not (kinds and RULES[rule].elementwise and plan.projection is FULL_SPACE):
             return False
         cut = cut_of(plan, shape)

@@ -15,7 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 
 import hf_lowmem
 from hf_lowmem.algorithms import Soap
-from hf_lowmem.kernels import eager
+from hf_lowmem.kernels import forced
 
 TINY = dict(
     vocab_size=96,
@@ -158,10 +158,9 @@ def test_the_kernel_computes_what_the_rule_defines(
 ) -> None:
     options = {**options, "normalize_grads": normalize, "state_bits": bits, "min_8bit_size": 0, "weight_decay": 0.1}
     start, grads = torch.randn(shape), gradients(shape, 5)
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    with forced("rule"):
         expected, _ = run(start, grads, **options)
-    monkeypatch.setattr(eager, "tile_size", lambda device: 512)
+    monkeypatch.setattr("hf_lowmem.kernels.means.TILE", 512)
     actual, _ = run(start, grads, **options)
     # A code on the boundary of two may fall to either side.
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 if bits == 32 else 5e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -71,16 +72,15 @@ def follow(case: str, device: str) -> float:
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case: str, compiled: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden(case: str, compiled: bool, device: str, force: Any) -> None:
     if not compiled:
-        monkeypatch.setattr("hf_lowmem.kernels.native.library", lambda: None)
-        monkeypatch.setattr("hf_lowmem.kernels.gpu.triton_kernels", lambda: None)
+        force("in_place", "tiles")
     assert follow(case, device) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["slim_llama_layermap", "mini_gpt2_canonical", "signum_llama"])
-def test_golden_without_kernels(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+def test_golden_without_kernels(case: str, device: str, force: Any) -> None:
+    force("rule")
     assert follow(case, device) <= TOLERANCE
 
 

@@ -54,16 +54,14 @@ def run(
     return torch.cat([param.detach().float().flatten() for param in params]), torch.stack(norms).float()
 
 
-@pytest.mark.parametrize("path", ["compiled", "eager", "rule"])
+@pytest.mark.parametrize("path", ["compiled", "tiles", "rule"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
-def test_a_step_clips_as_torch_does(cls, options, shape, bits, dtype, path, monkeypatch) -> None:
+def test_a_step_clips_as_torch_does(cls, options, shape, bits, dtype, path, force) -> None:
     options = {**options, "state_bits": bits, **({"min_8bit_size": 0} if bits == 8 else {})}
     if path != "compiled":
-        monkeypatch.setattr("hf_lowmem.kernels.native.library", lambda: None)
-    if path == "rule":
-        monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+        force(*{"tiles": ("in_place", "tiles"), "rule": ("rule",)}[path])
     mine, norms = run(cls, options, shape, dtype, fused)
     theirs, expected = run(cls, options, shape, dtype, by_torch)
     torch.testing.assert_close(norms, expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)

@@ -27,7 +27,7 @@ from hf_lowmem.algorithms import (
     SlimAdamW,
     Soap,
 )
-from hf_lowmem.kernels import eager, gpu, key_of, native
+from hf_lowmem.kernels import forced
 from tests.support.declarations import IDS, VARIANTS
 
 
@@ -58,17 +58,17 @@ def test_kernels_compute_what_the_rules_define(
     kernels: Any,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
+    force: Any,
 ) -> None:
     """The compiled kernels, and those in plain torch with tiles of several sizes."""
     options = {**options, "state_bits": bits, "min_8bit_size": 0, "block_size": 64}
     start, grads = torch.randn(shape).to(device), [grad.to(device) for grad in gradients(shape)]
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    with forced("rule"):
         expected, reference = run(cls, options, start, grads)
     if kernels != "compiled":
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(gpu, "triton_kernels", lambda: None)
-        monkeypatch.setattr(eager, "tile_size", lambda device: kernels)
+        force("in_place", "tiles", "rule")
+        monkeypatch.setattr("hf_lowmem.kernels.means.TILE", kernels)
+        monkeypatch.setattr("hf_lowmem.kernels.means.ACCELERATOR_TILE", kernels)
     actual, optimizer = run(cls, options, start, grads)
     # A code on the boundary of two may fall to either side: one code is 1.4 % of its block's largest entry.
     tolerance = 1e-6 if bits == 32 else 2e-3
@@ -274,9 +274,8 @@ def test_parameters_without_gradient_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, Signum])
-def test_weights_on_two_devices_share_no_temporary(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on two GPUs: devices of one name to the lookup of kernels."""
-    monkeypatch.setattr("hf_lowmem.optimizer.key_of", lambda rule, plan, device: key_of(rule, plan, "xpu"))
+def test_weights_on_two_devices_share_no_temporary(cls: type, force: Any) -> None:
+    force("tiles")
     params = [nn.Parameter(torch.ones(4, 64, device=device)) for device in ("meta", "cpu")]
     optimizer = cls(params, lr=0.1)
     for param in params:
@@ -373,10 +372,10 @@ PROJECTED = {"rank": 4, "update_interval": 2, "reproject_factor": 2}
         *((CoapAdamW, PROJECTED), (CoapAdafactor, PROJECTED), (Soap, {"precondition_frequency": 2})),
     ],
 )
-def test_the_default_dtype_changes_nothing(cls, options, bits, compiled, monkeypatch) -> None:
+def test_the_default_dtype_changes_nothing(cls, options, bits, compiled, force) -> None:
     """Scripts set it to bfloat16 to load a model."""
     if not compiled:
-        monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+        force("rule")
     generator, found = torch.Generator(), []
     for dtype in (torch.float32, torch.bfloat16):
         generator.manual_seed(0)

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
-from hf_lowmem.kernels import eager, gpu, native
+from hf_lowmem.kernels import forced
 from hf_lowmem.rounding import StoredWeight, hashed, noise_key
 from hf_lowmem.state import Rounding
 
@@ -136,15 +136,15 @@ def test_kernels_round_as_the_rules_do(
     kernels: Any,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
+    force: Any,
 ) -> None:
     more = {"state_bits": bits, "block_size": 64, "rounding": rounding, "device": device}
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    with forced("rule"):
         expected, reference = run(cls, options, shape, **more)
     if kernels != "compiled":
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(gpu, "triton_kernels", lambda: None)
-        monkeypatch.setattr(eager, "tile_size", lambda device: kernels)
+        force("in_place", "tiles", "rule")
+        monkeypatch.setattr("hf_lowmem.kernels.means.TILE", kernels)
+        monkeypatch.setattr("hf_lowmem.kernels.means.ACCELERATOR_TILE", kernels)
     actual, optimizer = run(cls, options, shape, **more)
     (mine,), (theirs,) = optimizer.state.values(), reference.state.values()
     assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
@@ -183,11 +183,9 @@ def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str, devic
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("lr", [1e-2, 1e-6])
-def test_kahan_keeps_what_float32_would(
-    dtype: torch.dtype, lr: float, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kahan_keeps_what_float32_would(dtype: torch.dtype, lr: float, device: str, force: Any) -> None:
     if dtype == torch.float16:  # which the compiled kernels do not take: the float32 run must round as this one does
-        monkeypatch.setattr(native, "library", lambda: None)
+        force("triton" if device == "cuda" else "tiles")
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(32, 64, generator=generator).to(device, dtype)
     grads = [torch.randn(32, 64, generator=generator).to(device, dtype) + 0.5 for _ in range(200)]

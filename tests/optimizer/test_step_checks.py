@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
-from hf_lowmem.kernels import KernelKey, warn_of_no_kernel
+from hf_lowmem.kernels import forced, registry
+from hf_lowmem.kernels.registry import warn_of_slow_steps
 from hf_lowmem.moments import Full, GroupMean, RowColMean, whole
 from hf_lowmem.state import StatePlan
 
@@ -303,7 +304,7 @@ def test_a_first_moment_of_another_kind_takes_no_kernel(first: str, second: str,
             exp_avg_sq = Full(signed=False) if second == "Full" else GroupMean(whole(shape, (1,)).segments)
             return StatePlan({"exp_avg": MOMENTS[first], "exp_avg_sq": exp_avg_sq}, plan.codec)
 
-    warn_of_no_kernel.cache_clear()
+    warn_of_slow_steps.cache_clear()
     caplog.set_level(logging.WARNING, logger="hf_lowmem")
     param, optimizer = stepped(Other, {})
     assert param.isfinite().all()
@@ -313,8 +314,9 @@ def test_a_first_moment_of_another_kind_takes_no_kernel(first: str, second: str,
 
 
 def test_a_rule_without_a_kernel_says_so_once(monkeypatch, caplog) -> None:
-    warn_of_no_kernel.cache_clear()
-    monkeypatch.setattr("hf_lowmem.kernels.KERNELS", {})
+    warn_of_slow_steps.cache_clear()
+    slow = {name: backend for name, backend in registry.BACKENDS.items() if backend.is_slow}
+    monkeypatch.setattr(registry, "BACKENDS", slow)
     caplog.set_level(logging.WARNING, logger="hf_lowmem")
     for cls, options in CLASSES:
         stepped(cls, options)
@@ -328,27 +330,18 @@ def test_a_rule_without_a_kernel_says_so_once(monkeypatch, caplog) -> None:
 @pytest.mark.parametrize("shape", [(96, 64), (5,), (7, 3, 64), ()])
 def test_an_elementwise_rule_runs_in_tiles(cls, storage, shape, monkeypatch) -> None:
     """Each tile gives the bits that the whole weight gives."""
-    monkeypatch.setattr("hf_lowmem.kernels.KERNELS", {})
     found = []
-    for tile in (1 << 18, 100):
-        monkeypatch.setattr("hf_lowmem.composed.TILE", tile)
+    for backend, tile in (("rule", 1), ("tiles", 100)):
+        monkeypatch.setattr("hf_lowmem.kernels.means.TILE", tile)
         torch.manual_seed(0)
         param = nn.Parameter(torch.randn(shape).to(torch.bfloat16 if "rounding" in storage else torch.float32))
         optimizer = cls([param], lr=1e-2, **storage)
         for _ in range(3):
             param.grad = torch.randn(shape).to(param.dtype)
-            optimizer.step()
+            with forced(backend):
+                optimizer.step()
         found.append([param.detach(), *optimizer.state[param].values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_keys_name_what_is_different() -> None:
-    from hf_lowmem.kernels import key_of
-
-    plan = LowMemAdamW([nn.Parameter(torch.ones(4))]).plan
-    group = {"rounding": "nearest"}
-    assert key_of("adamw", plan(group, (4,)), "cpu") == KernelKey("adamw", "Full", "Float32", "FullSpace", "cpu")
-    assert key_of("adamw", plan(group, (4,), torch.float64), "cpu").others == "torch.float64"
 
 
 # -- torch.compile --------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW
-from hf_lowmem.kernels import Hyper, Slot, eager
+from hf_lowmem.kernels.bucket import Bucket, Hyper
+from hf_lowmem.kernels.tiles import Tiles
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.projections import low_rank, tucker
@@ -79,7 +80,7 @@ def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
 def moment(optimizer: LowMemOptimizer, param: nn.Parameter, name: str) -> Tensor:
     """A full moment, decoded."""
     plan = optimizer.plan(optimizer.param_groups[0], tuple(param.shape))
-    return plan.bind(optimizer.state[param])[name].load().clone()
+    return plan.bind(optimizer.state[param], tuple(param.shape))[name].load().clone()
 
 
 def projected(optimizer: LowMemOptimizer, param: nn.Parameter, grad: Tensor) -> Tensor:
@@ -573,18 +574,14 @@ SPACES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("space", SPACES)
-def test_kernels_compute_what_the_rules_define(
-    space: str, bits: int, correct_bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_compute_what_the_rules_define(space: str, bits: int, correct_bias: bool, force: Any) -> None:
     shape, options = SPACES[space]
     options = {**options, "state_bits": bits, "min_8bit_size": 0, "rank_ratio": 2, "correct_bias": correct_bias}
     options |= {"restore_state": not correct_bias, "scale": 0.25, **SOON}
     start, grads = random(*shape), gradients(shape, 8)
     actual, mine = run(CoapAdamW, start, grads, **options)
-    asked = []
-    monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", asked.append)
+    force("rule")
     expected, theirs = run(CoapAdamW, start, grads, **options)
-    assert len(asked) == 8
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol={32: 1e-5, 16: 1e-4, 8: 2e-3}[bits])
     assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
 
@@ -672,20 +669,20 @@ def test_any_convolution(cls: type, bits: int, ratio: float, shape: tuple[int, .
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (4 * 50, [3, 2]), (1 << 20, [5])])
-def test_weights_share_inner_steps_up_to_a_tile(limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_share_inner_steps_up_to_a_tile(
+    limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch, force: Any
+) -> None:
     """Entries of rank 4: 24, 24, 16, 24 and 24 times as many; whatever shares a step, the weights are the same."""
     shapes, taken = [RIGHT, LEFT, (16, 16), RIGHT, LEFT], []
-    monkeypatch.setattr(eager, "tile_size", lambda device: limit)
-    in_subspace = eager.transformers_adamw_in_subspace
+    monkeypatch.setattr("hf_lowmem.kernels.means.TILE", limit)
+    force("in_place", "tiles")
+    step = Tiles.step
 
-    def counted(slots: list[Slot], hyper: Hyper) -> None:
-        taken.append(len(slots))
-        eager.adamw_full(slots, hyper, eager.undecayed_form)
+    def counted(backend: Tiles, bucket: Bucket, hyper: Hyper) -> None:
+        taken.append(len(bucket.params))
+        step(backend, bucket, hyper)
 
-    monkeypatch.setattr(
-        "hf_lowmem.optimizer.find_kernel",
-        lambda key: lambda slots, hyper: in_subspace(slots, hyper, counted, eager.add),
-    )
+    monkeypatch.setattr(Tiles, "step", counted)
     params = [nn.Parameter(random(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
     alone = [build(CoapAdamW, param.detach(), rank=4) for param in params]
     optimizer = CoapAdamW(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, rank=4)
@@ -764,11 +761,13 @@ def test_8_bit_moments_do_not_blow_steps_up(decades: int, axis: int, shape: tupl
     assert coded < 2 * exact
 
 
-def test_8_bit_second_moments_blow_steps_up_if_not_stored_as_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bit_second_moments_blow_steps_up_if_not_stored_as_roots(
+    monkeypatch: pytest.MonkeyPatch, force: Any
+) -> None:
     """Small ones fall to zero: what the test above would find."""
     grads = wide_gradients((64, 128), 1, 4)
     exact = largest_step(grads, 32)
-    monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: None)
+    force("rule")
     monkeypatch.setattr(CoapAdamW, "second_moment", classmethod(lambda cls, space: Full(signed=True)))
     assert largest_step(grads, 8) > 10 * exact
 

@@ -160,7 +160,7 @@ INLINE void store_param(const Part *part, int64_t at, int n, const float *value)
     if (part->dtype == FLOAT32) return; /* in place */
     uint16_t *to = (uint16_t *)part->param + at;
     if (part->rounding == STOCHASTIC) {
-        uint32_t key = (uint32_t)part->noise_key, first = (uint32_t)(part->start + at);
+        uint32_t key = (uint32_t)(int64_t)part->noise_key, first = (uint32_t)(part->start + at);
         SIMD for (int i = 0; i < n; i++) {
             uint32_t bits = bits_of(value[i]), finite = (bits & 0x7F800000u) != 0x7F800000u;
             uint32_t noisy = (bits + hashed(first + (uint32_t)i, key)) >> 16;

@@ -183,7 +183,9 @@ def adds(step: ParamStep, update: Tensor) -> bool:
 def add(step: ParamStep, update: Tensor, scale: float, decay: float | Tensor) -> None:
     """param <- decay * param + scale * update in one pass; a decay is one number, or one per matrix of a stack."""
     param, device = step.param, step.param.device
-    decays = decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, device=device)
+    decays = (
+        decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, dtype=torch.float32, device=device)
+    )
     entries, tile = param.numel() // decays.numel(), tile_for("add", current_arch())
     comps, rounding = step.state.get(KAHAN_COMP, param), step.plan.rounding.kind
     grid = (-(-entries // tile.entries), decays.numel())
