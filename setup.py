@@ -42,7 +42,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 KERNELS = Path("hf_lowmem/kernels")
-SOURCES = (KERNELS / "cpu/native.c", KERNELS / "columns.py")
+SOURCES = (KERNELS / "cpu/native.c", KERNELS / "cpu/storage.h", KERNELS / "columns.py")
 # A library that was built from other sources is not loaded.
 CHECKSUM = zlib.crc32(b"".join((Path(__file__).parent / source).read_bytes() for source in SOURCES))
 columns = runpy.run_path(str(Path(__file__).parent / KERNELS / "columns.py"))

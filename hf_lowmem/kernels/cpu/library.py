@@ -76,7 +76,7 @@ def _is_of_this_source(built: ctypes.CDLL) -> bool:
     source = Path(__file__).with_name("native.c")
     if not source.is_file():
         return True
-    sources = (source, Path(columns.__file__))
+    sources = (source, source.with_name("storage.h"), Path(columns.__file__))
     return bool(built.hf_lowmem_checksum() == zlib.crc32(b"".join(each.read_bytes() for each in sources)))
 
 
