@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +29,12 @@ import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
-from hf_lowmem.kernels import KERNELS, Slot, eager, gpu
-from hf_lowmem.kernels.gpu_kernels import decoded, encoded
-from hf_lowmem.kernels.tuning import KINDS, Tile, current_arch, tile_for
+from hf_lowmem.kernels import forced, in_place
+from hf_lowmem.kernels.bucket import ParamStep
+from hf_lowmem.kernels.triton import launch
+from hf_lowmem.kernels.triton.codes import decoded, encoded
+from hf_lowmem.kernels.triton.launch import Launch
+from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for, tuned
 from hf_lowmem.state import Rounding, StatePlan
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
@@ -50,11 +53,11 @@ def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert triton.knobs.runtime.interpret == INTERPRETED
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    for key in [key for key in KERNELS if key.device == "cuda"]:
-        monkeypatch.setitem(KERNELS, key._replace(device=DEVICE.type), KERNELS[key])
+    with forced("triton", "in_place"):
+        yield
 
 
 @triton.jit
@@ -123,7 +126,7 @@ def test_kernels_follow_the_rules(case: tuple, dtype: torch.dtype, rounding: str
 def test_large_groups_follow_the_rules(case: tuple, bits: int, means: str) -> None:
     """Groups larger than a tile, and than what one program takes."""
     tile = Tile(512, one_tile=256, one_program=1 << 20 if means == "loop" else 0, partial_sum=1024)
-    with gpu.tuned(dict.fromkeys(KINDS, tile)):
+    with tuned(dict.fromkeys(KINDS, tile)):
         check_gpu_kernel(case, bits, torch.bfloat16, "kahan", DEVICE.type)
 
 
@@ -151,12 +154,13 @@ def test_an_update_is_added_as_in_tiles(dtype: torch.dtype, rounding: str, decay
     start, update = (torch.randn(3, 40, 50, generator=generator).to(DEVICE) for _ in range(2))
     decay = decay.to(DEVICE) if isinstance(decay, Tensor) else decay
     plan, found = StatePlan({}, Float32(), rounding=Rounding.of(rounding, dtype)), []
-    for add in (gpu.add, eager.add):
+    for add in (launch.add, in_place.add):
         state = {name: spec.zeros(DEVICE) for name, spec in plan.rounding.specs(tuple(start.shape)).items()}
-        slot = Slot(start.to(dtype), start, state, plan, 1, 12345)
-        for _ in range(2):
-            add(slot, update, -1e-3, decay)
-        found.append((slot.param, slot.weight().load()))
+        step = ParamStep(start.to(dtype), start, state, plan, 1, 12345)
+        with forced("in_place"):
+            for _ in range(2):
+                add(step, update, -1e-3, decay)
+        found.append((step.param, step.weight().load()))
     (narrow, mine), (expected, theirs) = found
     if rounding == "kahan" or dtype == torch.float32:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
@@ -183,11 +187,11 @@ def test_odd_sizes_follow_the_rules(case: tuple) -> None:
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
-def test_a_projected_update_is_not_rounded(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_projected_update_is_not_rounded(rounding: str) -> None:
     start = 0.01 * torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     options = {"rank": 8, "rounding": rounding}
     mine, _ = run(CoapAdamW, options, start)
-    theirs, _ = by_rule(monkeypatch, CoapAdamW, options, start)
+    theirs, _ = by_rule(CoapAdamW, options, start)
     assert (mine - theirs).abs().gt(1e-6).float().mean() < 0.005
 
 
@@ -224,11 +228,12 @@ def test_rows_that_share_a_tile_are_stepped_as_if_each_were_alone(columns: int) 
 
 def test_programs_of_columns_walk_along_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two of them step the first lines of all 512 columns, so that they read what lies side by side."""
-    table_of = gpu.table_of
-    monkeypatch.setattr(gpu, "table_of", lambda *args: (tables := table_of(*args))._replace(tiles=tables.tiles[:2]))
+    tables_of = Launch.tables
+    two_tiles = lambda *args: (tables := tables_of(*args))._replace(tiles=tables.tiles[:2])  # noqa: E731
+    monkeypatch.setattr(Launch, "tables", two_tiles)
     param = nn.Parameter(torch.ones(64, 512, device=DEVICE))
     param.grad = torch.ones_like(param)
-    with gpu.tuned({"column": Tile(4096)}):
+    with tuned({"column": Tile(4096)}):
         SlimAdamW([param], lr=1e-2, axes=(0,)).step()
     assert param[:16].max() < 1
     assert param[16:].min() == 1
@@ -236,48 +241,48 @@ def test_programs_of_columns_walk_along_the_rows(monkeypatch: pytest.MonkeyPatch
 
 def test_tiles_are_other_ones_for_a_while() -> None:
     before, other = tile_for("group", current_arch()), Tile(512, per_thread=16)
-    with gpu.tuned({"group": other}):
+    with tuned({"group": other}):
         assert tile_for("group", current_arch()) is other
     assert tile_for("group", current_arch()) is before
-    with pytest.raises(ValueError, match=r"kinds of launch are none, .*, not rows"), gpu.tuned({"rows": other}):
+    with pytest.raises(ValueError, match=r"kinds of launch are none, .*, not rows"), tuned({"rows": other}):
         pass
 
 
 def test_many_weights_take_few_launches_and_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[Any] = []
-    launch = gpu.launch
-    monkeypatch.setattr(gpu, "launch", lambda variant, *rest: (launched.append(variant), launch(variant, *rest)))
+    launched, uploads = list[Any](), list[Any]()
+    step, upload = Launch.step, Launch._uploaded
+    monkeypatch.setattr(Launch, "step", lambda self, *args: (launched.append(self.variant), step(self, *args)))
+    monkeypatch.setattr(Launch, "_uploaded", lambda *args: (uploads.append(args), upload(*args))[1])
     layers = nn.ModuleList(nn.Linear(64, 32 if i % 2 else 48, device=DEVICE) for i in range(12))
     optimizer = hf_lowmem.build_optimizer(layers, "slim_adamw", lr=1e-3)
     for param in layers.parameters():
         param.grad = torch.ones_like(param)
-    gpu.numbered.cache_clear()
     optimizer.step()
     assert sum(map(len, (group["params"] for group in optimizer.param_groups))) == 24
     assert len(launched) == len(set(launched)) <= 3
-    tables = gpu.numbered.cache_info().misses
+    tables = len(uploads)
+    assert tables == len(launched)
     optimizer.step()
-    assert gpu.numbered.cache_info().misses == tables
+    assert len(uploads) == tables
     layers[0].weight.grad = torch.ones_like(layers[0].weight)
     optimizer.step()
-    assert gpu.numbered.cache_info().misses == tables + 1
+    assert len(uploads) == tables + 1
 
 
 @pytest.mark.parametrize("means", ["as they come", "before"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}".replace(" ", ""))
 def test_a_clipped_step_follows_the_rule(case: tuple, means: str) -> None:
     tiles = dict.fromkeys(KINDS, Tile(512, one_tile=256, one_program=0, partial_sum=1024)) if means == "before" else {}
-    with gpu.tuned(tiles):
+    with tuned(tiles):
         check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type, clip=0.5)
         check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type, clip=0.5)
 
 
 def test_a_step_takes_the_sums_that_its_clipping_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    partial_sums = gpu.partial_sums
-    monkeypatch.setattr(
-        gpu, "partial_sums", lambda *args, **kwargs: (found.append(args), partial_sums(*args, **kwargs))[1]
-    )
+    partial_sums = Launch.partial_sums
+    counted = lambda *args, **kwargs: (found.append(args), partial_sums(*args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(Launch, "partial_sums", counted)
     param = nn.Parameter(torch.zeros(48, 64, device=DEVICE))
     optimizer = SlimAdamW([param], lr=1e-2, axes=(0,))
     param.grad = torch.ones_like(param)
@@ -299,24 +304,24 @@ class Tape(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.done: list[tuple[Any, Any, Any, Any]] = []
-        modules = gpu.triton_kernels()
+        modules = launch.triton_kernels()
         self.launchers = {
             name: self.launcher(getattr(modules, name)) for name in ("step", "combine", "sum_squares", "write_grads")
         }
         recorded = SimpleNamespace(**{**vars(modules), **self.launchers})
-        monkeypatch.setattr(gpu, "triton_kernels", lambda: recorded)
+        monkeypatch.setattr(launch, "triton_kernels", lambda: recorded)
 
     def launcher(self, kernel: Any) -> Any:
         tape = self
 
         class Launcher:
             def __getitem__(self, grid: Any) -> Any:
-                def launch(*args: Any, **kwargs: Any) -> None:
+                def launched(*args: Any, **kwargs: Any) -> None:
                     tape.done.append((kernel[grid], args, kwargs, None))
                     with _disable_current_modes():
                         kernel[grid](*args, **kwargs)
 
-                return launch
+                return launched
 
         return Launcher()
 
@@ -344,7 +349,7 @@ def captured(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> An
             function()
         return graph
     tape = Tape(monkeypatch)
-    monkeypatch.setattr(gpu, "uploaded", lambda *args: pytest.fail("numbers are uploaded during the capture"))
+    monkeypatch.setattr(launch, "uploaded", lambda *args: pytest.fail("numbers are uploaded during the capture"))
     with tape:
         function()
     return tape
@@ -418,8 +423,9 @@ def test_a_capture_without_a_step_before_it_is_one_sentence(monkeypatch: pytest.
     param = nn.Parameter(torch.zeros(4, 256, device=DEVICE))
     optimizer = SlimAdamW([param], lr=1e-2, axes=(1,), capturable=True)
     param.grad = torch.ones_like(param)
-    monkeypatch.setattr(gpu, "capturing", lambda device: True)
-    gpu.lasting.cache_clear()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(launch, "_LASTING", {})
+    launch.part_numbers.cache_clear()
     with pytest.raises(RuntimeError, match="take at least one step of the same parameters before the capture"):
         optimizer.step()
 
@@ -429,6 +435,6 @@ def test_a_clipping_outside_of_the_graph_of_its_step_is_one_sentence(monkeypatch
     optimizer = SlimAdamW([param], lr=1e-2, axes=(1,), capturable=True)
     param.grad = torch.ones_like(param)
     optimizer.clip_grad_norm_(1.0)
-    monkeypatch.setattr("hf_lowmem.optimizer.capturing", lambda device: True)
+    monkeypatch.setattr("hf_lowmem.clipping.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="capture both in one"):
         optimizer.step()

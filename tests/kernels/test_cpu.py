@@ -21,8 +21,13 @@ from torch import Tensor, nn
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
-from hf_lowmem.kernels import Hyper, eager, native, reinstall
-from hf_lowmem.kernels.geometry import geometry
+from hf_lowmem.kernels import BACKENDS, forced
+from hf_lowmem.kernels.bucket import Bucket, Hyper
+from hf_lowmem.kernels.columns import CPU_PART, SCALARS
+from hf_lowmem.kernels.cpu import library as cpu_library
+from hf_lowmem.kernels.cpu import reinstall
+from hf_lowmem.kernels.parts import geometry
+from hf_lowmem.kernels.tiles import Tiles
 from tests import ROOT
 from tests.support.kernel_runs import RAGGED, by_rule, run
 from tests.support.model_families import FAMILIES, tiny_model
@@ -30,13 +35,13 @@ from tests.support.model_families import FAMILIES, tiny_model
 NAMES = ["lowmem_adamw", "slim_adamw", "adam_mini", "adalayer", "signum"]
 ROUNDINGS = ["nearest", "stochastic", "kahan"]
 built = pytest.mark.skipif(
-    native.library() is None and shutil.which("cc") is None, reason="there is no C compiler here"
+    cpu_library.library() is None and shutil.which("cc") is None, reason="there is no C compiler here"
 )
 
 
 @built
 def test_the_library_is_built() -> None:
-    assert native.library() is not None
+    assert cpu_library.library() is not None
 
 
 # More than 2^21 entries in a group are shared between units; fewer than 2^16 share one; rows longer than a run.
@@ -56,14 +61,13 @@ LARGE: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), LARGE, ids=lambda value: str(value).replace(" ", ""))
-def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, monkeypatch) -> None:
+def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding) -> None:
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
     options = {**options, "state_bits": bits, "rounding": rounding}
     start = torch.randn(shape).to(dtype)
-    monkeypatch.setattr(eager, "tiles", lambda *args: pytest.fail("the compiled kernel leaves this to another"))
-    mine, state = run(cls, options, start)
-    monkeypatch.undo()
-    theirs, expected = by_rule(monkeypatch, cls, options, start)
+    with forced("cpu"):
+        mine, state = run(cls, options, start)
+    theirs, expected = by_rule(cls, options, start)
     # A code, or a weight's neighbour, may fall to either side of a boundary in a few places.
     for name, value in {"param": mine, **state}.items():
         reference = theirs if name == "param" else expected[name]
@@ -81,14 +85,13 @@ def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding, mon
 @built
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("cls", "options", "shape"), RAGGED, ids=lambda value: str(value).replace(" ", ""))
-def test_rows_that_end_in_a_short_block_follow_the_rules(cls, options, shape, rounding, monkeypatch) -> None:
+def test_rows_that_end_in_a_short_block_follow_the_rules(cls, options, shape, rounding) -> None:
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
     options = {**options, "state_bits": 8, "min_8bit_size": 0, "rounding": rounding}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    monkeypatch.setattr(eager, "tiles", lambda *args: pytest.fail("the compiled kernel leaves this to another"))
-    mine, state = run(cls, options, start)
-    monkeypatch.undo()
-    theirs, expected = by_rule(monkeypatch, cls, options, start)
+    with forced("cpu"):
+        mine, state = run(cls, options, start)
+    theirs, expected = by_rule(cls, options, start)
     for name, value in {"param": mine, **state}.items():
         reference = theirs if name == "param" else expected[name]
         if name == "kahan_comp":
@@ -112,11 +115,11 @@ def test_any_rows_of_8_bit_blocks(data: st.DataObject) -> None:
     options = {"state_bits": 8, "min_8bit_size": 0, "block_size": data.draw(st.sampled_from([64, 128, 256]))}
     options |= {"axes": axes} if axes else {}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with pytest.MonkeyPatch.context() as patch:
-        theirs, expected = by_rule(patch, cls, options, start)
+    theirs, expected = by_rule(cls, options, start)
+    with forced("cpu"):
         results = [run(cls, options, start)]
-        patch.setattr(native, "library", lambda: None)
-        patch.setattr(eager, "tile_size", lambda device: 1024)
+    with pytest.MonkeyPatch.context() as patch, forced("tiles"):
+        patch.setattr("hf_lowmem.kernels.means.TILE", 1024)
         results.append(run(cls, options, start))
     for mine, state in results:
         for name, value in {"param": mine, **state}.items():
@@ -129,16 +132,15 @@ def test_any_rows_of_8_bit_blocks(data: st.DataObject) -> None:
 
 
 @built
-def test_a_short_block_is_the_same_compiled_and_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_block_is_the_same_compiled_and_in_plain_torch() -> None:
     """One step from zero has no code on a boundary: codes and scales are equal bit for bit."""
     state: list[dict[str, Tensor]] = []
-    for plain in (False, True):
+    for backend in ("cpu", "tiles"):
         param = nn.Parameter(torch.zeros(7, 4304))
         optimizer = LowMemAdamW([param], betas=(0.5, 0.5), state_bits=8)
         param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
-        if plain:
-            monkeypatch.setattr(native, "library", lambda: None)
-        optimizer.step()
+        with forced(backend):
+            optimizer.step()
         state.append(dict(optimizer.state[param]))
     for name, tensor in state[0].items():
         assert tensor.dtype == torch.float32 or tensor.shape == param.shape
@@ -205,9 +207,8 @@ def test_any_groups(data: st.DataObject) -> None:
     options = {"axes": tuple(sorted(axes)), **({"rows_per_block": block} if kept else {})}
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        mine, state = run(AdamMini, options, start)
-        theirs, expected = by_rule(patch, AdamMini, options, start)
+    mine, state = run(AdamMini, options, start)
+    theirs, expected = by_rule(AdamMini, options, start)
     torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"], rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
 
@@ -234,16 +235,16 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
 
 
 @built
-def test_stochastic_rounding_draws_the_noise_of_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stochastic_rounding_draws_the_noise_of_the_rules() -> None:
     options = {"axes": (1,), "rounding": "stochastic"}
     start = torch.randn(64, 256).bfloat16()
     mine, _ = run(SlimAdamW, options, start)
-    theirs, _ = by_rule(monkeypatch, SlimAdamW, options, start)
+    theirs, _ = by_rule(SlimAdamW, options, start)
     assert (mine == theirs).float().mean() > 0.999  # other noise would differ in a third
 
 
 @built
-def test_a_weight_inside_of_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_inside_of_its_storage() -> None:
     options = {"axes": (1,), "rounding": "stochastic", "state_bits": 8, "min_8bit_size": 0}
     whole = torch.randn(40, 256).bfloat16()
     inside, _ = run(SlimAdamW, options, whole.clone()[8:])
@@ -258,23 +259,19 @@ def test_every_family_is_covered(family: str, name: str, monkeypatch: pytest.Mon
     """But for the gates of gpt-oss, which alternate with other columns."""
     model = tiny_model(family)
     left: list[tuple[int, ...]] = []
-    leave = eager.adamw_mean
 
-    def note(slots: Any, hyper: Hyper) -> None:
-        left.extend(tuple(slot.param.shape) for slot in slots)
-        leave(slots, hyper)
+    class Left(Tiles):
+        def step(self, bucket: Bucket, hyper: Hyper) -> None:
+            left.extend(tuple(param.shape) for param in bucket.params)
+            super().step(bucket, hyper)
 
+    monkeypatch.setitem(BACKENDS, "tiles", Left())
     optimizer = hf_lowmem.build_optimizer(model, name, lr=1e-3)
-    key = next(key for key in _mean_keys() if key.codec == "Float32")
-    monkeypatch.setitem(hf_lowmem.kernels.KERNELS, key, native.kernel(native.ADAMW_MEAN, note))
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    optimizer.step()
+    with forced("torch_fused", "cpu", "tiles"):
+        optimizer.step()
     assert bool(left) == (family == "gpt_oss" and name == "slim_adamw")
-
-
-def _mean_keys() -> list[Any]:
-    return [key for key in hf_lowmem.kernels.KERNELS if key.second_moment == "GroupMean" and key.device == "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -293,50 +290,58 @@ def test_geometry(shape: Any, strides: Any, dims: Any, expected: Any) -> None:
     assert found == (None if expected is None else (*expected, 7))
 
 
-@pytest.mark.parametrize("name", ["slim_adamw_8bit", "lowmem_adamw", "signum"])
-def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(native, "LIBRARY", Path("missing.so"))
-    native.library.cache_clear()
+@pytest.mark.parametrize(
+    ("name", "dtype", "times"),
+    [
+        ("slim_adamw_8bit", torch.float32, 1),
+        ("lowmem_adamw", torch.bfloat16, 1),
+        ("signum", torch.float32, 1),
+        ("lowmem_adamw", torch.float32, 0),  # torch's fused AdamW takes these steps, as it does with a compiler
+    ],
+)
+def test_without_a_compiler_steps_are_taken_and_that_is_said_once(name, dtype, times, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(cpu_library, "LIBRARY", Path("missing.so"))
+    cpu_library.library.cache_clear()
     try:
-        layer = nn.Linear(64, 64)
-        optimizer = hf_lowmem.build_optimizer(layer, name, lr=1e-3)
+        layer = nn.Linear(64, 64, dtype=dtype)
+        optimizer = hf_lowmem.build_optimizer(layer, name, lr=1e-2)
         before = layer.weight.detach().clone()
         for _ in range(2):
-            layer(torch.ones(64)).sum().backward()
+            layer(torch.ones(64, dtype=dtype)).sum().backward()
             optimizer.step()
         assert not torch.equal(before, layer.weight)
     finally:
-        native.library.cache_clear()
-    assert caplog.text.count("install a C compiler, such as gcc, and then run `pip install --no-cache-dir") == 1
+        cpu_library.library.cache_clear()
+    assert caplog.text.count("install a C compiler, such as gcc, and then run `pip install --no-cache-dir") == times
 
 
 @built
 def test_a_library_of_another_source_is_not_loaded(monkeypatch, caplog) -> None:
     monkeypatch.setattr("zlib.crc32", lambda data: 1)
-    native.library.cache_clear()
+    cpu_library.library.cache_clear()
     try:
-        assert native.library() is None
+        assert cpu_library.library() is None
         assert "of another version: run `pip install --no-cache-dir" in caplog.text
     finally:
-        native.library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 def test_a_library_that_cannot_be_loaded_is_said(monkeypatch, tmp_path: Path, caplog) -> None:
     (tmp_path / "_native.so").write_text("of another platform")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
-    native.library.cache_clear()
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "_native.so")
+    cpu_library.library.cache_clear()
     try:
-        assert native.library() is None
+        assert cpu_library.library() is None
         assert re.search("not loadable .*file too short|not loadable .*invalid ELF", caplog.text)
     finally:
-        native.library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 @built
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_process_has_one_openmp() -> None:
     code = (
-        "from hf_lowmem.kernels import native\nassert native.library()\n"
+        "from hf_lowmem.kernels.cpu.library import library\nassert library()\n"
         "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}, sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -386,6 +391,7 @@ def test_a_folder_on_the_path_alone_is_reinstalled_by_name(monkeypatch, tmp_path
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     driver, flags = tmp_path / "driver", ["-O1", "-g", "-std=gnu11", "-fopenmp", "-DNO_CLONES"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += [f"-DPART_COLUMNS={', '.join(CPU_PART)}", f"-DSCALAR_COLUMNS={', '.join(SCALARS)}"]
     source = ROOT / "tests" / "support" / "native_driver.c"
     subprocess.run(["gcc", *flags, str(source), "-o", str(driver), "-lm"], check=True)
     done = subprocess.run([str(driver)], capture_output=True, text=True)
@@ -398,5 +404,5 @@ def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CC": "/no/compiler"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "hf_lowmem" / "kernels" / "native.py").is_file()
+    assert (tmp_path / "hf_lowmem" / "kernels" / "cpu" / "library.py").is_file()
     assert not list(tmp_path.rglob("*.so"))
