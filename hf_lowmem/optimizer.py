@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from hf_lowmem import checkpoint
 from hf_lowmem.buckets import Buckets
-from hf_lowmem.checks import check_flags, check_group_keys, check_hyperparameters, nearest_option
+from hf_lowmem.checks import check_flags, check_group_keys, nearest_option
 from hf_lowmem.clipping import Clipping
 from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.log import get_logger
-from hf_lowmem.options import HYPERPARAMETERS, describe, show_options
+from hf_lowmem.option_help import describe, show_options
+from hf_lowmem.options import HYPERPARAMETERS, Hyperparameters, Options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.state import FULL_SPACE, STEP, Rounding, State, StatePlan, TensorSpec, arithmetic_of
@@ -28,8 +29,8 @@ from hf_lowmem.update_rules import RULE_FLAGS
 logger = get_logger(__name__)
 
 Group = dict[str, Any]
-# Of any group; a resumed run may change them.
-RUN_OPTIONS = ("compile", "rounding", "rounding_seed", "offload_state", "fused_clip", "capturable")
+RUN_OPTIONS = tuple(Options.defaults("run"))
+CLASS_DEFAULT: Any = ...  # stands for the default of the class whose object is made
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -58,46 +59,37 @@ def algorithms() -> set[str]:
 
 
 class LowMemOptimizer(Optimizer):
-    """Base of every algorithm: a subclass names its rule, its options and the plan of one parameter's state.
+    """The base of every algorithm. A subclass names its update rule and its options, and plans a parameter's state.
 
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
-        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; weight decay is decoupled.
+        lr, betas, eps, weight_decay: hyperparameters, as for `torch.optim.AdamW`; weight decay is decoupled.
         roles: layout options per parameter, kept beside the groups; those that a group brings win.
-        rounding: how a weight narrower than float32 takes an update: "nearest", "stochastic", or "kahan", which keeps
-            what was cut off in `kahan_comp`, int16 of the weight's shape.
-        rounding_seed: of the noise of "stochastic", which also depends on the parameter's place and its step.
-        offload_state: whether `release_state` moves the state to the host until the next step; see `placement.py`.
-        fused_clip: whether a `clip_grad_norm_` of accelerate, such as a Trainer's, is left to the one of this class.
-        capturable: whether a CUDA graph can capture `step`: `step` and a tensor `lr` are read on the device only.
-            Needs an optimizer that projects nothing; excludes `compile` and `offload_state`.
-        options: the algorithm's own options. Those that a layout depends on hold for groups that bring none.
+        options: the options of `options_cls`. Those that a layout depends on hold for groups that bring none.
 
     Raises:
-        TypeError: an unknown option.
-        ValueError: a hyperparameter out of range, an option that does not fit a parameter, or nothing to train.
+        TypeError: an option is unknown.
+        ValueError: a value is not legal, an option does not fit a parameter, or there is nothing to train.
     """
 
     algorithm: ClassVar[str]
     rule: ClassVar[str]
-    layout_options: ClassVar[dict[str, Any]]  # the options that a state's layout depends on, with their defaults
-    schedule_options: ClassVar[dict[str, Any]] = {}  # those that the plan needs too, which a resumed run may change
+    options_cls: ClassVar[type[Options]] = Options
+    hyperparameters: ClassVar[Hyperparameters] = Hyperparameters()  # the defaults of lr, betas, eps and weight_decay
     idle_calls: ClassVar[int] = 0  # first calls of a parameter that prepare its projection and do not update it
+    # These are read from `options_cls`: options with their defaults, by what depends on them.
+    layout_options: ClassVar[dict[str, Any]]
+    schedule_options: ClassVar[dict[str, Any]]
 
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        lr: float | Tensor = CLASS_DEFAULT,
+        betas: tuple[float, float] = CLASS_DEFAULT,
+        eps: float = CLASS_DEFAULT,
+        weight_decay: float = CLASS_DEFAULT,
         *,
         roles: Roles | None = None,
-        rounding: str = "nearest",
-        rounding_seed: int = 0,
-        offload_state: bool = False,
-        fused_clip: bool = False,
-        capturable: bool = False,
         **options: Any,
     ) -> None:
         legal = self._known_options()
@@ -108,20 +100,19 @@ class LowMemOptimizer(Optimizer):
                 f"{type(self).__name__} has no option {name!r}{f', did you mean {meant!r}?' if meant else ';'} it has "
                 f"{', '.join(sorted(known))}."
             )
+        given = {**dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), **options}
+        given = {name: value for name, value in given.items() if value is not CLASS_DEFAULT}
+        values = {**vars(self.hyperparameters), **self.options_cls.defaults(), **given}
+        values = {name: as_tuple(value) for name, value in values.items()}
+        for name, default in self.layout_options.items():
+            if default == ():  # an option of several values, for which None and any iterable will do
+                values[name] = as_tuple(tuple(values[name] or ()))
+        self.check_values(values)
         self._roles = roles
         self._layouts: list[GroupLayouts] = []
-        self._layout_defaults = {
-            option: as_tuple(options.pop(option, default)) for option, default in self.layout_options.items()
-        }
+        self._layout_defaults = {option: values.pop(option) for option in self.layout_options}
         self._forget_caches()
-        run: dict[str, Any] = dict(rounding=rounding, rounding_seed=rounding_seed, offload_state=offload_state)
-        run |= dict(fused_clip=fused_clip, capturable=capturable, compile=False)
-        betas = as_tuple(betas)
-        defaults = (
-            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **self.schedule_options) | run | options
-        )
-        check_hyperparameters({**self._layout_defaults, **defaults})
-        super().__init__(params, {**defaults, "algorithm": self.algorithm})
+        super().__init__(params, {**values, "algorithm": self.algorithm})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("The optimizer got no parameter to train: unfreeze some, or pass a non-empty group.")
 
@@ -132,6 +123,8 @@ class LowMemOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.layout_options = cls.options_cls.defaults("layout", "role")
+        cls.schedule_options = cls.options_cls.defaults("schedule")
         show_options(cls)
 
     def __repr__(self) -> str:
@@ -141,18 +134,24 @@ class LowMemOptimizer(Optimizer):
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
-        """The state of a parameter of `shape` under `layout_options` and `schedule_options`."""
+        """Return the plan of a parameter of `shape` under `layout_options` and `schedule_options`."""
         raise NotImplementedError
 
     @classmethod
     def plan_options(cls) -> dict[str, Any]:
-        """All options that `make_plan` takes, with their defaults."""
+        """Return all options that `make_plan` takes, with their defaults."""
         return {**cls.layout_options, **cls.schedule_options}
 
     @classmethod
     def _known_options(cls) -> set[str]:
-        """All options that the constructor and the groups take, beside torch's own hyperparameters."""
-        return {*cls.plan_options(), *RULE_FLAGS.get(cls.rule, ()), *RUN_OPTIONS}
+        """Return all options that the constructor and the groups take, beside torch's own hyperparameters."""
+        return set(cls.options_cls.declared())
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first hyperparameter or option in `values` that is not legal."""
+        cls.hyperparameters.check_values(values)
+        cls.options_cls.check_values(values)
 
     def rule_of(self, plan: StatePlan, group: Group) -> str:
         """The rule that steps a parameter with this plan."""
@@ -181,7 +180,7 @@ class LowMemOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            check_hyperparameters({key: group[key] for key in known & group.keys()})
+            self.check_values({key: group[key] for key in known & group.keys()})
             self._layouts.append(self._layouts_of(group))
             schedule = self._schedule(group)
             for param, layout in zip(group["params"], self._layouts[-1].layouts, strict=True):
@@ -254,7 +253,7 @@ class LowMemOptimizer(Optimizer):
         found = self._plans.get(key)
         if found is None:
             values = dict(options) | dict(zip((*self.schedule_options, "rounding"), schedule, strict=True))
-            check_hyperparameters(values)
+            self.check_values(values)
             found = self._plans[key] = self.state_plan(shape, dtype, values)
         return found
 

@@ -1,97 +1,202 @@
-"""What a user's tools show of an optimizer class: all its options, which its `__init__` takes as `**options`.
+"""The options of an algorithm, each declared once: its default, its legal values, what it does, and what reads it.
 
-An option is declared once, as a keyword of the class that introduces it or in its `layout_options` and
-`schedule_options`, and described once, in that class's docstring or below.
+A field of a dataclass that inherits `Options` is an option. The optimizer class, the recipe, the parser of
+`optim_args`, the checks, `help()` and the README's table all read that field. Its kind says what depends on it:
+
+    layout    The layout of a weight's state. It is kept beside the groups and compared when a checkpoint is loaded.
+    role      The same, but the role of each weight decides it, so that `optim_args` do not take it.
+    schedule  The plan of a weight's state, but not its layout: a group holds it, and a resumed run may change it.
+    flag      The update rule, which takes it as a keyword. A group holds it, and a resumed run may change it.
+    run       How a step is taken. A group holds it, and a resumed run may change it.
+    recipe    The recipe alone, which decides the options of each weight from it.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterable, Mapping
-from inspect import Parameter, Signature
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hf_lowmem.sizes import readable
-
-# Of classes that have no other docstring in common.
-STORAGE_TEXTS = """Args:
-    state_bits: 32; 16 stores exp_avg as bfloat16; 8 stores exp_avg, and a full exp_avg_sq, as codes.
-    block_size: largest 8-bit block: 256, 128 or 64. A row is the last axis, or as many of the last as make 64
-        entries, and its last block may be short.
-    min_8bit_size: weights with fewer entries stay float32.
-    compile: step through torch.compile.
-"""
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")  # those that schedulers and groups change
-
-_ARGS = re.compile(r"^Args:\n((?: {4}.*\n|\n(?= ))*)", re.MULTILINE)
-_ENTRY = re.compile(r"^ {4}([\w, ]+): .*\n(?: {8}.*\n)*", re.MULTILINE)
+Kind = Literal["hyperparameter", "layout", "role", "schedule", "flag", "run", "recipe"]
 
 
-def show_options(cls: type) -> None:
-    """Give a class the signature and the docstring that name every option, inherited ones too."""
-    signature = _signature(cls)
-    cls.__signature__ = signature  # type: ignore[attr-defined]
-    if cls.__doc__:
-        texts = [inspect.cleandoc(base.__doc__) + "\n" for base in cls.__mro__ if base.__doc__]
-        args = "Args:\n" + "".join(_entries(signature.parameters, [*texts, STORAGE_TEXTS]))
-        own = texts[0] if _ARGS.search(texts[0]) else f"{texts[0]}\nArgs:\n"
-        cls.__doc__ = _ARGS.sub(lambda found: args, own).rstrip("\n")
+class Legal(NamedTuple):
+    """The legal values of an option, in words and as a test."""
+
+    words: str
+    includes: Callable[[Any], bool]
 
 
-def _signature(cls: type) -> Signature:
-    """That of `__init__`, with what it passes on to the classes above, the class's own options first."""
-    found: dict[str, Parameter] = {}
-    for base in cls.__mro__[: cls.__mro__.index(Optimizer)]:
-        if "__init__" in vars(base):
-            _, *keywords = inspect.signature(vars(base)["__init__"]).parameters.values()
-            for keyword in keywords:
-                found.setdefault(keyword.name, keyword)
-        for name, default in {
-            **vars(base).get("layout_options", {}),
-            **vars(base).get("schedule_options", {}),
-        }.items():
-            found.setdefault(name, Parameter(name, Parameter.KEYWORD_ONLY, default=default))
-    named = [parameter for parameter in found.values() if parameter.kind is not Parameter.VAR_KEYWORD]
-    return Signature(sorted(named, key=lambda parameter: parameter.kind))
+def at_least(least: int) -> Legal:
+    """Return the whole numbers from `least` on."""
+    return Legal(f"a whole number of at least {least}", lambda value: type(value) is int and value >= least)
 
 
-def _entries(names: Iterable[str], texts: Iterable[str]) -> list[str]:
-    """The entries of `Args` that describe `names`, in the order of `names`; of two, the first text's."""
-    described: dict[str, str] = {}
-    for text in texts:
-        for args in _ARGS.finditer(text):
-            for entry in _ENTRY.finditer(args[1]):
-                for name in entry[1].split(", "):
-                    described.setdefault(name, entry[0])
-    return list(dict.fromkeys(described[name] for name in names if name in described))
+def _is_not_negative(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")  # torch's own words
+    return bool(0 <= value < math.inf)
 
 
-def describe(optimizer: Optimizer, options: Mapping[str, Any]) -> str:
-    """One line: the `options` that are not their defaults, what is trained, and the state that there is.
+NOT_NEGATIVE = Legal("a finite number of at least 0", _is_not_negative)
+POSITIVE = Legal("a finite number above 0", lambda value: 0 < value < math.inf)
+NEGATIVE = Legal("a finite number below 0", lambda value: -math.inf < value < 0)
+DECAY = Legal("at least 0 and below 1", lambda value: 0 <= value < 1)
+DECAYS = Legal(
+    "two numbers, each at least 0 and below 1",
+    lambda value: len(value) == 2 and all(0 <= decay < 1 for decay in value),
+)
 
-    Values that differ between groups are given in the order of the groups, each once.
+
+def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None) -> Any:
+    """Declare an option as a field of a dataclass.
+
+    Args:
+        kind: what depends on the option; see the module's docstring.
+        default: the value of an option that is not given.
+        text: what the option does, for `help()` and the README.
+        legal: the values that an option of numbers takes; `bool`, `Literal` and `None` in its annotation say theirs.
     """
-    chosen = []
-    for name, parameter in inspect.signature(type(optimizer)).parameters.items():
-        if name in HYPERPARAMETERS:
-            values = [_plain(group.get(name)) for group in optimizer.param_groups]
+    return field(default=default, metadata={"kind": kind, "text": text, "legal": legal})
+
+
+hyperparameter = partial(option, "hyperparameter")
+layout = partial(option, "layout")
+decided_by_role = partial(option, "role")
+schedule = partial(option, "schedule")
+flag = partial(option, "flag")
+run = partial(option, "run")
+recipe_only = partial(option, "recipe")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as its field declares it."""
+
+    name: str
+    default: Any
+    annotation: Any
+    kind: Kind = "recipe"
+    text: str = ""
+    legal: Legal | None = None
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError if `value` is not legal."""
+        choices = choices_of(self.annotation)
+        if choices and value not in choices:
+            raise ValueError(f"{self.name}={value!r} is not supported: use one of {', '.join(map(str, choices))}.")
+        unset = value is None and NoneType in get_args(self.annotation)
+        if self.legal and not unset and not self.legal.includes(value):
+            raise ValueError(f"{self.name}={value!r} must be {self.legal.words}.")
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the values that an annotation lists; none where it admits others too."""
+    found: list[Any] = []
+    for kind in alternatives(annotation):
+        if kind is bool:
+            found += (False, True)
+        elif kind is NoneType:
+            found.append(None)
+        elif get_origin(kind) is Literal:
+            found += get_args(kind)
         else:
-            values = [options.get(name, parameter.default)]
-        if any(value != parameter.default for value in values):
-            chosen.append(f"{name}={' | '.join(dict.fromkeys(map(repr, values)))}")
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    kept = [optimizer.state[param] for param in params if param in optimizer.state]
-    state = sum(value.nbytes for each in kept for value in each.values() if isinstance(value, Tensor))
-    return (
-        f"{type(optimizer).__name__}({', '.join(chosen)}): groups: {len(optimizer.param_groups)}, parameters: "
-        f"{len(params)} of {sum(param.numel() for param in params):,} entries, state: "
-        f"{readable(state) if state else 'none before the first step'}"
+            return ()
+    return tuple(found)
+
+
+class Declared:
+    """A dataclass whose fields are options."""
+
+    @classmethod
+    @cache
+    def declared(cls) -> dict[str, Option]:
+        """Return the options by name, inherited ones first."""
+        hints = get_type_hints(cls)
+        found = fields(cls)  # type: ignore[arg-type]
+        return {each.name: Option(each.name, each.default, hints[each.name], **each.metadata) for each in found}
+
+    @classmethod
+    def defaults(cls, *kinds: Kind) -> dict[str, Any]:
+        """Return the defaults by name, of all options or of those of `kinds`."""
+        return {name: each.default for name, each in cls.declared().items() if not kinds or each.kind in kinds}
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first of `values` that is not legal; keys that are no options pass."""
+        for name, each in cls.declared().items():
+            if name in values:
+                each.check(values[name])
+
+
+@dataclass(frozen=True)
+class Hyperparameters(Declared):
+    """What torch's own optimizers take by position, with the defaults of one optimizer class.
+
+    Schedulers and groups change these, and a checkpoint brings them back.
+    """
+
+    lr: float | Tensor = hyperparameter(1e-3, "learning rate.", NOT_NEGATIVE)  # noqa: RUF009
+    betas: tuple[float, float] = hyperparameter(
+        (0.9, 0.999), "decay rates of the averages of the gradient and of its square.", DECAYS
     )
+    eps: float = hyperparameter(1e-8, "number added to the root of the second moment.", NOT_NEGATIVE)
+    weight_decay: float = hyperparameter(0.0, "weight decay, decoupled as in `torch.optim.AdamW`.", NOT_NEGATIVE)
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+HYPERPARAMETERS = tuple(Hyperparameters.declared())
+
+
+@dataclass(frozen=True)
+class Options(Declared):
+    """The options of every algorithm. One that has others inherits this class and adds a field for each."""
+
+    state_bits: Literal[32, 16, 8] = layout(
+        32,
+        "32; 16 stores `exp_avg` as bfloat16; 8 stores `exp_avg`, and a full `exp_avg_sq`, as 8-bit codes, which is "
+        "what `_8bit` in an optim name stands for.",
+    )
+    block_size: Literal[256, 128, 64] = layout(
+        256,
+        "largest 8-bit block: 256, 128 or 64. The largest of these that divides a row is taken (under COAP, any "
+        "divisor of the projected rows from 32 up); where none does, rows end in a shorter block. A row is the last "
+        "axis, or as many of the last as make 64 entries.",
+    )
+    min_8bit_size: int = layout(4096, "moments with fewer entries stay float32.", at_least(0))
+    compile: bool = run(False, "step through `torch.compile`, which takes seconds of compilation per shape.")
+    rounding: Literal["nearest", "stochastic", "kahan"] = run(
+        "nearest",
+        'how a bfloat16 or float16 weight takes an update: rounded to "nearest", at random ("stochastic"), or by '
+        '"kahan", which keeps what was cut off in 2 more bytes per entry and so float32\'s precision. float32 weights '
+        "are not touched.",
+    )
+    rounding_seed: int = run(
+        0,
+        'seed of the noise of "stochastic", which also depends on the place and the step of a parameter.',
+        at_least(0),
+    )
+    offload_state: bool = run(
+        False,
+        "keep the state in pinned host memory while a trainer generates, or between the steps of one that does not; "
+        "in a loop of your own, `release_state` moves it there.",
+    )
+    fused_clip: bool = run(
+        False,
+        "let the step clip by a Trainer's `max_grad_norm`: it reads gradients once for the norm and never writes "
+        "them, and the logged `grad_norm` is summed in float32.",
+    )
+    capturable: bool = run(
+        False,
+        "let a CUDA graph capture the step, in a loop of your own; `step` and a tensor `lr` are read on the device "
+        "only. COAP and SOAP, `compile` and `offload_state` exclude it.",
+    )

@@ -1,4 +1,4 @@
-"""From a model and a recipe to the options of every parameter, which decide what its state looks like."""
+"""From a model and a recipe to the options of every parameter, which decide how its state is laid out."""
 
 from __future__ import annotations
 
@@ -8,101 +8,98 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hf_lowmem.checks import check_hyperparameters
-from hf_lowmem.optimizer import RUN_OPTIONS, LowMemOptimizer
+from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.options import Option, Options, recipe_only
 from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
 from hf_lowmem.rules import load_rules, read_axes
 from hf_lowmem.state import StatePlan
 
-STORAGE_OPTIONS = ("state_bits", "block_size", "min_8bit_size")
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
-Treatment = tuple[dict[str, Any], str]  # layout options (axes, segments, rank, ...), and why in a few words
+RoleOptions = tuple[dict[str, Any], str]  # the layout options that a role decides (axes, rank, ...), and why
 Roles = Sequence[tuple[nn.Parameter, ParamRole]]
-FULL: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The options of an algorithm as `optim_args` takes them: the fields' types and defaults are the parser's schema.
+class Recipe(Options):
+    """The options of an algorithm as `optim_args` take them, and the layout options that follow from a role.
 
-    Args:
-        state_bits: bits per number of the full moments: 32, 16 (bfloat16 first moment, float32 second) or 8.
-        embedding_bits: the same for embeddings; by default `state_bits`.
-        block_size: largest number of entries of a row that share one 8-bit scale: 256, 128 or 64.
-        min_8bit_size: parameters with fewer entries keep float32 state.
-        compile: step through torch.compile.
-        rounding: "nearest", "stochastic" or "kahan", how weights narrower than float32 take an update.
-        rounding_seed: of the noise of "stochastic".
-        fused_clip: leave a Trainer's clipping (`max_grad_norm`) to the step, which scales gradients as it reads them.
-        capturable: a CUDA graph can capture the step; not for algorithms that project.
-        offload_state: keep the state on the host while a trainer generates, or between the steps of one that does not.
+    The recipe of an algorithm inherits the options of its optimizer class, and adds those that the recipe alone reads.
     """
 
-    state_bits: Literal[32, 16, 8] = 32
-    embedding_bits: Literal[32, 16, 8] | None = None
-    block_size: Literal[256, 128, 64] = 256
-    min_8bit_size: int = 4096
-    compile: bool = False
-    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
-    rounding_seed: int = 0
-    offload_state: bool = False
-    fused_clip: bool = False
-    capturable: bool = False
+    embedding_bits: Literal[32, 16, 8] | None = recipe_only(
+        None, "`state_bits` of embeddings; by default those of all weights."
+    )
 
-    algorithm: ClassVar[str]
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
-    untreated: ClassVar[dict[str, Any]] = FULL
+    options_of_misfits: ClassVar[dict[str, Any]] = {}  # of a frozen parameter that the recipe's options do not fit
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
     projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes} per parameter, and {adamw}'s
 
     def __post_init__(self) -> None:
-        check_hyperparameters(vars(self))
+        self.check_values(vars(self))
 
-    def treat(self, role: ParamRole) -> Treatment:
-        """How the state of a parameter of this role is made smaller than AdamW's; no options where it is not.
+    @property
+    def algorithm(self) -> str:
+        """The name of the algorithm, which is that of its optimizer class."""
+        return self.optimizer_cls.algorithm
+
+    @classmethod
+    def arguments(cls) -> dict[str, Option]:
+        """Return the options that `optim_args` take, by name."""
+        return {name: option for name, option in cls.declared().items() if option.kind != "role"}
+
+    def options_of(self, role: ParamRole) -> RoleOptions:
+        """Return the layout options of a parameter of this role, and the reason in a few words.
+
+        Without an option, the state is laid out as the recipe's own options say.
 
         Raises:
             ValueError: the recipe's options do not fit the parameter.
         """
         raise NotImplementedError
 
-    def read_rule(self, value: Any) -> Any:
-        """Check a value of a rules file; ValueError says what was expected."""
+    def read_value(self, value: Any) -> Any:
+        """Return a value of a rules file as `options_from_file` takes it; ValueError says what was expected."""
         return read_axes(value)
 
-    def apply_rule(self, role: ParamRole, value: Any) -> dict[str, Any]:
-        """The options that a rule's value means for a parameter.
+    def options_from_file(self, role: ParamRole, value: Any) -> dict[str, Any]:
+        """Return the layout options of a parameter that a rules file gives `value`.
 
         Raises:
             ValueError: the value does not fit the parameter.
         """
         if any(not -len(role.shape) <= axis < len(role.shape) for axis in value):
             raise ValueError(f"axes={value} does not fit {role.name} of shape {role.shape}.")
-        return {"axes": value} if value else FULL
+        return {"axes": value} if value else {}
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
-        """Raise ValueError if an option names parameters and none that is trained was found."""
+        """Raise ValueError if an option names parameters, but none that is trained."""
 
-    def group_options(self, role: ParamRole, treatment: dict[str, Any]) -> dict[str, Any]:
-        """The layout options of a parameter: plain values only."""
+    def with_storage(self, role: ParamRole, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the layout options of a parameter with the bits that its state is stored in."""
         bits = self.embedding_bits if role.role in EMBEDDINGS else None
-        return {**treatment, "state_bits": bits or self.state_bits}
+        return {**options, "state_bits": bits or self.state_bits}
 
     def shared_options(self) -> dict[str, Any]:
-        """Keywords of the optimizer class: what holds for every group, and for parameters that no plan knows."""
-        return {name: getattr(self, name) for name in (*STORAGE_OPTIONS, *RUN_OPTIONS)}
+        """Return the keywords of the optimizer class, which hold for every parameter that no role says more about."""
+        declared = self.optimizer_cls.options_cls.declared()
+        return {name: getattr(self, name) for name, option in declared.items() if option.kind != "role"}
+
+    def plan_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return all options that the plan of a parameter depends on, where its role decides `options`."""
+        return {**self.optimizer_cls.plan_options(), **self.shared_options(), **options}
 
     def state_plan(self, assignment: Assignment) -> StatePlan:
-        """The state of a parameter with its options."""
-        cls, shape, dtype = self.optimizer_cls, assignment.role.shape, assignment.param.dtype
-        return cls.state_plan(shape, dtype, {**cls.plan_options(), **self.shared_options(), **assignment.options})
+        """Return the plan of a parameter's state."""
+        shape, dtype = assignment.role.shape, assignment.param.dtype
+        return self.optimizer_cls.state_plan(shape, dtype, self.plan_options(assignment.options))
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one parameter of a model gets, and why."""
+    """The role of one parameter of a model, its layout options, and why it has them."""
 
     param: Tensor
     role: ParamRole
@@ -127,7 +124,7 @@ class RolePlan(Sequence[Assignment]):
         return iter(self._assignments)
 
     def of(self, param: Tensor) -> tuple[str, dict[str, Any]] | None:
-        """(name, options) of a parameter, or None if it is not the model's."""
+        """Return (name, options) of a parameter, or None if it is not the model's."""
         assignment = self._by_id.get(id(param))
         return (assignment.role.name, assignment.options) if assignment else None
 
@@ -135,7 +132,8 @@ class RolePlan(Sequence[Assignment]):
 def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> RolePlan:
     """Assign every parameter of `model` its role and its options under `recipe`.
 
-    `roles` is what `assign_roles(model)` returned, where several recipes are compared.
+    Args:
+        roles: what `assign_roles(model)` returned, where several recipes are compared.
 
     Raises:
         ValueError: the recipe's rules file cannot be read, or names a parameter that the model does not have.
@@ -144,19 +142,19 @@ def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> 
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(canonical_name(name))
     path = getattr(recipe, "rules", None)
-    rules = load_rules(path, recipe.read_rule) if path else None
+    rules = load_rules(path, recipe.read_value) if path else None
     if rules:
         rules.check_used([name for aliases in names.values() for name in aliases])
 
     assignments = []
     for param, role in assign_roles(model) if roles is None else roles:
-        rule = rules.find(names[id(param)], role.role) if rules else None
+        entry = rules.find(names[id(param)], role.role) if rules else None
         try:
-            options, why = (recipe.apply_rule(role, rule[0]), rule[1]) if rule else recipe.treat(role)
+            options, why = (recipe.options_from_file(role, entry[0]), entry[1]) if entry else recipe.options_of(role)
         except ValueError as error:
             if param.requires_grad:
-                raise ValueError(f"{rule[1]}: {error}" if rule else str(error)) from None
-            options, why = recipe.untreated, str(error)
-        assignments.append(Assignment(param, role, recipe.group_options(role, options), why))
+                raise ValueError(f"{entry[1]}: {error}" if entry else str(error)) from None
+            options, why = recipe.options_of_misfits, str(error)
+        assignments.append(Assignment(param, role, recipe.with_storage(role, options), why))
     recipe.check_use(assignments)
     return RolePlan(assignments)

@@ -1,7 +1,7 @@
-"""The options that decide what each parameter's state looks like, kept beside an optimizer's groups by position.
+"""The layout options of each parameter, which an optimizer keeps beside its groups, by position.
 
-A group of a user may hold weights of many roles, so these options are not the group's. Positions survive where objects
-do not: copies, pickles, and sharding, which puts other tensors into the groups.
+A user's group may hold weights of many roles, so these options are not the group's. Positions survive where objects do
+not: in copies, in pickles, and under sharding, which puts other tensors into the groups.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 class Roles(Protocol):
-    """Which options each parameter of a model gets: the seam between a model's roles and an optimizer."""
+    """The layout options that the role of each parameter of a model decides, as an optimizer asks for them."""
 
     def of(self, param: Tensor) -> tuple[str, dict[str, Any]] | None:
-        """(name, options) of a parameter, or None if it is not known."""
+        """Return (name, options) of a parameter, or None if it is not known."""
 
 
 class ParamLayout(NamedTuple):
     """The name of one parameter, "" if it is not known, and its layout options as (option, value) pairs.
 
-    `from_model` says that the name is the model's own, and not one that the group's `param_names` has already.
+    `from_model` is True where the name is the model's own, and not the one in the group's `param_names`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class ParamLayout(NamedTuple):
 
 
 def as_tuple(value: Any) -> Any:
-    """Lists as tuples, nested ones too: options are compared, hashed and saved."""
+    """Return lists as tuples, nested ones too, because options are compared, hashed and saved."""
     return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -39,7 +39,7 @@ class GroupLayouts:
     """The layouts of one group's parameters, in the group's order.
 
     Args:
-        layouts: of each parameter.
+        layouts: the layout of each parameter.
         own: the layout options that the group itself brought.
     """
 
@@ -48,7 +48,11 @@ class GroupLayouts:
         self.own = dict(own)
 
     def check(self, group: Mapping[str, Any], number: int, options: Iterable[str]) -> None:
-        """Refuse group `number` if it was changed otherwise than by `add_param_group`; `options` are those of layouts.
+        """Refuse a group whose parameters or layout options were changed without `add_param_group`.
+
+        Args:
+            number: the position of the group, for the sentence.
+            options: the names of all layout options.
 
         Raises:
             RuntimeError: the group has more or fewer parameters than it came with, or other layout options.
@@ -67,5 +71,5 @@ class GroupLayouts:
                 )
 
     def saved(self) -> list[dict[str, Any]]:
-        """As plain values for a state dict."""
+        """Return the layouts as plain values for a state dict."""
         return [{**({"name": each.name} if each.from_model else {}), **dict(each.options)} for each in self.layouts]

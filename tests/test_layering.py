@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names", "dense", "options"},
+    {"state", "scratch", "names", "dense", "option_help", "options"},
     {"log", "sizes"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

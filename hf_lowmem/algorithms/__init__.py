@@ -1,4 +1,4 @@
-"""One file per paper: equations, source, recipe, class."""
+"""The algorithms, one file per paper: its options, its equations and source, the optimizer class and the recipe."""
 
 from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
 from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
@@ -10,7 +10,7 @@ from hf_lowmem.algorithms.soap import Soap, SoapRecipe
 from hf_lowmem.param_groups import Recipe
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.algorithm: recipe
+    recipe.optimizer_cls.algorithm: recipe
     for recipe in (
         LowMemAdamWRecipe,
         SlimAdamRecipe,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import EMBEDDINGS, FULL, Recipe, Treatment
+from hf_lowmem.options import recipe_only
+from hf_lowmem.param_groups import EMBEDDINGS, Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
 
 
@@ -17,12 +18,12 @@ class Adalayer(GroupedAdamW):
         v_l <- b2 v_l + (1 - b2) mean(g^2)
         w   <- w - lr (m_hat / (sqrt(v_hat_l) + eps) + weight_decay w)
 
-    Source: arXiv:2407.07972; the order of decay and bias correction is that of the rules that SlimAdam's authors ship
+    Source: arXiv:2407.07972. The order of decay and bias correction is that of the rules that SlimAdam's authors ship
     (dayal-kalra/low-memory-adam@bb3652c, adalayer_rules.json).
-    Each expert of a stack and each part of a fused weight is a layer of its own. Less stable than SlimAdam at high
-    learning rates.
+    Each expert of a stack and each part of a fused weight is a layer of its own. Adalayer is less stable than SlimAdam
+    at high learning rates.
 
-    State per weight: exp_avg of its shape; exp_avg_sq with size 1 on every axis but the experts'.
+    The state of a weight is exp_avg of its shape, and exp_avg_sq with size 1 on every axis but the experts'.
     """
 
     algorithm = "adalayer"
@@ -30,21 +31,20 @@ class Adalayer(GroupedAdamW):
 
 @dataclass(frozen=True)
 class AdalayerRecipe(Recipe):
-    """Which weights get one number.
+    """Adalayer, and which weights get one number."""
 
-    Args:
-        variant: "star": all, but one number per logit in the last layer; "all": every weight; "slim_repo": all but
-            embeddings, head and norms, which keep the full second moment (the rules that SlimAdam's authors ship).
-    """
+    variant: Literal["star", "all", "slim_repo"] = recipe_only(
+        "star",
+        '"star" gives every weight one number, and the last layer one per logit; "all" gives the last layer one '
+        'number too; "slim_repo" keeps the full second moment of embeddings, head and norms, as the rules that '
+        "SlimAdam's authors ship.",
+    )
 
-    variant: Literal["star", "all", "slim_repo"] = "star"
-
-    algorithm = "adalayer"
     optimizer_cls = Adalayer
 
-    def treat(self, role: ParamRole) -> Treatment:
+    def options_of(self, role: ParamRole) -> RoleOptions:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
-            return FULL, "variant=slim_repo"
+            return {}, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):
             return {"axes": role.fan_in}, "last layer: one per logit"
         fused = role.role in ("attention_qkv", "attention_key_value", "mlp_gate_up")
@@ -52,7 +52,7 @@ class AdalayerRecipe(Recipe):
         if len(role.shape) > 1 and (
             role.role == "unknown" or (fused and not role.parts) or (adapter and role.fan_out is None)
         ):
-            return FULL, f"may hold several layers: {role.why}"
+            return {}, f"may hold several layers: {role.why}"
         axes = tuple(axis for axis in range(max(len(role.shape), 1)) if axis != role.expert_axis)
         if role.parts:
             return segments_of(role, [{"axes": axes}] * len(role.parts)), "one per fused part"

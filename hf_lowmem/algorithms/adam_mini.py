@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import FULL, Recipe, Treatment
+from hf_lowmem.options import recipe_only
+from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
 
 ELEMENTWISE = (
@@ -29,10 +30,11 @@ class AdamMini(GroupedAdamW):
         w   <- w - lr (m_hat / (sqrt(v_hat_b) + eps) + weight_decay w)
 
     Source: arXiv:2406.16793, algorithms 1 to 3; authors' code zyushun/Adam-mini@402aadf, version 1.1.1.
-    Departs from it: roles come from modules and not from substrings of names, heads have the attention module's
-    head_dim, experts have blocks of their own, and what is in doubt gets finer blocks, never one number.
+    It departs from them: roles come from modules and not from substrings of names; heads have the attention module's
+    head_dim; experts have blocks of their own; and a weight whose role is in doubt gets finer blocks, never one
+    number.
 
-    State per (fan_out, fan_in) weight: exp_avg (fan_out, fan_in); exp_avg_sq (fan_out / rows_per_block, 1).
+    The state of a (fan_out, fan_in) weight is exp_avg of its shape, and exp_avg_sq (fan_out / rows_per_block, 1).
     """
 
     algorithm = "adam_mini"
@@ -40,30 +42,29 @@ class AdamMini(GroupedAdamW):
 
 @dataclass(frozen=True)
 class AdamMiniRecipe(Recipe):
-    """Which entries of which weight form a block.
+    """Adam-mini, and which entries of which weight form a block."""
 
-    Args:
-        value: "row" gives each output of the value projection a number; "tensor" gives it one for all, which the
-            authors use for runs under 10 to 20 thousand steps.
-    """
+    value: Literal["row", "tensor"] = recipe_only(
+        "row",
+        '"row" gives each output of the value projection a number; "tensor" gives the whole projection one, which '
+        "the authors do for runs under 10 to 20 thousand steps.",
+    )
 
-    value: Literal["row", "tensor"] = "row"
-
-    algorithm = "adam_mini"
     optimizer_cls = AdamMini
 
-    def treat(self, role: ParamRole) -> Treatment:
+    def options_of(self, role: ParamRole) -> RoleOptions:
         if role.role == "norm":
             return {"axes": tuple(range(len(role.shape)))}, "one per norm"
         if role.role in ELEMENTWISE or role.fan_out is None:
-            return FULL, f"elementwise: {role.role}"
+            return {}, f"elementwise: {role.role}"
         if role.parts and role.role != "mlp_gate_up":  # gate|up is by output row, whichever half a row is in
-            parts = [self._blocks(role, part.role, part.outer * (part.stop - part.start)) for part in role.parts]
+            parts = [self._block(role, part.role, part.outer * (part.stop - part.start)) for part in role.parts]
             return segments_of(role, parts), "one rule per fused part"
-        options = self._blocks(role, role.role, role.shape[role.fan_out])
+        options = self._block(role, role.role, role.shape[role.fan_out])
         return options, "one per head" if "rows_per_block" in options else "one per output row"
 
-    def _blocks(self, role: ParamRole, name: str, rows: int) -> dict[str, Any]:
+    def _block(self, role: ParamRole, name: str, rows: int) -> dict[str, Any]:
+        """Return the options of a weight, or of a part of it, that is called `name` and has that many output rows."""
         assert role.fan_out is not None
         if name in ("attention_query", "attention_key") and role.head_dim and rows % role.head_dim == 0:
             return {"axes": role.fan_in, "rows_per_block": role.head_dim}

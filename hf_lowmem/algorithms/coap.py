@@ -3,98 +3,97 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from torch import Tensor
-
-from hf_lowmem.algorithms.adamw import STORAGE
-from hf_lowmem.algorithms.projected import LEFT_OUT, ProjectedRecipe, basis_dtype
-from hf_lowmem.checks import check_one_rank
-from hf_lowmem.codecs import codec_for
+from hf_lowmem.algorithms.adamw import codec_of
+from hf_lowmem.algorithms.projected import UNPROJECTED, ProjectedOptions, ProjectedRecipe, basis_dtype
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import Full, RowColMean
 from hf_lowmem.optimizer import Group, LowMemOptimizer
-from hf_lowmem.param_groups import Treatment
-from hf_lowmem.param_layouts import Roles
+from hf_lowmem.options import (
+    NEGATIVE,
+    POSITIVE,
+    Hyperparameters,
+    Legal,
+    at_least,
+    decided_by_role,
+    flag,
+    layout,
+    schedule,
+)
+from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.projections import BasisOptions, LowRank, Tucker
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan
-from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = get_logger(__name__)
 
 DEFAULT_RANK_RATIO = 4.0
-MIN_CONV_SIZE = 32 * 32 * 3 * 3  # smaller convolutions are not projected
+MIN_CONV_SIZE = 32 * 32 * 3 * 3  # convolutions of no more entries are not projected
+RATIO = Legal("at least 1: it is the smaller side over the rank", lambda value: 1 <= value < math.inf)
+
+
+@dataclass(frozen=True)
+class CoapOptions(ProjectedOptions):
+    """The options of COAP's two optimizers."""
+
+    rank: int | None = layout(
+        None,
+        "dimensions kept of each matrix's smaller side. A matrix whose smaller side is no larger is not projected, "
+        "and keeps its moments whole in the same storage.",
+        at_least(1),
+    )
+    rank_ratio: float | None = layout(
+        None, "smaller side over dimensions kept, instead of `rank`; 4 where neither is given.", RATIO
+    )
+    conv_rank_ratio: float | None = layout(
+        None,
+        "the same for convolutions, whose two ranks are channels / sqrt(ratio); by default `rank_ratio`. With `rank` "
+        "alone convolutions are not projected.",
+        RATIO,
+    )
+    update_interval: int = schedule(32, "steps between two changes of the basis.", at_least(1))
+    reproject_factor: int = schedule(
+        5, "every so many changes the basis is recomputed (Eq. 6 and 7); the others correct it (Eq. 5).", at_least(1)
+    )
+    scale: float = schedule(1.0, "factor of every projected update.", POSITIVE)
+    restore_state: bool | Literal["reference"] = schedule(
+        False,
+        'carry the moments over a change of basis: true mixes the second by the squared rotation; "reference" does as '
+        "the authors' code, which lets single steps grow a hundredfold; false leaves them.",
+    )
+    eq5_scale: Literal["none", "rms"] = schedule(
+        "none",
+        '"rms" scales the gradient to unit size in Eq. 5; with "none", the paper\'s, a large weight\'s basis does not '
+        "move.",
+    )
+    align: Literal["sign", "none", "procrustes"] = schedule(
+        "sign", 'what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".'
+    )
+    transposed: bool = decided_by_role(False, "take weights as stored (fan_in, fan_out).")
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any]) -> None:
+        super().check_values(values)
+        if values.get("rank") is not None and values.get("rank_ratio") is not None:
+            raise ValueError(
+                f"rank={values['rank']} and rank_ratio={values['rank_ratio']} both set the rank: give one of them."
+            )
 
 
 class Coap(LowMemOptimizer):
-    """What COAP's two optimizers share: the space of each weight, and when its basis changes.
+    """The base of COAP's two optimizers: the space of each weight, and when its basis changes.
 
     Without `roles`, matrices and large 4-D convolutions are projected, and 3-D weights where the group says that they
     are `stacked` matrices.
-
-    Args:
-        rank: dimensions kept of each matrix's smaller side. A matrix whose smaller side is no larger is not projected,
-            and keeps its moments whole in the same storage.
-        rank_ratio: smaller side over dimensions kept, instead of `rank`; 4 where neither is given.
-        conv_rank_ratio: the same for convolutions, whose two ranks are channels / sqrt(ratio); default `rank_ratio`.
-            With `rank` alone convolutions are not projected.
-        update_interval: steps between two corrections of the basis (Eq. 5).
-        reproject_factor: every so many corrections the basis is recomputed instead (Eq. 6 and 7).
-        scale: factor of every projected update.
-        restore_state: carry the moments over a change of basis: True mixes the second by the squared rotation,
-            "reference" as the authors' code does, which lets single steps grow a hundredfold; False leaves them.
-        eq5_scale: "rms" scales the gradient to unit size in Eq. 5; with "none", the paper's, a large weight's basis
-            does not move.
-        align: what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".
-        proj_bits: 32 or 16, bits of the basis; by default 16 where `state_bits` is below 32.
-        project: whether the group's weights are projected at all.
-        transposed: whether they are stored (fan_in, fan_out).
-        stacked: whether 3-D weights are stacks of matrices.
-        block_size: largest 8-bit block of the projected moments: any divisor of their rows from 32 to it is taken
-            before a short block.
-        min_8bit_size: projected moments with fewer entries stay float32.
-
-    Raises:
-        TypeError: an unknown option.
-        ValueError: an option out of range, or `rank` together with `rank_ratio`.
     """
 
-    layout_options: ClassVar[dict[str, Any]] = {
-        **STORAGE,
-        "rank": None,
-        "rank_ratio": None,
-        "conv_rank_ratio": None,
-        "proj_bits": None,
-        "project": True,
-        "transposed": False,
-        "stacked": False,
-    }
-    schedule_options: ClassVar[dict[str, Any]] = {
-        "update_interval": 32,
-        "reproject_factor": 5,
-        "scale": 1.0,
-        "restore_state": False,
-        "eq5_scale": "none",
-        "align": "sign",
-    }
+    options_cls = CoapOptions
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        *,
-        compile: bool,
-        roles: Roles | None,
-        **options: Any,
-    ) -> None:
-        values = {**self.plan_options(), **options}
-        check_one_rank(values)
-        super().__init__(params, lr, betas, eps, weight_decay, roles=roles, compile=compile, **values)
+    def __init__(self, params: Any, *hyperparameters: Any, **options: Any) -> None:
+        super().__init__(params, *hyperparameters, **options)
         self._say_what_is_kept_whole(0)
         self._is_built = True
 
@@ -108,10 +107,10 @@ class Coap(LowMemOptimizer):
         """Say once which weights of the groups from number `first` on a `rank` is too large for."""
         whole = []
         for group, layouts in zip(self.param_groups[first:], self._layouts[first:], strict=True):
-            for param, layout in zip(group["params"], layouts.layouts, strict=True):
-                options, shape = dict(layout.options), tuple(param.shape)
+            for param, (name, pairs, _) in zip(group["params"], layouts.layouts, strict=True):
+                options, shape = dict(pairs), tuple(param.shape)
                 if options["rank"] and (why := kept_whole(shape, options)):
-                    whole.append(f"{layout.name or f'one of shape {shape}'} ({why})")
+                    whole.append(f"{name or f'one of shape {shape}'} ({why})")
         if whole:
             logger.warning("Weights that %s leaves unprojected: %d, such as %s.", self.algorithm, len(whole), whole[0])
 
@@ -119,21 +118,27 @@ class Coap(LowMemOptimizer):
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
         projection = projection_for(shape, options)
         space = projection.space(shape, "exp_avg")[0]
-        storage = (options["state_bits"], options["block_size"], options["min_8bit_size"])
-        codec = codec_for(space, *storage, any_divisor=projection is not FULL_SPACE)
+        codec = codec_of(space, options, any_divisor=projection is not FULL_SPACE)
         moments = {"exp_avg": Full(), "exp_avg_sq": cls.second_moment(space)}
         return StatePlan(moments, codec, projection, stacked=options["stacked"])
 
     def _own_options(self, group: Group) -> dict[str, Any]:
-        """The layout options that a group brings; its own rank or ratio replaces the default of both."""
+        """Return the layout options that a group brings; its own rank or ratio replaces the default of both."""
         own = super()._own_options(group)
         given = {name: own[name] for name in ("rank", "rank_ratio") if own.get(name) is not None}
-        check_one_rank(given)
         return {**own, **dict.fromkeys({"rank", "rank_ratio"} - set(given), None)} if given else own
 
     @classmethod
     def second_moment(cls, space: tuple[int, ...]) -> Moment:
+        """Return how the second moment of a weight is represented whose moments have the shape `space`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CoapAdamWOptions(CoapOptions):
+    """The options of COAP with AdamW."""
+
+    correct_bias: bool = flag(True, "correct the moments' bias, as the authors do by default.")
 
 
 class CoapAdamW(Coap):
@@ -146,39 +151,34 @@ class CoapAdamW(Coap):
         W <- W - lr weight_decay W
 
     Source: arXiv:2412.00071; authors' code bytedance/coap@deabc3a.
-    Departs from it: moments are float32 or 8-bit whatever the weight's dtype, and in 8 bits v is stored as its root; a
-    recomputed basis keeps its signs; carried-over second moments mix by the squared rotation; W is taken as
+    It departs from them: moments are float32 or 8-bit whatever the weight's dtype, and in 8 bits v is stored as its
+    root; a recomputed basis keeps its signs; carried-over second moments mix by the squared rotation; W is taken as
     (outputs, inputs) whatever its layout.
 
-    State per projected (m, n) weight, r the rank: exp_avg and exp_avg_sq (max(m, n), r) or (r, max(m, n)); proj
-    (r, min(m, n)) in float32 or bfloat16; proj_count; step. Other weights: as `LowMemAdamW`.
-
-    Args:
-        correct_bias: correct the moments' bias, as the authors do by default.
+    The state of a projected (m, n) weight, where r is the rank, is exp_avg and exp_avg_sq (max(m, n), r) or
+    (r, max(m, n)); proj (r, min(m, n)) in float32 or bfloat16; proj_count; and step. Other weights have the state of
+    `LowMemAdamW`.
     """
 
     algorithm = "coap_adamw"
     rule = "transformers_adamw"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        correct_bias: bool = True,
-        compile: bool = False,
-        roles: Roles | None = None,
-        **options: Any,
-    ) -> None:
-        flags = {"correct_bias": correct_bias}
-        super().__init__(params, lr, betas, eps, weight_decay, compile=compile, roles=roles, **flags, **options)
+    options_cls = CoapAdamWOptions
+    hyperparameters = Hyperparameters(eps=1e-6)
 
     @classmethod
     def second_moment(cls, space: tuple[int, ...]) -> Moment:
         return Full(signed=False)
+
+
+@dataclass(frozen=True)
+class CoapAdafactorOptions(CoapOptions):
+    """The options of COAP with Adafactor."""
+
+    decay_rate: float = flag(-0.8, "exponent of the second moment's decay, below 0.", NEGATIVE)
+    clip_threshold: float = flag(
+        1.0, "largest root mean square of an update before the learning rate is applied.", POSITIVE
+    )
+    scale_parameter: bool = flag(False, "scale the learning rate by the weight's root mean square.")
 
 
 class CoapAdafactor(Coap):
@@ -191,47 +191,25 @@ class CoapAdafactor(Coap):
         W <- W - a weight_decay W - scale m P
 
     Source: arXiv:2412.00071 and arXiv:1804.04235; authors' code bytedance/coap@deabc3a.
-    Departs from it as `CoapAdamW` does; the first moment cannot be left out, Eq. 5 needs it; `scale_parameter` is off
-    by default, as in the Trainer's own Adafactor; statistics of stacked experts are each expert's own.
+    It departs from them as `CoapAdamW` does. The first moment cannot be left out, as Eq. 5 needs it; `scale_parameter`
+    is off by default, as in the Trainer's own Adafactor; statistics of stacked experts are each expert's own.
 
-    State per projected (m, n) weight, r the rank: exp_avg (max(m, n), r) or (r, max(m, n)); exp_avg_sq_row and
-    exp_avg_sq_col, one number for each of its rows and columns, float32; proj; proj_count; step. Vectors keep a full
-    exp_avg_sq. `betas[1]` and `eps` are accepted so that a Trainer's arguments fit, and not used.
-
-    Args:
-        decay_rate: exponent of the second moment's decay, below 0.
-        clip_threshold: largest root mean square of an update before the learning rate.
-        scale_parameter: scale the learning rate by the weight's root mean square.
+    The state of a projected (m, n) weight, where r is the rank, is exp_avg (max(m, n), r) or (r, max(m, n));
+    exp_avg_sq_row and exp_avg_sq_col, one float32 number for each of its rows and columns; proj; proj_count; and step.
+    Vectors keep a full exp_avg_sq. `betas[1]` and `eps` are accepted so that a Trainer's arguments fit, and not used.
     """
 
     algorithm = "coap_adafactor"
     rule = "adafactor"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        decay_rate: float = -0.8,
-        clip_threshold: float = 1.0,
-        scale_parameter: bool = False,
-        compile: bool = False,
-        roles: Roles | None = None,
-        **options: Any,
-    ) -> None:
-        flags = {"decay_rate": decay_rate, "clip_threshold": clip_threshold, "scale_parameter": scale_parameter}
-        super().__init__(params, lr, betas, eps, weight_decay, compile=compile, roles=roles, **flags, **options)
+    options_cls = CoapAdafactorOptions
 
     @classmethod
     def second_moment(cls, space: tuple[int, ...]) -> Moment:
         return RowColMean() if len(space) > 1 else Full(signed=False)
 
 
-def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projection:
-    """The space of a weight's moments under the options of its group."""
+def projection_for(shape: tuple[int, ...], options: Mapping[str, Any]) -> Projection:
+    """Return the space that a weight's moments live in under its options."""
     basis = BasisOptions(
         dtype=basis_dtype(options),
         update_interval=options["update_interval"],
@@ -253,24 +231,25 @@ def projection_for(shape: tuple[int, ...], options: dict[str, Any]) -> Projectio
     return FULL_SPACE
 
 
-def is_matrix(shape: tuple[int, ...], options: dict[str, Any]) -> bool:
-    """Whether a weight is a matrix or a stack of them."""
+def is_matrix(shape: tuple[int, ...], options: Mapping[str, Any]) -> bool:
+    """Return whether a weight is a matrix or a stack of them."""
     return len(shape) == 2 or (len(shape) == 3 and options["stacked"])
 
 
-def ratio_of(options: dict[str, Any]) -> float | None:
+def ratio_of(options: Mapping[str, Any]) -> float | None:
+    """Return a matrix's smaller side over the dimensions kept; None where `rank` says how many those are."""
     given: float | None = options["rank_ratio"]
     return DEFAULT_RANK_RATIO if given is None and options["rank"] is None else given
 
 
-def kept(shape: tuple[int, ...], options: dict[str, Any]) -> int:
-    """Dimensions kept of a matrix's smaller side."""
+def kept(shape: tuple[int, ...], options: Mapping[str, Any]) -> int:
+    """Return the number of dimensions kept of a matrix's smaller side."""
     ratio = ratio_of(options)
     return int(options["rank"]) if ratio is None else max(int(min(shape[-2:]) / ratio), 1)
 
 
-def kept_whole(shape: tuple[int, ...], options: dict[str, Any]) -> str:
-    """Why a matrix that could be projected is not; "" where it is, or is no matrix to project."""
+def kept_whole(shape: tuple[int, ...], options: Mapping[str, Any]) -> str:
+    """Return why a matrix that could be projected is not; "" where it is projected, or is no matrix to project."""
     if not options["project"] or 0 in shape or not is_matrix(shape, options):
         return ""
     short, rank = min(shape[-2:]), kept(shape, options)
@@ -278,37 +257,17 @@ def kept_whole(shape: tuple[int, ...], options: dict[str, Any]) -> str:
 
 
 def tucker_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
-    """Of the output channels of a width-1 kernel, else of output and input channels."""
+    """Return the rank of the output channels for a kernel of width 1, else those of output and input channels."""
     if shape[3] == 1:
         return (max(int(shape[0] / ratio), 1),)
     return tuple(max(int(channels / math.sqrt(ratio)), 1) for channels in shape[:2])
 
 
 @dataclass(frozen=True)
-class CoapRecipe(ProjectedRecipe):
-    """The options of COAP; see `Coap`."""
+class CoapRecipe(ProjectedRecipe, CoapOptions):
+    """COAP, and which weights it projects."""
 
-    rank: int | None = None
-    rank_ratio: float | None = None
-    conv_rank_ratio: float | None = None
-    update_interval: int = 32
-    reproject_factor: int = 5
-    scale: float = 1.0
-    restore_state: bool | Literal["reference"] = False
-    eq5_scale: Literal["none", "rms"] = "none"
-    align: Literal["sign", "none", "procrustes"] = "sign"
-    proj_bits: Literal[32, 16] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_rank(vars(self))
-
-    def shared_options(self) -> dict[str, Any]:
-        names = [*self.optimizer_cls.plan_options(), *RULE_FLAGS[self.optimizer_cls.rule]]
-        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return {**super().shared_options(), **own}
-
-    def options_of(self, role: ParamRole, asked: Any) -> Treatment:
+    def projected(self, role: ParamRole, asked: Any) -> RoleOptions:
         options: dict[str, Any] = {}
         if len(role.shape) == 4 and asked is not True:
             raise ValueError(f"{role.name}: a convolution takes no rank by rule, use true and conv_rank_ratio.")
@@ -318,7 +277,7 @@ class CoapRecipe(ProjectedRecipe):
             options["stacked"] = True
         if asked is not True:
             options["rank"] = asked
-        values = {**self._values(), **options}
+        values = self.plan_options(options)
         if why := kept_whole(role.shape, values):
             if asked is not True:
                 raise ValueError(
@@ -329,37 +288,19 @@ class CoapRecipe(ProjectedRecipe):
         if projection_for(role.shape, values) is not FULL_SPACE:
             return options, "a rank for each expert" if role.expert_axis == 0 else "low rank"
         small = math.prod(role.shape) <= MIN_CONV_SIZE
-        return LEFT_OUT, "a small convolution" if small else "a convolution, and rank is given without conv_rank_ratio"
-
-    def _values(self) -> dict[str, Any]:
-        return {**self.optimizer_cls.plan_options(), **self.shared_options()}
+        why = "a small convolution" if small else "a convolution, and rank is given without conv_rank_ratio"
+        return UNPROJECTED, why
 
 
 @dataclass(frozen=True)
-class CoapAdamWRecipe(CoapRecipe):
-    """`CoapAdamW`'s options.
+class CoapAdamWRecipe(CoapRecipe, CoapAdamWOptions):
+    """COAP with AdamW."""
 
-    Args:
-        correct_bias: see `CoapAdamW`.
-    """
-
-    correct_bias: bool = True
-
-    algorithm = "coap_adamw"
     optimizer_cls = CoapAdamW
 
 
 @dataclass(frozen=True)
-class CoapAdafactorRecipe(CoapRecipe):
-    """`CoapAdafactor`'s options.
+class CoapAdafactorRecipe(CoapRecipe, CoapAdafactorOptions):
+    """COAP with Adafactor."""
 
-    Args:
-        decay_rate, clip_threshold, scale_parameter: see `CoapAdafactor`.
-    """
-
-    decay_rate: float = -0.8
-    clip_threshold: float = 1.0
-    scale_parameter: bool = False
-
-    algorithm = "coap_adafactor"
     optimizer_cls = CoapAdafactor

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
-from hf_lowmem.param_groups import FULL, Recipe, Treatment
+from hf_lowmem.options import recipe_only
+from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
 
-# Table 1 of the paper: the axes averaged over. "One per token" for embeddings is their fan_in.
+# Table 1 of the paper says which axes are averaged over. "One per token" for embeddings is their fan_in.
 FAN_IN = (
     "attention_query",
     "attention_key",
@@ -31,10 +32,10 @@ class SlimAdamW(GroupedAdamW):
         w <- w - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay w)
 
     Source: arXiv:2503.01843, table 1; authors' code dayal-kalra/low-memory-adam@bb3652c.
-    Departs from it: the reduced moment is float32 whatever the weight's dtype.
+    It departs from them: the reduced moment is float32 whatever the weight's dtype.
 
-    State per (fan_out, fan_in) weight: exp_avg (fan_out, fan_in); exp_avg_sq (fan_out, 1) or (1, fan_in);
-    exp_avg_sq_<part> for each part of a fused weight.
+    The state of a (fan_out, fan_in) weight is exp_avg of its shape, and exp_avg_sq (fan_out, 1) or (1, fan_in). A
+    fused weight has exp_avg_sq_<part> for each of its parts.
     """
 
     algorithm = "slim_adamw"
@@ -42,43 +43,48 @@ class SlimAdamW(GroupedAdamW):
 
 @dataclass(frozen=True)
 class SlimAdamRecipe(Recipe):
-    """Which axis of which weight is averaged.
+    """SlimAdam, and which axis of which weight is averaged."""
 
-    Args:
-        rules: path of a JSON file with rules by name, which go before the table.
-        conservative: keep the full second moment of MLP up and gate projections.
-        fused: "split" gives each part of a fused weight its own rule; "full" keeps its full second moment.
-        lora: "full", or "fan_in" to average lora_A over its inputs.
-    """
+    rules: str | None = recipe_only(
+        None,
+        'path of a JSON file that goes before the table: `{"exact": {name: axes}, "regex": [[pattern, axes]], '
+        '"unknown": axes}`, or the authors\' flat `{name: axes}`.',
+    )
+    conservative: bool = recipe_only(
+        False,
+        "keep the full second moment of MLP up and gate projections, which the authors mark as inconsistent across "
+        "models.",
+    )
+    fused: Literal["split", "full"] = recipe_only(
+        "split",
+        '"split" averages each part of a fused QKV or gate-up weight as the table says; "full" keeps the full second '
+        "moment of such weights.",
+    )
+    lora: Literal["full", "fan_in"] = recipe_only("full", '"fan_in" averages `lora_A` over its inputs.')
 
-    rules: str | None = None
-    conservative: bool = False
-    fused: Literal["split", "full"] = "split"
-    lora: Literal["full", "fan_in"] = "full"
-
-    algorithm = "slim_adamw"
     optimizer_cls = SlimAdamW
 
-    def treat(self, role: ParamRole) -> Treatment:
+    def options_of(self, role: ParamRole) -> RoleOptions:
         if role.parts:
             if self.fused == "full":
-                return FULL, "fused=full"
+                return {}, "fused=full"
             if self.conservative and any(part.role in CONTESTED for part in role.parts):
-                return FULL, "conservative=true"
+                return {}, "conservative=true"
             return segments_of(role, [self._table(role, part.role) for part in role.parts]), "one rule per fused part"
         if self.conservative and role.role in CONTESTED:
-            return FULL, "conservative=true"
+            return {}, "conservative=true"
         if role.role == "lora_A" and self.lora == "fan_in":
             return {"axes": role.fan_in}, "lora=fan_in"
         options = self._table(role, role.role)
         if options:
             return options, f"mean over {'fan_in' if role.role in FAN_IN else 'fan_out'}"
-        return FULL, f"elementwise: {role.why}"
+        return {}, f"elementwise: {role.why}"
 
     @staticmethod
     def _table(role: ParamRole, name: str) -> dict[str, Any]:
+        """Return the options that the paper's table has for a weight, or a part of it, that is called `name`."""
         if role.fan_out is None:
-            return FULL
+            return {}
         if name in FAN_IN:
             return {"axes": role.fan_in}
-        return {"axes": (role.fan_out,)} if name in FAN_OUT else FULL
+        return {"axes": (role.fan_out,)} if name in FAN_OUT else {}

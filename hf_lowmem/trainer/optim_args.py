@@ -1,15 +1,14 @@
-"""`optim_args` as text, JSON or a mapping, checked against the dataclass fields of the algorithm's recipe."""
+"""`optim_args` as text, JSON or a mapping, checked against the options that the algorithm's recipe declares."""
 
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from hf_lowmem.algorithms import RECIPES
+from hf_lowmem.options import alternatives
 from hf_lowmem.param_groups import Recipe
 from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
 
@@ -22,7 +21,7 @@ def recipe_for(
     optim_args: str | Mapping[str, Any] | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> Recipe:
-    """The recipe that an optim name stands for, with the user's options.
+    """Return the recipe that an optim name stands for, with the user's options.
 
     Args:
         name: an optim name of this package, such as "slim_adamw_8bit".
@@ -30,8 +29,8 @@ def recipe_for(
         target_modules: `TrainingArguments.optim_target_modules`; the option `target_modules` says the same.
 
     Raises:
-        ValueError: for an unknown name, an unknown or repeated key, a value of the wrong type, a `state_bits` that
-            contradicts the name, or target modules for a name that projects nothing or that are given twice.
+        ValueError: the name is unknown; a key is unknown or repeated; a value has the wrong type; `state_bits`
+            contradicts the name; or target modules are given twice, or for a name that projects nothing.
     """
     if name not in OPTIM_NAMES:
         raise ValueError(unknown_optim(name))
@@ -39,7 +38,7 @@ def recipe_for(
     recipe_cls = RECIPES[algorithm]
     given = read_optim_args(optim_args)
     if target_modules is not None:
-        if "target_modules" not in (field.name for field in fields(recipe_cls)):
+        if "target_modules" not in recipe_cls.arguments():
             raise ValueError(
                 f"optim_target_modules={target_modules!r} means nothing to {name!r}, which projects no weights: "
                 "leave it out, or use a name such as 'coap_adamw'."
@@ -59,7 +58,7 @@ def read_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any
     """Split `optim_args` into keys and values; the values of "key=value" text stay strings.
 
     Raises:
-        ValueError: for text that is neither "key=value,key=value" nor a JSON object, or that repeats a key.
+        ValueError: the text is neither "key=value,key=value" nor a JSON object, or it repeats a key.
     """
     if not optim_args:
         return {}
@@ -91,33 +90,31 @@ def _key_and_value(item: str, optim_args: str) -> tuple[str, str]:
 
 
 def typed_options(recipe_cls: type[Recipe], options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Check the options' keys against the recipe's fields, and convert the values to the fields' types."""
-    annotations = get_type_hints(recipe_cls)
-    legal = [field.name for field in fields(recipe_cls)]
+    """Check the options' keys against those of the recipe, and convert the values to the types declared for them."""
+    legal = recipe_cls.arguments()
     for key in options:
         if key not in legal:
             nearest = get_close_matches(key, legal, n=1, cutoff=0.6)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise ValueError(f"optim_args has no key {key!r} for {name!r}{hint}; legal keys: {', '.join(legal)}.")
-    return {key: _typed(key, value, annotations[key]) for key, value in options.items()}
+    return {key: _typed(key, value, legal[key].annotation) for key, value in options.items()}
 
 
 def _typed(key: str, value: Any, annotation: Any) -> Any:
-    """Convert one value to the field's annotated type."""
-    union = get_origin(annotation) in (Union, types.UnionType)
-    alternatives = get_args(annotation) if union else (annotation,)
-    # None first: "none" is no string where None is legal.
-    for alternative in sorted(alternatives, key=lambda kind: kind is not type(None)):
+    """Convert one value to the type that its option is annotated with."""
+    kinds = alternatives(annotation)
+    # None comes first, because "none" is no string where None is legal.
+    for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
         try:
-            return _convert(value, alternative)
+            return _convert(value, kind)
         except ValueError:
             continue
-    expected = " or ".join(map(_describe, alternatives))
+    expected = " or ".join(map(_describe, kinds))
     raise ValueError(f"optim_args {key}={value!r} is not legal: expected {expected}.")
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Convert text, or a value read from JSON, to `kind`; ValueError where it does not fit."""
+    """Convert text, or a value read from JSON, to `kind`; raise ValueError where it does not fit."""
     text = value.lower() if isinstance(value, str) else None
     if get_origin(kind) is Literal:
         for legal in get_args(kind):

@@ -87,7 +87,7 @@ def test_coap(case: str, name: str, kernels: bool, device: str, monkeypatch: pyt
     patch(low_rank, "leading_rows", signed)
     monkeypatch.setattr(BasisOptions, "aligned", lambda self, new, old: with_signs_of(new, recorded(new.shape[-1])))
     if "8bit" in case:
-        monkeypatch.setattr(coap, "codec_for", lambda *args, **kwargs: AuthorsInt8())
+        monkeypatch.setattr(coap, "codec_of", lambda *args, **kwargs: AuthorsInt8())
     if not kernels:
         force("rule")
 
