@@ -1,9 +1,10 @@
-"""Writes the measured tables of README.md from the committed results; a test fails when they differ.
+"""Writes the tables of README.md from the committed results and from the package; a test fails when they differ.
 
     python benchmarks/readme_tables.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The bytes of each optim name are those of
-`hf-lowmem optims`, which a test holds against the declared state; the other tables come from benchmarks/results/.
+`hf-lowmem optims`, which a test holds against the declared state; the options are those that the algorithms declare;
+the other tables come from benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from peers import BASELINE, ROOT
 from step_time_report import clipped, figure, sections, table, with_quartiles
 
+from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.demo import BASELINE as ADAMW
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
@@ -39,6 +41,21 @@ def optimizers(current: str) -> str:
         seen += names
     if sorted(seen) != sorted(OPTIM_NAMES):
         raise ValueError(f"The README's table of optimizers must have each optim name once, but has {seen}.")
+    return "\n".join(lines)
+
+
+def options(_: str) -> str:
+    """The options that `optim_args` take, with the algorithms that have them."""
+    owners: dict[tuple[str, str, str], list[str]] = {}
+    for algorithm, recipe in RECIPES.items():
+        for name, option in recipe.arguments().items():
+            default = str(option.default)
+            default = default.lower() if isinstance(option.default, bool | None) else default
+            owners.setdefault((name, default, option.text.rstrip(".")), []).append(algorithm)
+    lines = ["| key | for | default | what |", "|---|---|---|---|"]
+    for (name, default, text), algorithms in owners.items():
+        whose = "all" if len(algorithms) == len(RECIPES) else ", ".join(f"`{algorithm}`" for algorithm in algorithms)
+        lines.append(f"| `{name}` | {whose} | {default} | {text} |")
     return "\n".join(lines)
 
 
@@ -129,7 +146,8 @@ def step_times(name: str, shown: Callable[[dict[str, Any]], bool]) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    function.__name__: function for function in (optimizers, demo, demo_seeds, rlhf_seeds, step_time, step_time_epyc)
+    function.__name__: function
+    for function in (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_epyc)
 }
 
 

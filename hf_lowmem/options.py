@@ -163,8 +163,8 @@ class Options(Declared):
 
     state_bits: Literal[32, 16, 8] = layout(
         32,
-        "32; 16 stores `exp_avg` as bfloat16; 8 stores `exp_avg`, and a full `exp_avg_sq`, as 8-bit codes, which is "
-        "what `_8bit` in an optim name stands for.",
+        "bits per number of the state: 32; 16, which stores `exp_avg` as bfloat16; or 8, which stores `exp_avg`, and "
+        "a full `exp_avg_sq`, as 8-bit codes, and is what `_8bit` in an optim name stands for.",
     )
     block_size: Literal[256, 128, 64] = layout(
         256,
@@ -176,9 +176,9 @@ class Options(Declared):
     compile: bool = run(False, "step through `torch.compile`, which takes seconds of compilation per shape.")
     rounding: Literal["nearest", "stochastic", "kahan"] = run(
         "nearest",
-        'how a bfloat16 or float16 weight takes an update: rounded to "nearest", at random ("stochastic"), or by '
-        '"kahan", which keeps what was cut off in 2 more bytes per entry and so float32\'s precision. float32 weights '
-        "are not touched.",
+        'how a bfloat16 or float16 weight takes an update: "nearest" rounds it; "stochastic" rounds at random, so '
+        'that nothing is lost on average; "kahan" keeps what was cut off in 2 more bytes per entry, and with it the '
+        "precision of float32. float32 weights are not touched.",
     )
     rounding_seed: int = run(
         0,
@@ -192,11 +192,11 @@ class Options(Declared):
     )
     fused_clip: bool = run(
         False,
-        "let the step clip by a Trainer's `max_grad_norm`: it reads gradients once for the norm and never writes "
-        "them, and the logged `grad_norm` is summed in float32.",
+        "let the step clip by a Trainer's `max_grad_norm`: gradients are read once for the norm and scaled as the "
+        "update reads them, and the logged `grad_norm` is summed in float32.",
     )
     capturable: bool = run(
         False,
         "let a CUDA graph capture the step, in a loop of your own; `step` and a tensor `lr` are read on the device "
-        "only. COAP and SOAP, `compile` and `offload_state` exclude it.",
+        "only. It excludes COAP, SOAP, `compile` and `offload_state`.",
     )

@@ -28,11 +28,11 @@ class Recipe(Options):
     """
 
     embedding_bits: Literal[32, 16, 8] | None = recipe_only(
-        None, "`state_bits` of embeddings; by default those of all weights."
+        None, "`state_bits` of embeddings; by default that of all weights."
     )
 
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
-    options_of_misfits: ClassVar[dict[str, Any]] = {}  # of a frozen parameter that the recipe's options do not fit
+    fallback_options: ClassVar[dict[str, Any]] = {}  # of a frozen parameter that the recipe's options do not fit
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
     projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes} per parameter, and {adamw}'s
@@ -154,7 +154,7 @@ def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> 
         except ValueError as error:
             if param.requires_grad:
                 raise ValueError(f"{entry[1]}: {error}" if entry else str(error)) from None
-            options, why = recipe.options_of_misfits, str(error)
+            options, why = recipe.fallback_options, str(error)
         assignments.append(Assignment(param, role, recipe.with_storage(role, options), why))
     recipe.check_use(assignments)
     return RolePlan(assignments)

@@ -50,13 +50,15 @@ class CoapOptions(ProjectedOptions):
     )
     conv_rank_ratio: float | None = layout(
         None,
-        "the same for convolutions, whose two ranks are channels / sqrt(ratio); by default `rank_ratio`. With `rank` "
-        "alone convolutions are not projected.",
+        "`rank_ratio` of convolutions, whose two ranks are channels / sqrt(ratio); by default `rank_ratio`. With "
+        "`rank` alone convolutions are not projected.",
         RATIO,
     )
     update_interval: int = schedule(32, "steps between two changes of the basis.", at_least(1))
     reproject_factor: int = schedule(
-        5, "every so many changes the basis is recomputed (Eq. 6 and 7); the others correct it (Eq. 5).", at_least(1)
+        5,
+        "number of changes from one recomputed basis (Eq. 6 and 7) to the next; those between correct it (Eq. 5).",
+        at_least(1),
     )
     scale: float = schedule(1.0, "factor of every projected update.", POSITIVE)
     restore_state: bool | Literal["reference"] = schedule(
@@ -70,7 +72,9 @@ class CoapOptions(ProjectedOptions):
         "move.",
     )
     align: Literal["sign", "none", "procrustes"] = schedule(
-        "sign", 'what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".'
+        "sign",
+        'how a recomputed basis is brought near to the old one: "sign" chooses the signs of its vectors, "procrustes" '
+        'rotates it, and "none" leaves it.',
     )
     transposed: bool = decided_by_role(False, "take weights as stored (fan_in, fan_out).")
 
@@ -138,7 +142,7 @@ class Coap(LowMemOptimizer):
 class CoapAdamWOptions(CoapOptions):
     """The options of COAP with AdamW."""
 
-    correct_bias: bool = flag(True, "correct the moments' bias, as the authors do by default.")
+    correct_bias: bool = flag(True, "correct the moments' bias.")
 
 
 class CoapAdamW(Coap):

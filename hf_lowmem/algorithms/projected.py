@@ -53,7 +53,7 @@ class ProjectedRecipe(Recipe):
     )
 
     projects: ClassVar[bool] = True
-    options_of_misfits: ClassVar[dict[str, Any]] = UNPROJECTED
+    fallback_options: ClassVar[dict[str, Any]] = UNPROJECTED
     without_roles: ClassVar[str] = "every matrix is projected, embeddings and heads too"
 
     def __post_init__(self) -> None:

@@ -47,8 +47,9 @@ class SlimAdamRecipe(Recipe):
 
     rules: str | None = recipe_only(
         None,
-        'path of a JSON file that goes before the table: `{"exact": {name: axes}, "regex": [[pattern, axes]], '
-        '"unknown": axes}`, or the authors\' flat `{name: axes}`.',
+        "path of a JSON file that goes before the paper's table: "
+        '`{"exact": {name: axes}, "regex": [[pattern, axes]], "unknown": axes}`, or the authors\' flat '
+        "`{name: axes}`.",
     )
     conservative: bool = recipe_only(
         False,
@@ -57,8 +58,8 @@ class SlimAdamRecipe(Recipe):
     )
     fused: Literal["split", "full"] = recipe_only(
         "split",
-        '"split" averages each part of a fused QKV or gate-up weight as the table says; "full" keeps the full second '
-        "moment of such weights.",
+        '"split" averages each part of a fused QKV or gate-up weight by a table entry of its own; "full" keeps '
+        "the full second moment of such weights.",
     )
     lora: Literal["full", "fan_in"] = recipe_only("full", '"fan_in" averages `lora_A` over its inputs.')
 

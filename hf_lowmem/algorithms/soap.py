@@ -26,7 +26,7 @@ class SoapOptions(ProjectedOptions):
     )
     precondition_frequency: int = schedule(10, "updates between two changes of the basis.", at_least(1))
     max_precond_dim: int = layout(10000, "longest axis that gets a basis.", at_least(1))
-    shampoo_beta: float | None = schedule(None, "decay of L and R, which is `betas[1]` where it is none.", DECAY)
+    shampoo_beta: float | None = schedule(None, "decay of the factors L and R; by default `betas[1]`.", DECAY)
     correct_bias: bool = flag(True, "correct the moments' bias.")
     normalize_grads: bool = flag(
         False, "scale every update to unit root mean square, which the authors advise for frequencies near 100."

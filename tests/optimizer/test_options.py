@@ -6,7 +6,8 @@ import copy
 import inspect
 import pydoc
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem import algorithms
-from hf_lowmem.algorithms import CoapAdamW, SlimAdamW
+from hf_lowmem.algorithms import RECIPES, CoapAdamW, LowMemAdamW, SlimAdamW
+from hf_lowmem.options import Options, at_least, flag, layout, schedule
+from hf_lowmem.state import StatePlan
+from hf_lowmem.update_rules import RULE_FLAGS
 
 CLASSES = [
     value for value in vars(algorithms).values() if isinstance(value, type) and value.__name__ in algorithms.__all__
@@ -84,6 +88,81 @@ def test_a_class_of_the_users_shows_its_options_too() -> None:
     assert doc.count("block_size: ") == 1
     assert "block_size: as the twist wants it." in doc
     assert "block_size: largest" in str(SlimAdamW.__doc__)
+
+
+@dataclass(frozen=True)
+class TwistOptions(Options):
+    twist: Literal["left", "right"] = layout("left", "which way.")
+    turns: int = schedule(2, "how often.", at_least(1))
+    compile: bool = flag(True, "another default, for another reader.")
+
+
+class Twisted(LowMemAdamW):
+    """AdamW with options of its own."""
+
+    options_cls = TwistOptions
+
+    @classmethod
+    def make_plan(cls, shape: tuple[int, ...], *, twist: str, turns: int, **options: Any) -> StatePlan:
+        return super().make_plan(shape, **options)
+
+
+def twisted(**options: Any) -> LowMemAdamW:
+    return Twisted([{"params": [nn.Parameter(torch.zeros(64, 64))], **options}])
+
+
+def test_a_dataclass_declares_all_that_is_known_of_an_option() -> None:
+    assert list(options(Twisted))[:4] == ["roles", "twist", "turns", "compile"]
+    assert "    turns: how often.\n" in str(Twisted.__doc__)
+    assert "    compile: another default, for another reader.\n" in str(Twisted.__doc__)
+    optimizer = Twisted([nn.Parameter(torch.zeros(64, 64))], twist="right", turns=3)
+    assert str(optimizer).startswith("Twisted(twist='right', turns=3): ")
+    (group,) = optimizer.param_groups
+    assert (group["turns"], group["compile"], "twist" in group) == (3, True, False)
+    assert optimizer.state_dict()["layouts"][0][0]["twist"] == "right"
+    with pytest.raises(ValueError, match=r"^twist='up' is not supported: use one of left, right\.$"):
+        Twisted([nn.Parameter(torch.zeros(2))], twist="up")
+    with pytest.raises(ValueError, match=r"^turns=0 must be a whole number of at least 1\.$"):
+        twisted(turns=0)
+    with pytest.raises(ValueError, match="turn=1, which is no option of Twisted, though 'turns' is"):
+        twisted(turn=1)
+
+
+def test_a_checkpoint_keeps_the_layout_and_takes_another_schedule() -> None:
+    saved = twisted(twist="right", turns=3).state_dict()
+    with pytest.raises(ValueError, match="twist='right', expected 'left'"):
+        twisted().load_state_dict(saved)
+    resumed = twisted(twist="right", turns=4)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["turns"] == 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_the_options_of_its_class(name: str) -> None:
+    recipe_cls = RECIPES[name]
+    arguments, optimizer_cls = recipe_cls.arguments(), recipe_cls.optimizer_cls
+    declared = optimizer_cls.options_cls.declared()
+    assert all(arguments[key] == each for key, each in declared.items() if each.kind != "role")
+    assert all(each.text.endswith(".") for each in {**declared, **arguments}.values())
+    assert set(optimizer_cls.options_cls.defaults("flag")) == set(RULE_FLAGS[optimizer_cls.rule])
+    assert recipe_cls().shared_options() == optimizer_cls.options_cls.defaults(
+        "layout", "schedule", "flag", "run", "recipe"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [(CoapAdamW, {"correct_bias": "no"}), (CoapAdamW, {"project": 2}), (SlimAdamW, {"compile": None})],
+)
+def test_a_switch_is_true_or_false(cls: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"is not supported: use one of False, True\.$"):
+        cls([nn.Parameter(torch.zeros(64, 64))], **given)
+
+
+@pytest.mark.parametrize("axes", [None, [1], range(1, 2), ()])
+def test_axes_may_be_none_or_any_iterable(axes: Any) -> None:
+    optimizer = SlimAdamW([nn.Parameter(torch.zeros(64, 64))], axes=axes)
+    assert optimizer.state_dict()["layouts"][0][0]["axes"] == tuple(axes or ())
 
 
 def model() -> nn.Module:
