@@ -280,7 +280,7 @@ class CoapRecipe(ProjectedRecipe, CoapOptions):
         if len(role.shape) == 3:
             options["stacked"] = True
         if asked is not True:
-            options["rank"] = asked
+            options |= {"rank": asked, "rank_ratio": None}
         values = self.plan_options(options)
         if why := kept_whole(role.shape, values):
             if asked is not True:

@@ -379,6 +379,19 @@ def test_rules(tmp_path: Path) -> None:
     assert with_rules(tmp_path, {"lm_head.weight": 2}, rank=4), "a flat file"
 
 
+def test_a_rank_by_name_goes_before_the_ratio_of_the_run(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    explanation = with_rules(tmp_path, {name: 5}, rank_ratio=2.0)
+    ranks = {row.name: row.state["proj"][0][-2] for row in explanation.rows if "proj" in row.state}
+    assert ranks.pop(name) == 5
+    assert set(ranks.values()) == {8, 16}
+    options = {"rules": str(tmp_path / "rules.json"), "rank_ratio": 2.0}
+    model = tiny_model("llama")
+    optimizer = hf_lowmem.build_optimizer(model, "coap_adamw", lr=1e-3, optim_args=options)
+    plan = optimizer.plan_of(model.get_parameter(name))
+    assert plan.specs((32, 32))["proj"].shape == (5, 32)
+
+
 def test_rules_go_before_target_modules(tmp_path: Path) -> None:
     rules = {"lm_head.weight": True, "model.layers.0.self_attn.q_proj.weight": False}
     explanation = with_rules(tmp_path, rules, target_modules=["q_proj"], rank=4)
