@@ -32,7 +32,7 @@ class Recipe(Options):
     )
 
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
-    fallback_options: ClassVar[dict[str, Any]] = {}  # of a frozen parameter that the recipe's options do not fit
+    fallback_options: ClassVar[dict[str, Any]] = {}  # for a frozen parameter that the recipe does not fit
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
     projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes} per parameter, and {adamw}'s

@@ -120,25 +120,25 @@ class Explanation:
     def __str__(self) -> str:
         """One line per parameter."""
         lines = [
-            (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", readable(r.nbytes), _treatment(r))
+            (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", readable(r.nbytes), _description(r))
             for r in self.rows
         ]
         head = ("parameter", "shape", "role", "bytes", "", "what is kept (why)")
         return "\n".join([*table(head, lines, left=(0, 1, 2, 5)), "", self._total()])
 
     def by_role(self) -> str:
-        """Of each role and treatment: how many parameters, bytes, what is compressed, and why; at most 100 columns."""
+        """Return what each role keeps and why, with counts of parameters and bytes, in at most 100 columns."""
         groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in self.rows:
-            groups[row.role, _treatment(row)].append(row)
+            groups[row.role, _description(row)].append(row)
         lines = []
         for (role, _), rows in groups.items():
             numel, nbytes = sum(row.numel for row in rows), sum(row.nbytes for row in rows)
             each = f"{nbytes / max(numel, 1):.3f}"
             lines.append((role, str(len(rows)), f"{numel:,}", f"{nbytes:,}", readable(nbytes), each))
         head, *shown = table(("role", "tensors", "parameters", "bytes", "", "bytes/param"), lines)
-        for at, (_, treatment) in enumerate(groups):
-            shown[at] += "\n" + wrapped(treatment, indent=4)
+        for at, (_, description) in enumerate(groups):
+            shown[at] += "\n" + wrapped(description, indent=4)
         return "\n".join([head, *shown, "", self._total()])
 
     def _total(self) -> str:
@@ -257,5 +257,5 @@ def _dtype(param: torch.Tensor) -> str:
     return str(param.dtype).removeprefix("torch.")
 
 
-def _treatment(row: Row) -> str:
+def _description(row: Row) -> str:
     return f"{row.compressed} ({row.why})" if row.trainable else "frozen"
