@@ -53,11 +53,11 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from hf_lowmem.kernels.eager import tile_size  # noqa: E402
 from machine import describe_machine  # noqa: E402
 
 import hf_lowmem  # noqa: E402
 from hf_lowmem.kernels import Slot, gpu, native  # noqa: E402
-from hf_lowmem.kernels.eager import tile_size  # noqa: E402
 from hf_lowmem.scratch import Scratch  # noqa: E402
 from hf_lowmem.state import FULL_SPACE  # noqa: E402
 from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor
-
-
 Group = Mapping[str, Any]
 
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hf_lowmem.kernels.tuning import Tile, current_arch, tile_for
 from measure import host_seconds, timed
 from torch import nn
 
 from gpu_stages.session import Session
 from hf_lowmem.algorithms import LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.kernels import KERNELS, gpu
-from hf_lowmem.kernels.tuning import Tile, current_arch, tile_for
 
 PER_THREAD, ENTRIES, ONE_TILE = (32, 16, 8), (4096, 2048, 8192), (8192, 16384)
 REPEATS = 7

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hf_lowmem.kernels.geometry import geometry
+from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, tile_for
 from torch import nn
 
 import hf_lowmem
 from hf_lowmem.kernels import KERNELS, gpu, key_of, native, warn_of_plain_torch
-from hf_lowmem.kernels.geometry import geometry
-from hf_lowmem.kernels.tuning import KINDS, TUNING, Tile, tile_for
 from tests import ROOT
 
 KERNELS_ON_GPUS = "tests/kernels/test_gpu_kernels.py"

@@ -19,6 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
+from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
+from hf_lowmem.kernels.tuning import current_arch, tile_for, warps_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -26,8 +28,6 @@ from triton.runtime.jit import JITFunction
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
-from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
-from hf_lowmem.kernels.tuning import current_arch, tile_for, warps_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
