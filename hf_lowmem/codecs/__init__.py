@@ -1,4 +1,4 @@
-"""How the numbers of a moment are stored."""
+"""The codecs, which store the numbers of a moment."""
 
 import math
 
@@ -12,11 +12,12 @@ STATE_BITS = (32, 16, 8)
 def codec_for(
     shape: tuple[int, ...], state_bits: int, block_size: int, min_8bit_size: int, *, any_divisor: bool = False
 ) -> Codec:
-    """The codec of full moments of `shape`, in `state_bits`.
+    """Return the codec that stores full moments of `shape` in `state_bits`.
 
     Args:
-        block_size, any_divisor: the largest 8-bit block, and which others are taken; see `blocks_for`.
-        min_8bit_size: moments of fewer entries are float32 instead of 8-bit.
+        block_size: the size of the largest 8-bit block.
+        min_8bit_size: moments with fewer entries are stored in float32 instead of 8 bits.
+        any_divisor: whether 8-bit blocks may have sizes other than 256, 128 and 64; see `blocks_for`.
     """
     if state_bits == 16:
         return BFloat16()

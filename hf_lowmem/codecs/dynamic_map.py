@@ -8,11 +8,16 @@ Unsigned code c: with a = c + 1 and e = floor(log2 a),
 
     value = 10^(e-7) * (0.9 (a + 0.5) / 2^e - 0.8),                   c = 0 -> 0,   c = 255 -> 1
 
-Encoding takes the nearest code, in one of three ways that agree up to float rounding at the boundary of two codes.
-Eager code (`encode_table`) uses one gather and no search: the leading bits of a float name a cell that holds at most
-one boundary, and the carry of one integer addition says on which side of it the float lies. Compiled code
-(`encode_lines`) takes the minimum of straight lines, which vectorizes where a gather does not. `native.c` finds the
-decade and then takes its line alone (`count_lines`).
+An encoder maps a number to the nearest code. There are four, because each backend is fast in its own way:
+
+- Eager code (`encode_table`) is exact. One gather replaces the search: the leading 16 bits of a float select a cell,
+  an interval that holds at most one boundary between two codes, and the carry of an integer addition tells on which
+  side of the boundary the float lies.
+- Under torch.compile (`encode_lines`) the code is exact up to float rounding at a boundary. It is the minimum of
+  straight lines, which vectorizes where a gather does not.
+- In C (`count_lines`) it is exact up to float rounding, too. The decade of the number selects one line.
+- In Triton it is the minimum of one line per decade. Where two decades meet, and just below 1, this may give the code
+  beside the nearest one.
 """
 
 from __future__ import annotations
@@ -24,16 +29,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CELL_BITS = 16  # low bits of a float32 that lie inside a cell; sign, exponent and 7 mantissa bits name it
+CELL_BITS = 16  # the floats of a cell share their sign, exponent and upper 7 mantissa bits, and differ in these bits
 _CPU = torch.device("cpu")
-_FLOATS: Any = dict(dtype=torch.float32, device=_CPU)  # whatever the defaults are
+_FLOATS: Any = dict(dtype=torch.float32, device=_CPU)  # independent of torch's default dtype and device
 
 
 @cache
 def decode_table(signed: bool, device: torch.device) -> Tensor:
-    """float32 (256,): the value of each code, ascending.
+    """Return the value of each code as float32 (256,), in ascending order.
 
-    The decades are rounded to float32 in the order in which bitsandbytes rounds them, so both tables are equal.
+    The values equal those of bitsandbytes, because they are rounded to float32 at the same places.
     """
     decades = 7  # 2^e codes in decade e when signed, twice as many when not
     positive = [torch.zeros(1, **_FLOATS)]
@@ -48,7 +53,7 @@ def decode_table(signed: bool, device: torch.device) -> Tensor:
 
 @cache
 def boundaries(signed: bool) -> Tensor:
-    """float32 (255,): the smallest float that belongs to code i + 1 rather than to code i."""
+    """Return as float32 (255,) the smallest float whose nearest code is i + 1 rather than i."""
     values = decode_table(signed, _CPU).double()
     middle = (values[1:] + values[:-1]) / 2
     rounded = middle.float()
@@ -57,10 +62,10 @@ def boundaries(signed: bool) -> Tensor:
 
 @cache
 def encode_table(signed: bool, device: torch.device) -> Tensor:
-    """int32 table T of cells: `(T[bits >> 16] + bits) >> 16` is the nearest code of the float with those bits.
+    """Return an int32 table T such that `(T[bits >> 16] + bits) >> 16` is the nearest code of the float with `bits`.
 
-    Cells of negative floats come second (index 2^15 and up) and give 255 - code, because there the integer order of
-    the bits runs against the order of the floats.
+    The cells of negative floats start at index 2^15. They give 255 - code, because the bits of negative floats, read
+    as integers, ascend as the floats descend.
     """
     edges = boundaries(signed)
     positive = _cells(edges, sign_bit=0)
@@ -72,12 +77,13 @@ def encode_table(signed: bool, device: torch.device) -> Tensor:
 
 
 def _cells(edges: Tensor, sign_bit: int) -> Tensor:
-    starts = torch.arange(0, 0x3F800000 + 1, 1 << CELL_BITS, dtype=torch.int32, device=_CPU)  # 0 to 1
-    below = torch.bucketize(starts.view(torch.float32), edges, right=True)  # boundaries at or below the cell's start
+    """Return the entries of the cells from 0 to 1, for floats whose bits have `sign_bit` added."""
+    starts = torch.arange(0, 0x3F800000 + 1, 1 << CELL_BITS, dtype=torch.int32, device=_CPU)  # the bits of 0 to 1
+    below = torch.bucketize(starts.view(torch.float32), edges, right=True)  # how many boundaries are <= the start
     edge_bits = torch.cat([edges.view(torch.int32).long(), torch.tensor([1 << 40], device=_CPU)])
     to_edge = (edge_bits[below] - starts).clamp(max=1 << CELL_BITS)
     cell = (below << CELL_BITS) + (1 << CELL_BITS) - to_edge - (starts.long() + sign_bit)
-    return ((cell + (1 << 31)) % (1 << 32) - (1 << 31)).int()  # wrapped, as int32 addition wraps
+    return ((cell + (1 << 31)) % (1 << 32) - (1 << 31)).int()  # wraps as int32 addition does
 
 
 def _next_up(x: Tensor) -> Tensor:
@@ -85,12 +91,13 @@ def _next_up(x: Tensor) -> Tensor:
 
 
 def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
-    """(slope, intercept) of the lines whose minimum reaches n at the boundary below the n-th code from zero.
+    """Return the (slope, intercept) of lines whose minimum reaches n at the boundary below the n-th code from zero.
 
-    The boundaries of one decade lie on one line; two more join it to the next. Slopes fall, so the curve is concave.
+    The boundaries of one decade lie on one line, and two more lines join it to the next decade. The slopes decrease,
+    so the minimum of all lines is the curve through all boundaries.
     """
     edges = boundaries(signed).double()
-    edges = edges[127:-1] if signed else edges[:-1]  # the boundary of the top code, 1.0, is off the curve
+    edges = edges[127:-1] if signed else edges[:-1]  # the boundary below the top code, 1.0, is not on the curve
     slopes = 1 / (edges[1:] - edges[:-1])
     lines: list[tuple[float, float]] = []
     for n, (edge, slope) in enumerate(zip(edges.tolist(), slopes.tolist(), strict=False), start=1):
@@ -100,7 +107,10 @@ def _encode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
 
 
 class CountLine(NamedTuple):
-    """The numbers from `start` to the next decade's. Their count is the whole part of a line, but at most `last`."""
+    """One decade's line: a number from `start` up has the count floor(slope * number + intercept), at most `last`.
+
+    The count of a code is |k| (signed) or a (not signed) in the equations above.
+    """
 
     start: float
     slope: float
@@ -109,11 +119,11 @@ class CountLine(NamedTuple):
 
 
 def count_lines(signed: bool) -> tuple[CountLine, ...]:
-    """Of a number's magnitude: the seven decades, of which the first begins at 0, and the top code."""
+    """Return the lines of the seven decades, the first of which starts at 0, and of the top code."""
     edges = dict(enumerate(boundaries(signed).tolist()[127 if signed else 0 :], start=1 if signed else 2))
     found: list[CountLine] = []
     for e in range(7) if signed else range(1, 8):
-        first, last = 2**e, 2 ** (e + 1) - 1  # counts; the boundaries between them lie on one line
+        first, last = 2**e, 2 ** (e + 1) - 1  # the boundaries between the counts `first` to `last` lie on one line
         through = min(first + 1, last - 1) if first < last else last + 1
         slope = (last - through) / (edges[last] - edges[through])
         found.append(CountLine(edges[first] if found else 0.0, slope, last - slope * edges[last], last))
@@ -121,21 +131,21 @@ def count_lines(signed: bool) -> tuple[CountLine, ...]:
 
 
 def _decode_lines(signed: bool) -> tuple[tuple[float, float], ...]:
-    """(slope, intercept) of the line that the n-th codes from zero of each decade lie on."""
+    """Return for each decade the (slope, intercept) of the line from a code's count to its value."""
     decades = range(7) if signed else range(1, 8)
     scales = [10.0 ** (e - decades[-1]) for e in decades]
     return tuple((0.9 * s / 2**e, (0.45 / 2**e - 0.8) * s) for e, s in zip(decades, scales, strict=True))
 
 
-# Plain numbers, found before anything is compiled: a graph cannot hold the search for them.
+# These are plain numbers and computed at import, because torch.compile cannot trace how they are found.
 _LINES = {signed: _encode_lines(signed) for signed in (True, False)}
 DECADES = {signed: _decode_lines(signed) for signed in (True, False)}
-FIRST_COUNT = {True: -127, False: 1}  # of code 0: a code's count is this and the code
-TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}  # the smallest float of the code of 1
+FIRST_COUNT = {True: -127, False: 1}  # the count, with its sign, of code 0; code c has FIRST_COUNT + c
+TOP = {signed: boundaries(signed)[-1].item() for signed in (True, False)}  # the smallest float whose code is that of 1
 
 
 def encode_lines(x: Tensor, signed: bool) -> Tensor:
-    """uint8 codes of x in [-1, 1] ([0, 1] if not signed): the nearest code up to float rounding at a boundary."""
+    """Return the uint8 codes nearest to x in [-1, 1] ([0, 1] if not signed), up to float rounding at a boundary."""
     magnitude = x.abs() if signed else x
     count = torch.full_like(x, math.inf)
     for slope, intercept in _LINES[signed]:
@@ -146,7 +156,7 @@ def encode_lines(x: Tensor, signed: bool) -> Tensor:
 
 
 def decode_lines(codes: Tensor, signed: bool) -> Tensor:
-    """float32 values of uint8 codes; equals the table up to one rounding."""
+    """Return the float32 values of uint8 codes, equal to those of `decode_table` up to one rounding."""
     count = codes.float() + FIRST_COUNT[signed]
     magnitude = count.abs()
     value = torch.zeros_like(count)

@@ -12,7 +12,7 @@ from hf_lowmem.state import State, TensorSpec
 
 @dataclass(frozen=True)
 class Float32:
-    """Every number as float32."""
+    """Moments stored in float32."""
 
     def specs(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {name: spec}
@@ -26,10 +26,10 @@ class Float32:
 
 @dataclass(frozen=True)
 class BFloat16:
-    """Signed moments as bfloat16; unsigned ones stay float32.
+    """Signed moments stored in bfloat16, unsigned ones in float32.
 
-    A bfloat16 average of squares with beta2 = 0.999 never moves: one step changes it by less than half a unit in the
-    last place.
+    A bfloat16 average of squares with beta2 = 0.999 would never move, because one step changes it by less than half a
+    unit in the last place.
     """
 
     def specs(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:

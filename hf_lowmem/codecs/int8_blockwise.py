@@ -20,25 +20,27 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Int8Blockwise:
-    """Dynamic 8-bit codes (arXiv:2110.02861), scaled by the largest magnitude of each block.
+    """Dynamic 8-bit codes (arXiv:2110.02861), scaled by the largest magnitude (absmax) of each block.
 
-    A row is a run over the last `row_axes` axes, and a block is `block_size` consecutive entries of one row, of which
-    the last may be short: so scales shard with their codes along the other axes. Unsigned tensors are stored as their
-    square root: the codes span seven decades, which the square of a gradient exceeds, and a second moment that falls
-    to zero blows the step up.
+    A row is the entries along the last `row_axes` axes. It is cut into blocks of `block_size` consecutive entries, of
+    which the last may be shorter. No block crosses a row, so the absmax shards with the codes along all other axes.
 
-    State: `name` uint8, the tensor's shape; `name_absmax` float32, its row axes replaced by the blocks of a row.
+    An unsigned tensor is stored as its square root. The codes span seven decades; the squares of gradients span more,
+    and a second moment that is rounded to zero makes the update blow up.
+
+    State: `name`, uint8 of the tensor's shape; `name_absmax`, float32 with one axis, an entry per block, in place of
+    the row axes.
     """
 
     block_size: int = 256
     row_axes: int = 1
 
     def row(self, shape: tuple[int, ...]) -> int:
-        """Entries of a row of a tensor of `shape`."""
+        """Return the number of entries in a row of a tensor of `shape`."""
         return math.prod(shape[-self.row_axes :])
 
     def ragged_row(self, shape: tuple[int, ...]) -> int | None:
-        """Entries of a row whose last block is short; None where whole blocks make a row."""
+        """Return the number of entries in a row if its last block is short, or None if all blocks are whole."""
         row = self.row(shape)
         return row if row % self.block_size else None
 
@@ -79,8 +81,11 @@ class Int8Blockwise:
 
 
 def in_blocks(value: Tensor, absmax: Tensor, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the whole blocks of all rows, (..., n, block_size), and of the short last ones, (..., 1, rest), each
-    with their scales, (..., n) and (..., 1); `value` is contiguous."""
+    """Yield views of the blocks of all rows of `value`, which is contiguous, each with a view of their absmax.
+
+    The whole blocks come first, as (..., n, block_size) and (..., n). The short last blocks of the rows, if there are
+    any, follow as (..., 1, rest) and (..., 1).
+    """
     rows = value.view(*absmax.shape[:-1], -1)
     rest = rows.shape[-1] % block_size
     if not rest:
@@ -92,7 +97,7 @@ def in_blocks(value: Tensor, absmax: Tensor, block_size: int) -> Iterator[tuple[
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, out: Tensor, scratch: Scratch) -> None:
-    """Write codes scaled by the absmax of their blocks to `out`, contiguous float32 of the codes' shape."""
+    """Write the values of the codes, scaled by the absmax of their blocks, to `out` (contiguous float32)."""
     index = scratch.get("index", codes.shape, torch.int32).copy_(codes)
     torch.index_select(decode_table(signed, codes.device), 0, index.view(-1), out=out.view(-1))
     for blocks, scales in in_blocks(out, absmax, block_size):
@@ -100,10 +105,10 @@ def dequantize(codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, 
 
 
 def quantize(value: Tensor, codes: Tensor, absmax: Tensor, block_size: int, signed: bool, *, scratch: Scratch) -> None:
-    """Write the nearest codes of `value` (contiguous float32, overwritten) and the scales of its blocks.
+    """Write the nearest codes of `value` (contiguous float32, overwritten) and the absmax of its blocks.
 
-    NaN and Inf become zero, so that they never reach the scale that their neighbours share; the weight at such an
-    entry is already lost, as it is under AdamW.
+    NaN and Inf become zero, so that they do not spoil the absmax of their block. The weight at such an entry is
+    already lost, as it is under AdamW.
     """
     for blocks, scales in in_blocks(value, absmax, block_size):
         largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)) if signed else blocks.amax(-1)
@@ -126,22 +131,25 @@ def quantize(value: Tensor, codes: Tensor, absmax: Tensor, block_size: int, sign
 
 
 def blocks_for(shape: tuple[int, ...], largest: int, any_divisor: bool = False) -> Int8Blockwise | None:
-    """The blocks of a tensor of `shape`; None where 8 bits would take more bytes than float32: rows of one entry.
+    """Return the blocks of a tensor of `shape`, or None if its rows have one entry and float32 takes fewer bytes.
 
-    A block is the largest of 256, 128 and 64, at most `largest`, that divides the row. Where none does, a row is cut
-    into blocks of `largest` and a short last one, or is one block. A row is the last axis; a shorter one than 64 is
-    joined by the axes before it until it is not, as those of a convolution's kernels are, but for axis 0, along which
-    state can be sharded. So an (out, in, 3, 3) weight has rows of 9 in, and a depthwise (out, 1, 7, 7) one of 49.
+    A row is the last axis. While it has fewer than 64 entries, the axis before it joins the row, except axis 0, along
+    which state can be sharded. So an (out, in, 3, 3) weight has rows of 9 * in entries, and a depthwise (out, 1, 7, 7)
+    weight has rows of 49.
+
+    The block size is the largest of 256, 128 and 64 that is at most `largest` and divides the row. If none does, the
+    row is cut into blocks of `largest` with a shorter last block, or is one block if it is shorter than `largest`.
 
     Args:
-        any_divisor: prefer the largest divisor of at least 32, if there is one, to a short last block.
+        any_divisor: whether the row's largest divisor of at least 32, if it has one, is preferred to a short last
+            block.
     """
     axes, row = 1, shape[-1]
     while True:
         usual = [size for size in BLOCK_SIZES if size <= largest]
         unusual = range(min(largest, row), _MIN_BLOCK_SIZE - 1, -1) if any_divisor else ()
         divisor = next((size for size in (*usual, *unusual) if row % size == 0), None)
-        # A weight of (n, 1) entries has no other row than a vector has.
+        # A weight of shape (n, 1) may join all of its axes, as a vector does.
         if divisor or row >= min(BLOCK_SIZES) or axes >= len(shape) - (row > 1):
             break
         axes += 1

@@ -1,4 +1,4 @@
-"""How a moment is represented."""
+"""The representations of a moment: one number per entry, per group, or per row and column."""
 
 from hf_lowmem.moments.full import Full
 from hf_lowmem.moments.group_mean import GroupMean, Segment, whole

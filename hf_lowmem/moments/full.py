@@ -11,7 +11,7 @@ from hf_lowmem.state import Codec, State, TensorSpec
 
 @dataclass(frozen=True)
 class Full:
-    """One number per entry of the parameter, stored through the plan's codec."""
+    """A moment with one number per entry of the parameter, stored by the plan's codec."""
 
     signed: bool = True
 

@@ -1,4 +1,4 @@
-"""A moment with one number per group of entries: rows, columns, heads, whole tensors, and parts of fused weights."""
+"""A moment with one number per group of entries: a row, a column, a head, a tensor, or a segment of a fused weight."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Index = tuple[slice, ...]  # a tile of a weight: slices of its leading axes
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a weight and the groups in it.
+    """A segment of a weight, such as the query rows of a fused QKV weight, and the groups of its entries.
 
-    The split axis, of size n, is viewed as (outer, n // outer), of which the part is `[:, start:stop]`; its entries
-    are averaged over `axes`, and over `rows_per_block` consecutive entries of the split axis where that is kept.
-    Axes are the weight's own. `view` gives the part with the split axis as (outer, blocks, rows_per_block).
+    The split axis `axis`, of size n, is viewed as (outer, n // outer), and the segment is `[:, start:stop]` of that
+    view. Its entries are averaged over `axes`, which are axes of the weight, and, where `axis` is not one of them,
+    over each run of `rows_per_block` consecutive entries of the split axis.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Segment:
     rows_per_block: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Strided view (..., outer, blocks, rows_per_block, ...) of a tensor with the weight's whole split axis."""
+        """Return the segment of a tensor of the weight's shape as a view (..., outer, blocks, rows_per_block, ...)."""
         if tensor.ndim == 0:
             tensor = tensor.view(1)
         repeats: Tensor = tensor.unflatten(self.axis, (self.outer, -1))
@@ -43,13 +43,13 @@ class Segment:
 
     @property
     def mean_dims(self) -> tuple[int, ...]:
-        """The axes of `view` that are averaged over."""
+        """Return the axes of `view` that are averaged over."""
         split = range(self.axis if self.axis in self.axes else self.axis + 2, self.axis + 3)
         others = [a if a < self.axis else a + 2 for a in self.axes if a != self.axis]
         return tuple(sorted((*split, *others)))
 
     def spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        """One number per group: averaged axes have size 1, the split axis one entry per block."""
+        """Return the declaration of the means: averaged axes have size 1, and the split axis one entry per block."""
         stored: list[int] = []
         dims: list[int | None] = []
         for axis, size in enumerate(shape):
@@ -61,7 +61,7 @@ class Segment:
         return TensorSpec(tuple(stored), tuple(dims), signed=False)
 
     def broadcast(self, stored: Tensor) -> Tensor:
-        """The stored numbers as a view that broadcasts against `view`."""
+        """Return the stored means as a view that broadcasts against `view`."""
         if stored.ndim == 0:
             stored = stored.view(1)
         outer = 1 if self.axis in self.axes else self.outer
@@ -71,9 +71,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class GroupMean:
-    """One float32 number per group of entries, whatever the codec: it is small, and bfloat16 averages stall.
+    """A moment with one number per group of entries.
 
-    State: `name` for a single segment; `name_<segment>` for each part of a fused weight.
+    The means are float32 under every codec: they take little memory, and in bfloat16 an average of squares stalls.
+
+    State: `name` for a weight of one segment; `name_<segment>` for each segment of a fused weight.
     """
 
     segments: tuple[Segment, ...]
@@ -203,10 +205,10 @@ class GroupMean:
 
 
 def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1) -> GroupMean:
-    """The mean over `axes` of a whole weight, and over runs of `rows_per_block` entries of its last kept axis.
+    """Return the mean of a whole weight over `axes` and over each `rows_per_block` entries of its last kept axis.
 
     Raises:
-        ValueError: an axis that the weight does not have, or a kept axis that the blocks do not divide.
+        ValueError: the weight lacks one of the axes, or `rows_per_block` does not divide the kept axis.
     """
     ndim = max(len(shape), 1)
     if any(not -ndim <= axis < ndim for axis in axes):

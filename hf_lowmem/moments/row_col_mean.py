@@ -1,4 +1,4 @@
-"""A moment kept as the means of its rows and of its columns (Adafactor)."""
+"""A moment stored as the means of its rows and of its columns (Adafactor)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from hf_lowmem.state import Codec, State, TensorSpec
 
 @dataclass(frozen=True)
 class RowColMean:
-    """The rank-1 estimate row / mean(row) * col of a non-negative moment (..., m, n), float32 whatever the codec.
+    """A non-negative moment (..., m, n), stored as the means of its rows and columns; its estimate has rank 1.
 
-    Source: arXiv:1804.04235, algorithm 4. State: `name_row` (..., m) and `name_col` (..., n).
+        estimate = row / mean(row) * col
+
+    Source: arXiv:1804.04235, algorithm 4.
+
+    State: `name_row` (..., m) and `name_col` (..., n), float32 under every codec.
     """
 
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
@@ -30,4 +34,4 @@ class RowColMean:
         row.copy_(beta * row + (1 - beta) * value.mean(-1))
         col.copy_(beta * col + (1 - beta) * value.mean(-2))
         estimate: Tensor = (row / row.mean(-1, keepdim=True)).unsqueeze(-1) * col.unsqueeze(-2)
-        return estimate.clamp(min=torch.finfo(torch.float32).tiny)  # a product that underflows would divide by zero
+        return estimate.clamp(min=torch.finfo(torch.float32).tiny)  # keeps an update from dividing by an underflow
