@@ -1,4 +1,4 @@
-"""The spaces that moments live in."""
+"""The projections: the spaces that moments are kept in."""
 
 from hf_lowmem.projections.basis import BasisOptions
 from hf_lowmem.projections.eigenbasis import Eigenbasis

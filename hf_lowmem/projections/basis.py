@@ -1,4 +1,4 @@
-"""What the spaces share: when a basis of COAP changes and how far, and the entries that a basis moves despite a mask.
+"""What the projections share: COAP's schedule and steps for a basis, and a warning about masked gradients.
 
 Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a.
 """
@@ -20,22 +20,24 @@ logger = get_logger(__name__)
 
 EQ5_LR, EQ5_CLIP = 0.1, 1.0
 COSINE_FLOOR = 1e-8
-LEAST_MASK = 0.01  # of a gradient's entries: fewer zeros may be what a narrow dtype has rounded away
+LEAST_MASK = 0.01  # share of a gradient's entries; fewer zeros than this may come from rounding to a narrow dtype
 
 
 @dataclass(frozen=True)
 class BasisOptions:
-    """Options of a basis that follows the gradient.
+    """The options of a basis that follows the gradient.
 
     Args:
-        dtype: storage of the basis.
-        update_interval: steps between two changes of the basis.
-        reproject_factor: each so many changes it is recomputed (Eq. 6 and 7) and not corrected (Eq. 5).
-        scale: factor of every update.
-        restore_state: "squared" carries the moments over a change of basis by its rotation R, the second by R * R;
-            "reference" carries the root of the second by R, as the authors do; "none" leaves both.
-        eq5_scale: "rms" scales the gradient to unit size in Eq. 5, "none" takes it as it is.
-        align: what a recomputed basis is matched to the old one by: "sign", "procrustes" or "none".
+        dtype: the dtype that the basis is stored in.
+        update_interval: the number of steps between two changes of the basis.
+        reproject_factor: every `reproject_factor`-th change recomputes the basis (Eq. 6 and 7); the others correct it
+            (Eq. 5).
+        scale: the factor that every update is multiplied by.
+        restore_state: what happens to the moments when the basis changes by the rotation R. "squared" multiplies the
+            first moment by R and the second by R * R; "reference" multiplies the root of the second moment by R, as
+            the authors do; "none" leaves both as they are.
+        eq5_scale: "rms" scales the gradient to a root mean square of 1 in Eq. 5; "none" does not scale it.
+        align: how a recomputed basis is brought close to the old one: "sign", "procrustes" or "none".
     """
 
     dtype: torch.dtype
@@ -47,14 +49,14 @@ class BasisOptions:
     align: str
 
     def event(self, state: State) -> Literal["recompute", "correct"] | None:
-        """What is due before the step that `state["step"]` counts, k steps being completed."""
+        """Return what is due before the step numbered `state["step"]`, that is, after k completed steps."""
         k = int(state["step"].item()) - 1
         if k == 0 or k % self.update_interval:
             return None
         return "correct" if k % (self.update_interval * self.reproject_factor) else "recompute"
 
     def aligned(self, new: Tensor, old: Tensor) -> Tensor:
-        """The basis `new` (..., rank, side) with the signs, or the rotation, that bring it nearest to `old`."""
+        """Return the basis `new` (..., rank, side) with the signs, or the rotation, that bring it closest to `old`."""
         if self.align == "none":
             return new
         if self.align == "procrustes":
@@ -66,9 +68,9 @@ class BasisOptions:
 
 
 def clipped_step(basis: Tensor, gradient: Tensor) -> Tensor:
-    """The basis (..., rank, side) after one step down a gradient of at most unit norm.
+    """Return the basis (..., rank, side) after one gradient step whose gradient is clipped to a norm of 1.
 
-    Where the squares of a huge gradient have overflowed the basis stays.
+    A basis whose gradient has a norm that is not finite is returned unchanged.
     """
     norm = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
     new = basis - EQ5_LR * gradient * (EQ5_CLIP / (norm + 1e-6)).clamp(max=1.0)
@@ -76,23 +78,24 @@ def clipped_step(basis: Tensor, gradient: Tensor) -> Tensor:
 
 
 def as_stack(tensor: Tensor) -> Tensor:
-    """A matrix, or a stack of them, as a view (matrices, ...)."""
+    """Return a view (matrices, ...) of a matrix or a stack of matrices."""
     return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
 
 
 def watch_for_mask(grad: Tensor, axes: Sequence[int], *, spares_slices: bool) -> None:
-    """Warn, once in a process, of a gradient with zeros in entries that an update through a basis moves.
+    """Warn once per process if many entries of the gradient are zero that an update through a basis moves anyway.
 
-    An entry stays where its fibre along the projected axes is all zero, since no direction of the basis reaches it.
+    An update does not move an entry whose fibre along the projected axes is all zero, because no basis vector reaches
+    it.
 
     Args:
-        grad: (matrices, ...), each with a basis of its own.
+        grad: the gradient (matrices, ...), in which each matrix has its own basis.
         axes: the projected axes.
-        spares_slices: whether a slice across a projected axis stays too where it is all zero. In an eigenbasis it does
-            not: the directions without variance carry rounding errors there, which Adam scales up.
+        spares_slices: whether an update also spares a slice across a projected axis that is all zero. In an eigenbasis
+            it does not: directions without variance carry rounding errors into the slice, and Adam scales them up.
     """
     inner = range(1, grad.ndim)
-    reached = _not_zero(grad, axes)  # of each matrix, the entries that an update moves
+    reached = _not_zero(grad, axes)  # the number of entries of each matrix that an update moves
     for axis in axes:
         reached = reached * (_not_zero(grad, [i for i in inner if i != axis]) if spares_slices else grad.shape[axis])
     if torch.count_nonzero(grad) < (1 - LEAST_MASK) * reached.sum():
@@ -100,8 +103,8 @@ def watch_for_mask(grad: Tensor, axes: Sequence[int], *, spares_slices: bool) ->
 
 
 def _not_zero(stack: Tensor, over: Sequence[int]) -> Tensor:
-    """Of each matrix (matrices, ...), the number of slices over these axes that are not all zero."""
-    magnitude = torch.linalg.vector_norm(stack, torch.inf, dim=tuple(over))  # makes no copy of the gradient
+    """Return for each matrix of the stack (matrices, ...) how many slices along the axes `over` are not all zero."""
+    magnitude = torch.linalg.vector_norm(stack, torch.inf, dim=tuple(over))  # does not copy the gradient
     counts: Tensor = (magnitude != 0).view(len(stack), -1).sum(1)
     return counts
 
@@ -109,6 +112,6 @@ def _not_zero(stack: Tensor, over: Sequence[int]) -> Tensor:
 @cache
 def _warn_of_mask() -> None:
     logger.warning(
-        "The gradient of a projected weight is zero in single entries: if a mask keeps them from being trained, the "
-        "update moves them all the same, so leave such weights out (rules, target_modules)."
+        "The gradient of a projected weight has scattered zeros. If a mask is meant to keep these entries fixed, note "
+        "that the update moves them all the same: leave such weights out (rules, target_modules)."
     )

@@ -1,4 +1,4 @@
-"""The space of SOAP: eigenvectors of the gradient's second-moment matrices, one per preconditioned axis.
+"""SOAP's projection: the eigenvectors of the gradient's second-moment matrix along each preconditioned axis.
 
 Source: arXiv:2409.11321, algorithm 3; authors' code nikhilvyas/SOAP@a1e5535.
 """
@@ -14,30 +14,34 @@ from hf_lowmem.projections.basis import as_stack, watch_for_mask
 from hf_lowmem.projections.precision import full_float32, product, product_dtype
 from hf_lowmem.state import Moments, Space, State, TensorSpec
 
-_JITTER = 1e-7  # of the largest diagonal entry: repeated eigenvalues of a tiny matrix keep LAPACK from converging
+# Times the largest diagonal entry. LAPACK may not converge on a tiny matrix with repeated eigenvalues.
+_JITTER = 1e-7
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """The second moment in the basis of L = E[G_(i) G_(i)^T] of each axis i; the first moment keeps the weight's axes.
+    """The eigenvectors Q_i of L_i = E[G_(i) G_(i)^T] for each axis i.
 
-    project(G) = G x_i Q_i^T over the axes. Every call averages the gradient into L after the step has used Q. Q comes
-    from an eigendecomposition of the first L, and every `frequency` updates from one power step and a QR; then the
-    second moment follows the new order of the eigenvalues.
+        project(G) = G x_i Q_i^T over all preconditioned axes i
 
-    A stack of matrices has an L and a Q for each; one whose gradient is zero has no basis yet, one whose gradient is
-    not finite keeps what it has.
+    The second moment is kept in this basis, the first moment in the axes of the weight. Each step uses Q and then
+    averages the gradient into L. The first Q is the eigendecomposition of the first L. Every `frequency` updates, Q is
+    replaced by a power step and a QR decomposition, and the second moment is permuted with the order of the
+    eigenvalues.
 
-    State: `gram_<axis>`, float32, and `proj_<axis>`, both (size, size) or (experts, size, size); `proj_count`, how
-    many matrices have a basis.
+    In a stack, each matrix has its own L and Q. A matrix gets its basis at the first gradient that is not zero, and
+    keeps its L when its gradient is not finite.
+
+    State: `gram_<axis>` (L, float32) and `proj_<axis>` (Q), both (size, size) or (experts, size, size); `proj_count`,
+    the number of matrices that have a basis.
 
     Args:
-        axes: the weight's preconditioned axes.
-        stacked: axis 0 counts matrices.
-        dtype: storage of Q. A power step makes the next one from it, orthogonal in float32, so that what bfloat16
-            rounds off does not add up.
-        frequency: updates between two changes of the basis.
-        shampoo_beta: decay of L; None takes the second moment's.
+        axes: the preconditioned axes of the weight.
+        stacked: whether axis 0 counts matrices.
+        dtype: the dtype that Q is stored in. Rounding to bfloat16 does not accumulate, because each power step returns
+            a Q that is orthogonal in float32.
+        frequency: the number of updates between two changes of the basis.
+        shampoo_beta: the decay rate of L; None takes that of the second moment.
     """
 
     axes: tuple[int, ...]
@@ -110,7 +114,7 @@ class Eigenbasis:
             gram, proj = as_stack(state[f"gram_{axis}"]), as_stack(state[f"proj_{axis}"])
             proj[new] = eigenvectors(gram[new]).to(proj.dtype)
         state["proj_count"] += len(new)
-        # The first gradient is not in the second moment, so it must not be in the first one either.
+        # The gradient that found the basis is not in the second moment, so it must not be in the first one either.
         exp_avg = moments["exp_avg"].load().clone()
         (exp_avg if self.stacked else exp_avg.unsqueeze(0))[new] = 0
         moments["exp_avg"].store(exp_avg)
@@ -130,19 +134,22 @@ class Eigenbasis:
 
 
 def rotate(tensor: Tensor, axis: int, basis: Tensor) -> Tensor:
-    """tensor x_axis basis^T: the coordinates of `axis` in the basis's columns; a stack takes a stack of bases."""
+    """Return tensor x_axis basis^T, the coordinates of `axis` in the columns of the basis (or of a stack of bases)."""
     return product(tensor.movedim(axis, -1), basis, basis).movedim(-1, axis)
 
 
 def outer_product(stack: Tensor, axis: int) -> Tensor:
-    """G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...); bfloat16 ones are multiplied exactly."""
+    """Return G_(axis) G_(axis)^T (experts, size, size) of gradients (experts, ...).
+
+    The products of bfloat16 entries are exact, and their sums are float32.
+    """
     unfolded = stack.movedim(axis, -1).flatten(1, -2)
     unfolded = unfolded.to(product_dtype(unfolded, unfolded, unfolded))
     return product(unfolded.mT, unfolded, unfolded)
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
-    """Columns Q (experts, size, size) of the gram matrices, by falling eigenvalue."""
+    """Return the eigenvectors of the gram matrices as columns (experts, size, size), by descending eigenvalue."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     jittered = gram + _JITTER * gram.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] * eye
     try:
@@ -154,14 +161,14 @@ def eigenvectors(gram: Tensor) -> Tensor:
 
 
 def power_step(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One orthogonal iteration: the next Q (experts, size, size) and the order of the old columns' eigenvalues."""
+    """Return the next Q (experts, size, size) by orthogonal iteration, and the order of the old eigenvalues."""
     image = gram @ basis
     order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
     return torch.linalg.qr(permuted(image, 2, order)).Q, order
 
 
 def permuted(stack: Tensor, axis: int, order: Tensor) -> Tensor:
-    """Entries along `axis` of a stack (experts, ...) in each matrix's own `order` (experts, size)."""
+    """Return a stack (experts, ...), permuted along `axis` by the `order` (experts, size) of each matrix."""
     shape = [1] * stack.ndim
     shape[0], shape[axis] = order.shape
     return stack.gather(axis, order.view(shape).expand(stack.shape))

@@ -1,4 +1,4 @@
-"""The low-rank space of COAP: a basis of a matrix's smaller side that follows the gradient.
+"""COAP's low-rank projection: a basis of a matrix's smaller side that follows the gradient.
 
 Source: arXiv:2412.00071, equations 5 to 7; authors' code bytedance/coap@deabc3a.
 """
@@ -17,24 +17,25 @@ from hf_lowmem.projections.precision import full_float32, product, product_dtype
 from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 SKETCH_SEED = 3407
-ENTRIES_AT_ONCE = 1 << 22  # of a product that is not added as it is made
+ENTRIES_AT_ONCE = 1 << 22  # the largest product that is held in memory before it is added to the weight
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Moments of a matrix W (m, n), m outputs by n inputs, in `rank` dimensions of its smaller side.
+    """A projection of the smaller side of a matrix W (m outputs, n inputs) to `rank` dimensions.
 
         right, m >= n:  g = G P^T  (m, rank)     back: u P
         left,  m < n:   g = P G    (rank, n)     back: P^T u
 
-    A stack of matrices (experts, m, n) has a basis for each. The first basis comes from the first gradient that is
-    not zero; a matrix whose gradient is zero or not finite keeps what it has.
+    In a stack (experts, m, n), each matrix has its own basis. The first basis is computed from the first gradient that
+    is not zero. A matrix whose gradient is zero or not finite keeps its basis.
 
-    State: `proj` (rank, n) or (rank, m), rows orthonormal; `proj_count`, how many matrices have a basis.
+    State: `proj` (rank, n) or (rank, m), with orthonormal rows; `proj_count`, the number of matrices with a basis.
 
     Args:
-        rank: dimensions kept.
-        transposed: the weight is stored (fan_in, fan_out), as Conv1D and some experts are; W is its transpose.
+        rank: the number of dimensions that are kept.
+        transposed: whether the weight is stored as (fan_in, fan_out), as in Conv1D and some experts. W is then its
+            transpose.
         options: how the basis follows the gradient.
     """
 
@@ -70,7 +71,7 @@ class LowRank:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """The weight, or its gradient, as W (..., outputs, inputs)."""
+        """Return the weight, or its gradient, as W (..., outputs, inputs)."""
         return weight.mT if self.transposed else weight
 
     # -- projecting -------------------------------------------------------------------------------------------------
@@ -92,23 +93,23 @@ class LowRank:
             return True
         if param.dtype != torch.float32:
             return False
-        # A bfloat16 product is added to a float32 weight some rows at a time, so that none is as large as the weight.
+        # The product is added to a float32 weight some rows at a time, so that no temporary is as large as the weight.
         rows = max(ENTRIES_AT_ONCE // (param.numel() // param.shape[-2]), 1)
         for part, factor in zip(param.split(rows, -2), left.split(rows, -2), strict=True):
             part.mul_(decay).add_(product(factor, right, state["proj"]), alpha=self.options.scale)
         return True
 
     def _back(self, state: State, update: Tensor) -> tuple[Tensor, Tensor]:
-        """The two matrices whose product is an update, in the weight's own layout."""
+        """Return the two matrices whose product is the update in the layout of the weight."""
         basis = state["proj"]
-        right = update.shape[-1] == self.rank  # left, it is the longer side, and longer than the rank
+        right = update.shape[-1] == self.rank  # a left projection has the longer side here, which exceeds the rank
         first, second = (update, basis) if right else (basis.mT, update)
         return (second.mT, first.mT) if self.transposed else (first, second)
 
     # -- the basis --------------------------------------------------------------------------------------------------
 
     def takes_gradient(self, state: State) -> bool:
-        # An expert that never gets a token keeps its stack here: one pass over the gradient at every step.
+        # While an expert has got no token, its stack is incomplete, which costs a pass over the gradient at each step.
         incomplete = state["proj_count"].item() < len(as_stack(state["proj"]))
         return incomplete or self.options.event(state) is not None
 
@@ -132,7 +133,7 @@ class LowRank:
                 state["proj_count"] += len(new)
 
     def _change(self, proj: Tensor, matrix: Tensor, which: Tensor, event: str, moments: Moments) -> None:
-        """Correct or recompute the bases of the matrices `which`, and carry their moments over."""
+        """Correct or recompute the bases of the matrices `which`, and carry their moments over to the new bases."""
         if not len(which):
             return
         options = self.options
@@ -157,53 +158,57 @@ def is_right(matrix: Tensor) -> bool:
 
 
 def pick(stack: Tensor, which: Tensor) -> Tensor:
-    """The matrices `which` of a stack as float32 or float64, copied only where that cannot be avoided."""
+    """Return the matrices `which` of a stack in float32 or float64, without a copy where that is possible."""
     return widened(stack if len(which) == len(stack) else stack[which])
 
 
 def long_side_first(matrix: Tensor) -> Tensor:
-    """X (..., long, short): the side that is projected last."""
+    """Return X (..., long, short), the matrix or its transpose with the projected side last."""
     return matrix if is_right(matrix) else matrix.mT
 
 
 def first_basis(x: Tensor, rank: int) -> Tensor:
-    """P (..., rank, short) from a randomized range finder; the same sketch for every matrix, device and process."""
+    """Return P (..., rank, short) from a randomized range finder with one sketch for all matrices and processes."""
     generator = torch.Generator().manual_seed(SKETCH_SEED)
     sketch = torch.randn(x.shape[-1], rank, generator=generator, dtype=torch.float32, device="cpu").to(x)
     return leading_rows(x, sketch)
 
 
 def recomputed_basis(x: Tensor, basis: Tensor) -> Tensor:
-    """P (..., rank, short) from one subspace iteration that starts at the old basis."""
+    """Return P (..., rank, short) from one subspace iteration that starts at the old basis."""
     return leading_rows(x, basis.mT)
 
 
 def leading_rows(x: Tensor, sketch: Tensor) -> Tensor:
-    """Eq. 6 and 7: the right singular vectors of X (..., long, short) in the range that the sketch (short, r) finds.
+    """Return the leading right singular vectors of X (..., long, short), as Eq. 6 and 7 find them.
 
-    B = Q^T X is thin, so its SVD is a QR of B^T and an SVD of the r x r factor.
+    With Q an orthonormal basis of X @ sketch, they are the right singular vectors of B = Q^T X. B has r rows only, so
+    its SVD is a QR decomposition of B^T and an SVD of the r x r factor.
     """
     size = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    q = torch.linalg.qr(x @ (sketch / size)).Q  # the singular vectors do not depend on the size of X
+    q = torch.linalg.qr(x @ (sketch / size)).Q  # scaling X does not change its singular vectors
     q_b, r_b = torch.linalg.qr(x.mT @ (q / size))
     rows: Tensor = torch.linalg.svd(r_b.mT).Vh @ q_b.mT
     return rows
 
 
 def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool) -> Tensor:
-    """Eq. 5: one clipped gradient step on P for L(P) = MSE(G_hat, G) (1 - mean_i cos(M_hat_i, G_i)), in closed form.
+    """Return P after one clipped gradient step on the loss of Eq. 5, whose gradient is computed in closed form.
 
-    G_hat and M_hat are G and the first moment M through the projection, i runs over the rows of W (m, n).
+        L(P) = MSE(G_hat, G) (1 - mean_i cos(M_hat_i, G_i))
+
+    G_hat is G projected and projected back, M_hat is the first moment M projected back, and i runs over the rows of
+    W (m, n).
 
     Args:
         grad: G (..., m, n).
         basis: P (..., rank, n) if m >= n, else (..., rank, m).
         exp_avg: M (..., m, rank) or (..., rank, n).
-        unit: scale G to unit root mean square first.
+        unit: whether G is scaled to a root mean square of 1 first.
     """
     largest = torch.linalg.vector_norm(grad, torch.inf, dim=(-2, -1), keepdim=True)
     if unit and (largest.min() < 1e-12 or largest.max() > 1e12):
-        grad = grad / largest  # its squares would leave float32
+        grad = grad / largest  # the squares would overflow or underflow in float32
     rows = torch.linalg.vector_norm(grad, dim=-1)
     size = rows.square().mean(-1)[..., None, None].sqrt() / grad.shape[-1] ** 0.5
     factor = 1 / size if unit else torch.ones_like(size)
@@ -212,7 +217,7 @@ def corrected_basis(grad: Tensor, basis: Tensor, exp_avg: Tensor, *, unit: bool)
 
 
 def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
-    """dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, n), M (m, r), m >= n."""
+    """Return dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, n) and M (m, r), m >= n."""
     m, n = grad.shape[-2:]
     a, s = factor * (grad @ basis.mT), basis @ basis.mT
     aa = a.mT @ a
@@ -226,7 +231,7 @@ def eq5_gradient_right(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tenso
 
 
 def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
-    """dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, m), M (r, n), m < n."""
+    """Return dL/dP for `factor` G (m, n), whose rows have the norms `rows` (m), P (r, m) and M (r, n), m < n."""
     m, n = grad.shape[-2:]
     a, s = factor * (basis @ grad), basis @ basis.mT
     aa = a @ a.mT
@@ -240,14 +245,20 @@ def eq5_gradient_left(grad: Tensor, basis: Tensor, exp_avg: Tensor, rows: Tensor
 
 
 def _residual(rows: Tensor, aa: Tensor, s: Tensor) -> Tensor:
-    """|G_hat - G|^2 (..., 1, 1) = |G|^2 - 2 |A|^2 + <S, A A^T>."""
+    """Return |G_hat - G|^2 = |G|^2 - 2 |A|^2 + <S, A A^T> as (..., 1, 1)."""
     trace = aa.diagonal(dim1=-2, dim2=-1).sum(-1)
     total = rows.square().sum(-1) - 2 * trace + (s * aa).sum((-2, -1))
     return total.clamp(min=0)[..., None, None]
 
 
 def _cosines(square: Tensor, dot: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From |M_hat_i|^2, <M_hat_i, G_i> and |G_i|: the rows' weights 1/ab and c/a^2 (..., m, 1), and 1 - mean(c)."""
+    """Return 1 / (a b) and c / a^2 as (..., m, 1), and 1 - mean(c), where a = |M_hat_i|, b = |G_i|, c = their cosine.
+
+    Args:
+        square: |M_hat_i|^2 (..., m).
+        dot: <M_hat_i, G_i> (..., m).
+        rows: |G_i| (..., m).
+    """
     root = square.clamp(min=0).sqrt()
     a, b = root.clamp(min=COSINE_FLOOR), rows.clamp(min=COSINE_FLOOR)
     c = dot / (a * b)
@@ -256,9 +267,10 @@ def _cosines(square: Tensor, dot: Tensor, rows: Tensor) -> tuple[Tensor, Tensor,
 
 
 def carry_over(moments: Moments, which: Tensor, rotation: Tensor, right: bool, *, reference: bool) -> None:
-    """Carry the moments of the matrices `which` over a change of basis, R = P_old P_new^T (..., r, r).
+    """Carry the moments of the matrices `which` over a change of basis by the rotation R = P_old P_new^T (..., r, r).
 
-    The first moment turns with R. The second is a variance: it mixes with R * R. Factored ones are left alone.
+    The first moment is multiplied by R. The second is a variance and is multiplied by R * R (or, for `reference`, its
+    root by R); a factored second moment stays as it is.
     """
 
     def turn(name: str, factor: Tensor, root: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The precision of products with a basis, and of the products that make a basis."""
+"""The precision of the products that apply a basis, and of those that compute one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def product(left: Tensor, right: Tensor, basis: Tensor) -> Tensor:
-    """left @ right as float32, or as float64 where one of them is; `right` is a matrix, or both are stacks of them.
+    """Return left @ right in float32, or in float64 if one of them is float64.
 
     Args:
-        basis: the one of them that is a basis, or a view of it.
+        left: (..., k), or a stack of matrices if `right` is one.
+        right: a matrix (k, n), or a stack of matrices.
+        basis: whichever of the two is a basis, or the tensor that it is a view of.
     """
     dtype = product_dtype(left, right, basis)
     left, right = left.to(dtype), right.to(dtype)
@@ -21,10 +23,10 @@ def product(left: Tensor, right: Tensor, basis: Tensor) -> Tensor:
 
 
 def product_dtype(left: Tensor, right: Tensor, basis: Tensor) -> torch.dtype:
-    """Return the dtype that the operands of a product with a basis are rounded to; its sums are float32 at least.
+    """Return the dtype that the operands of a product with a basis are rounded to; the sums are at least float32.
 
-    Where the basis is bfloat16 the other operand loses no more by rounding than the basis has lost already. A float32
-    basis is not rounded, whatever the gradient's dtype is.
+    If the basis is bfloat16, rounding the other operand loses no more precision than the basis has lost already. A
+    float32 basis is never rounded, whatever the dtype of the gradient.
     """
     if torch.float64 in (left.dtype, right.dtype):
         return torch.float64
@@ -33,9 +35,9 @@ def product_dtype(left: Tensor, right: Tensor, basis: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 and adds in float32, and torch returns the float32 sums.
+    """Return whether the device multiplies bfloat16 with float32 sums and torch returns these sums unrounded.
 
-    ROCm's torch does not return them, and CUDA devices before 8.0 have no such units.
+    torch for ROCm rounds them, and CUDA devices below compute capability 8.0 have no such units.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -43,7 +45,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of bfloat16 as float32."""
+    """Return left @ right of bfloat16 operands in float32."""
     found: Tensor
     if right.ndim == 3:
         found = torch.bmm(left, right, out_dtype=torch.float32)
@@ -54,7 +56,10 @@ def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 on CUDA and no bfloat16 on the CPU inside: their eleven or eight bits cost a basis its orthogonality."""
+    """Disable TF32 on CUDA and bfloat16 on the CPU inside the context.
+
+    With 11 or 8 significant bits a basis would lose its orthogonality.
+    """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     try:
@@ -68,9 +73,9 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def rounded_once() -> Iterator[None]:
-    """Inside, cuBLAS rounds a product that it writes as bfloat16 only once.
+    """Make cuBLAS round a bfloat16 product only once inside the context.
 
-    By default it may split a sum into parts that it rounds one by one, the weight among them.
+    By default it may split a sum into partial sums, of which each, the added weight among them, is rounded.
     """
     matmul = torch.backends.cuda.matmul
     allowed = matmul.allow_bf16_reduced_precision_reduction

@@ -1,4 +1,4 @@
-"""The low-rank space of a convolution: Tucker factors of its output and input channels.
+"""COAP's projection of a convolution: Tucker factors of its output and input channels.
 
 Source: arXiv:2412.00071; authors' code bytedance/coap@deabc3a, whose decomposition is HOOI as in tensorly 0.10.
 """
@@ -18,23 +18,23 @@ from hf_lowmem.state import Moments, Space, State, TensorSpec, widened
 
 _MIN_SWEEPS, _MAX_SWEEPS, _TOLERANCE = 3, 100, 1e-4
 
-Factors = list[Tensor]  # one or two: (rank, channels), rows orthonormal
+Factors = list[Tensor]  # one or two factors (rank, channels) with orthonormal rows
 
 
 @dataclass(frozen=True)
 class Tucker:
-    """Moments of a convolution (out, in, kh, kw) in `ranks` dimensions of its output and input channels.
+    """A projection of the output and input channels of a convolution (out, in, kh, kw) to `ranks` dimensions.
 
         core = G x_0 P_0 x_1 P_1  (r0, r1, kh, kw)     back: core x_0 P_0^T x_1 P_1^T
 
-    With one rank only the output channels are projected (Tucker-1). The moments are stored as (r0, r1 kh kw), so that
-    their rows take 8-bit blocks and factored moments do not factor the kernel.
+    With a single rank only the output channels are projected (Tucker-1). The moments are stored as (r0, r1 * kh * kw),
+    so that their rows are long enough for 8-bit blocks, and a factored moment does not factor the kernel.
 
-    State: `proj_0` (r0, out), `proj_1` (r1, in); `proj_count`, 1 once there is a basis.
+    State: `proj_0` (r0, out), `proj_1` (r1, in); `proj_count`, which is 1 once there is a basis.
 
     Args:
-        shape: the weight's (out, in, kh, kw).
-        ranks: dimensions kept of axis 0, or of axes 0 and 1.
+        shape: the shape (out, in, kh, kw) of the weight.
+        ranks: the number of dimensions kept of axis 0, or of axes 0 and 1.
         options: how the basis follows the gradient.
     """
 
@@ -64,7 +64,7 @@ class Tucker:
         return self.options.scale * expand(self._core(update), self._stored(state))
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
-        return False  # it takes more than one product
+        return False  # the way back takes more than one product
 
     def takes_gradient(self, state: State) -> bool:
         return not state["proj_count"].item() or self.options.event(state) is not None
@@ -117,7 +117,7 @@ class Tucker:
         return (*self.ranks, *self.shape[len(self.ranks) :])
 
     def _core(self, moment: Tensor) -> Tensor:
-        """A moment (r0, r1 kh kw) as (r0, r1, kh, kw)."""
+        """Return a moment (r0, r1 * kh * kw) as a view (r0, r1, kh, kw)."""
         return moment.view(self._core_shape)
 
     def _stored(self, state: State) -> Factors:
@@ -132,24 +132,27 @@ class Tucker:
 
 
 def contract(tensor: Tensor, factors: Factors) -> Tensor:
-    """tensor x_0 P_0 x_1 P_1: axis i goes from P_i's columns to its rows."""
+    """Return tensor x_0 P_0 x_1 P_1, in which the size of axis i goes from P_i's columns to its rows."""
     for axis, factor in enumerate(factors):
         tensor = product(tensor.movedim(axis, -1), factor.mT, factor).movedim(-1, axis)
     return tensor
 
 
 def expand(tensor: Tensor, factors: Factors) -> Tensor:
-    """The transpose of `contract`."""
+    """Return tensor x_0 P_0^T x_1 P_1^T, the transpose of `contract`."""
     return contract(tensor, [factor.mT for factor in factors])
 
 
 def unfold(tensor: Tensor, axis: int) -> Tensor:
-    """The matrix whose rows run along `axis`."""
+    """Return the tensor as a matrix with a row for each index of `axis`."""
     return tensor.movedim(axis, 0).flatten(1)
 
 
 def decompose(grad: Tensor, ranks: tuple[int, ...]) -> Factors:
-    """Higher-order orthogonal iteration: each factor in turn becomes the leading subspace given the others."""
+    """Return the factors from higher-order orthogonal iteration.
+
+    Each factor in turn is set to the leading subspace of the gradient projected by the other factors.
+    """
     factors = [leading_left(unfold(grad, axis), rank) for axis, rank in enumerate(ranks)]
     energy = _energy(grad)
     error = math.inf
@@ -165,7 +168,7 @@ def decompose(grad: Tensor, ranks: tuple[int, ...]) -> Factors:
 
 
 def _energy(tensor: Tensor) -> float:
-    """|tensor|^2; in float64, where the squares of a tiny or huge gradient stay apart from zero and infinity."""
+    """Return |tensor|^2 in float64, where the squares of a tiny or huge gradient do not underflow or overflow."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).item()) ** 2
 
 
@@ -174,20 +177,22 @@ def _identity(tensor: Tensor, axis: int) -> Tensor:
 
 
 def leading_left(matrix: Tensor, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors as rows; the largest entry of each is positive."""
+    """Return the `rank` leading left singular vectors as rows, with signs that make the largest entry positive."""
     u = torch.linalg.svd(matrix, full_matrices=rank > min(matrix.shape)).U[:, :rank].mT
     largest = u.gather(1, u.abs().argmax(1, keepdim=True))
     return torch.where(largest < 0, -u, u)
 
 
 def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: bool) -> Factors:
-    """Eq. 5 for all factors at once, each gradient clipped by itself; cosines run along the input channels.
+    """Return the factors after one gradient step on Eq. 5, in which the gradient of each factor is clipped by itself.
+
+    The cosines of Eq. 5 are taken along the input channels.
 
     Args:
         grad: G (out, in, kh, kw).
         factors: P_i (r_i, channels of axis i).
         exp_avg: M (r0, r1, kh, kw).
-        unit: scale G to unit root mean square first.
+        unit: whether G is scaled to a root mean square of 1 first.
     """
     if unit:
         grad = grad / grad.abs().max()
@@ -204,7 +209,7 @@ def corrected_factors(grad: Tensor, factors: Factors, exp_avg: Tensor, *, unit: 
     corrected = []
     for axis, factor in enumerate(factors):
         others = [_identity(grad, i) if i == axis else other for i, other in enumerate(factors)]
-        g = unfold(expand(contract(grad, others), others), axis)  # G_hat = P^T P g along this axis
+        g = unfold(expand(contract(grad, others), others), axis)  # so that G_hat = P^T P g along this axis
         m = unfold(expand(exp_avg, [_identity(exp_avg, i) if i == axis else p for i, p in enumerate(factors)]), axis)
         d_g, d_m = unfold(by_g_hat, axis), unfold(by_m_hat, axis)
         gradient = factor @ (g @ d_g.mT + d_g @ g.mT) + m @ d_m.mT
