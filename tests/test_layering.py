@@ -14,7 +14,7 @@ LAYERS = [
     {"planner"},
     {"algorithms"},
     {"param_groups"},
-    {"rules", "roles", "fused_layouts"},
+    {"rules", "roles"},
     {"optimizer"},
     {"adamw_state", "checks", "composed", "param_layouts", "saved_state"},
     {"kernels"},

@@ -1,6 +1,7 @@
-"""Where the query, key, value, gate and up rows lie inside a fused weight, for every model type whose code was read.
+"""Where the query, key, value, gate and up rows lie inside a fused weight.
 
-A fused weight whose model type is not listed has no parts: guessing would average queries together with values.
+The layouts are those of the model types whose code was read. A fused weight of any other model type has no parts,
+because a wrong guess would average queries together with values.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import torch.nn as nn
 
 
 @dataclass(frozen=True)
-class Part:
-    """One piece of a fused weight (the query rows of a QKV projection, the gate half of gate|up).
+class FusedPart:
+    """One part of a fused weight, such as the query rows of a QKV projection.
 
-    The fan_out axis, of size n, is viewed as (outer, n // outer); the part is `[:, start:stop]` of that view.
-    A contiguous slice has outer = 1; GPT-NeoX interleaves by head (outer = heads); gpt-oss interleaves gate and up
-    row by row (outer = n // 2).
+    The fan_out axis, of size n, is viewed as (outer, n // outer), and the part is `[:, start:stop]` of that view. A
+    contiguous slice has outer = 1. GPT-NeoX interleaves the parts by head (outer = heads), and gpt-oss interleaves
+    gate and up row by row (outer = n // 2).
     """
 
     role: str
@@ -29,7 +30,7 @@ class Part:
 _QUERY, _KEY, _VALUE = "attention_query", "attention_key", "attention_value"
 _GATE, _UP = "mlp_gate", "mlp_up"
 
-# [query | key | value], with fewer key and value rows where the attention module has num_key_value_heads
+# [query | key | value], with num_key_value_heads * head_dim key and as many value rows where the attention has them
 _CONTIGUOUS_QKV = {
     "blip_2_vision_model", "blip_vision_model", "coarse_acoustics", "dbrx", "decision_transformer",
     "dots3_note_vision_encoder", "fine_acoustics", "glm4v_moe_vision", "glm4v_vision", "glm_image_vision",
@@ -38,7 +39,7 @@ _CONTIGUOUS_QKV = {
     "qwen3_omni_moe_vision_encoder", "qwen3_vl_moe_vision", "qwen3_vl_vision", "sam_vision_model", "semantic",
     "timesformer", "vitdet",
 }  # fmt: skip
-# (heads, 3, head_dim): each head holds its own query, key and value
+# (heads, 3, head_dim): each head has its query, key and value rows side by side
 _QKV_PER_HEAD = {"bloom", "deberta", "gpt_neox", "gpt_neox_japanese", "minimax", "persimmon"}
 
 # [gate | up]: the first half goes through the activation and multiplies the second
@@ -50,8 +51,8 @@ _GATE_THEN_UP = {
 _UP_THEN_GATE = {"phi4_multimodal_audio"}
 
 
-def qkv_parts(attention: nn.Module, model_type: str, rows: int, head_dim: int | None) -> tuple[Part, ...]:
-    """The parts of a fused QKV weight with `rows` outputs; empty if the layout is unknown or does not fit."""
+def qkv_parts(attention: nn.Module, model_type: str, rows: int, head_dim: int | None) -> tuple[FusedPart, ...]:
+    """Return the parts of a fused QKV weight with `rows` outputs; none if the layout is unknown or does not fit."""
     module: Any = attention
     if isinstance(attention, nn.MultiheadAttention):
         return _contiguous_qkv(rows, rows // 3)
@@ -74,8 +75,8 @@ def qkv_parts(attention: nn.Module, model_type: str, rows: int, head_dim: int | 
     return ()
 
 
-def key_value_parts(attention: nn.Module, model_type: str, rows: int) -> tuple[Part, ...]:
-    """The parts of a fused key and value weight: MLA's kv_b_proj, the cross-attention of the GPT-2 family."""
+def key_value_parts(attention: nn.Module, model_type: str, rows: int) -> tuple[FusedPart, ...]:
+    """Return the parts of a fused key and value weight: MLA's kv_b_proj, or a cross-attention of the GPT-2 family."""
     key_dim, value_dim = getattr(attention, "qk_nope_head_dim", None), getattr(attention, "v_head_dim", None)
     if isinstance(key_dim, int) and isinstance(value_dim, int):
         return _cut(rows, rows // (key_dim + value_dim), (_KEY, key_dim), (_VALUE, value_dim))
@@ -84,8 +85,8 @@ def key_value_parts(attention: nn.Module, model_type: str, rows: int) -> tuple[P
     return ()
 
 
-def gate_up_parts(mlp: nn.Module, model_type: str, rows: int) -> tuple[Part, ...]:
-    """The parts of a fused gate and up weight. Stacked experts say themselves whether they interleave."""
+def gate_up_parts(mlp: nn.Module, model_type: str, rows: int) -> tuple[FusedPart, ...]:
+    """Return the parts of a fused gate and up weight; stacked experts have a flag that says if they interleave."""
     concatenated = getattr(mlp, "is_concatenated", model_type in _GATE_THEN_UP or None)
     if concatenated is False:
         return _cut(rows, rows // 2, (_GATE, 1), (_UP, 1))
@@ -96,22 +97,22 @@ def gate_up_parts(mlp: nn.Module, model_type: str, rows: int) -> tuple[Part, ...
     return ()
 
 
-def _contiguous_qkv(rows: int, kv_rows: int) -> tuple[Part, ...]:
+def _contiguous_qkv(rows: int, kv_rows: int) -> tuple[FusedPart, ...]:
     return _cut(rows, 1, (_QUERY, rows - 2 * kv_rows), (_KEY, kv_rows), (_VALUE, kv_rows))
 
 
-def _grouped_qkv(rows: int, kv_heads: int, head_dim: int) -> tuple[Part, ...]:
-    """One group per key-value head: its query heads, then its key and its value."""
+def _grouped_qkv(rows: int, kv_heads: int, head_dim: int) -> tuple[FusedPart, ...]:
+    """Return the parts of one group per key-value head: its query heads, then its key and its value."""
     query_rows = rows // max(kv_heads, 1) - 2 * head_dim
     return _cut(rows, kv_heads, (_QUERY, query_rows), (_KEY, head_dim), (_VALUE, head_dim))
 
 
-def _cut(rows: int, outer: int, *pieces: tuple[str, int]) -> tuple[Part, ...]:
-    """Lay the pieces side by side inside each of `outer` blocks; empty unless they fill all the rows."""
-    parts: list[Part] = []
+def _cut(rows: int, outer: int, *pieces: tuple[str, int]) -> tuple[FusedPart, ...]:
+    """Return parts of these roles and sizes, side by side in each of `outer` blocks; none if they do not fill them."""
+    parts: list[FusedPart] = []
     stop = 0
     for role, size in pieces:
-        parts.append(Part(role, outer, stop, stop + size))
+        parts.append(FusedPart(role, outer, stop, stop + size))
         stop += size
     fits = outer * stop == rows and all(size > 0 for _, size in pieces)
     return tuple(parts) if fits else ()
