@@ -4,8 +4,8 @@
     hf_lowmem.register()
     args = TrainingArguments(..., optim="slim_adamw_8bit")
 
-Importing the package has no side effect and loads neither torch nor transformers; each name below is loaded when it is
-first used.
+Importing the package has no side effects and loads neither torch nor transformers. Each name below is imported when it
+is first used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_lowmem.trainer.names import optim_names
     from hf_lowmem.trainer.registration import register
 
-_HOME = {
+_DEFINED_IN = {
     "LostUpdates": "hf_lowmem.trainer.callbacks",
     "LowMemOptimizer": "hf_lowmem.optimizer",
     "OffloadState": "hf_lowmem.trainer.callbacks",
@@ -54,9 +54,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "algorithms":
         return import_module("hf_lowmem.algorithms")
-    if name not in _HOME:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_DEFINED_IN[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line `hf-lowmem`. Imports wait until they are needed, so that help and `optims` answer at once."""
+"""The command line `hf-lowmem`. Slow imports are deferred, so that the help and `optims` answer at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Command = Callable[[list[str]], int | None]
 
 
 class Parser(ArgumentParser):
-    """Answers a mistake in one sentence, which names the nearest option."""
+    """A parser that answers a mistake in one sentence and names the nearest option."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
@@ -35,13 +35,10 @@ class Parser(ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; `script.py ARGS` is short for `run script.py ARGS`.
+    """Run one command and return its exit status; `script.py ARGS` is short for `run script.py ARGS`.
 
     Args:
-        argv: the arguments; by default those of the process, which is then this command's own.
-
-    Returns:
-        The exit status.
+        argv: the arguments. By default those of the process, which then belongs to the command and may be ended by it.
     """
     if argv is None:
         return _own_process(sys.argv[1:])
@@ -68,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _own_process(argv: list[str]) -> int:
-    """Run a command that owns the process: one that only answers is quicker, and quiet under `| head`."""
+    """Run a command that owns the process; one that only answers exits faster, and silently under `| head`."""
     if not _only_answers(argv):
         return main(argv)
-    gc.disable()  # imports make millions of objects that stay: looking through them takes most of a second
+    gc.disable()  # imports make millions of lasting objects, which the collector would scan for most of a second
     try:
         try:
             status = main(argv)
@@ -79,13 +76,13 @@ def _own_process(argv: list[str]) -> int:
             status = int(leave.code or 0)
         sys.stdout.flush()
     except BrokenPipeError:
-        status = 141  # as a shell has it for SIGPIPE
+        status = 141  # the status that a shell reports for SIGPIPE
     sys.stderr.flush()
-    os._exit(status)  # taking the modules apart takes a second more, and would write to the pipe again
+    os._exit(status)  # a regular exit takes a second more to free the modules, and would write to the pipe again
 
 
 def _only_answers(argv: list[str]) -> bool:
-    """Whether this trains nothing and runs no script of the user's."""
+    """Return whether the command neither trains nor runs a script of the user's."""
     command, *rest = argv or ["--help"]
     asks_help = not {"-h", "--help", "--help-all"}.isdisjoint(rest)
     return (
@@ -94,9 +91,9 @@ def _only_answers(argv: list[str]) -> bool:
 
 
 def run(argv: list[str]) -> None:
-    """Run a Python script in which `optim` knows our names.
+    """Run a Python script in which our names are legal values of `optim`.
 
-    Works under launchers too: `accelerate launch -m hf_lowmem script.py ARGS`, `torchrun -m hf_lowmem script.py ARGS`.
+    Launchers work too: `accelerate launch -m hf_lowmem script.py ARGS`, `torchrun -m hf_lowmem script.py ARGS`.
     """
     parser = Parser(prog="hf-lowmem run", description=run.__doc__)
     parser.add_argument("script", help="the script, run as `python SCRIPT ARGS` would")
@@ -118,7 +115,7 @@ def run(argv: list[str]) -> None:
 def train(task: str, argv: list[str]) -> None:
     """Run TRL's script for a task."""
     if find_spec("trl") is None:
-        Parser(prog=f"hf-lowmem {task}").error("TRL is missing, install it with `pip install 'hf_lowmem[trl]'`")
+        Parser(prog=f"hf-lowmem {task}").error("TRL is missing: install it with `pip install 'hf_lowmem[trl]'`")
 
     from hf_lowmem.trainer.trl_script import launch
 
@@ -134,19 +131,21 @@ def _training_command(task: str, what: str) -> Command:
 
 
 def inspect(argv: list[str]) -> None:
-    """Show what an optimizer keeps for each part of a model, or compare all of them; no weights are loaded."""
+    """Show what an optimizer keeps for each part of a model, or compare all optimizers, without loading weights."""
     parser = Parser(prog="hf-lowmem inspect", description=inspect.__doc__)
     parser.add_argument("model", help="a local folder, a hub id, or a config.json")
     parser.add_argument(
-        "--optim", metavar="NAME", help="an optim name, see `hf-lowmem optims`, or adamw_torch; default: compare all"
+        "--optim", metavar="NAME", help="a name that `hf-lowmem optims` lists, or adamw_torch (default: compare all)"
     )
     parser.add_argument(
         "--optim-args", "--optim_args", metavar="TEXT", help="options: key=value,key=value or a JSON object"
     )
     dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--rows", action="store_true", help="one line per parameter instead of one per role")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help="the dtype of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--rows", action="store_true", help="print a line per parameter instead of one per role")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     names = [*OPTIM_NAMES, *ADAMW_NAMES]
     if args.optim is None and (args.rows or args.optim_args):
@@ -179,9 +178,9 @@ def optims(argv: list[str]) -> None:
 
 
 def doctor(argv: list[str]) -> int:
-    """Say what is installed, which kernels are found, and whether a step of each optimizer is right."""
+    """Report what is installed, which kernels are found, and whether a step of each optimizer is right."""
     parser = Parser(prog="hf-lowmem doctor", description=doctor.__doc__)
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
 
     from hf_lowmem.doctor import examine, report
@@ -192,14 +191,14 @@ def doctor(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> None:
-    """Write a checkpoint of the AdamW family as one that adamw_torch resumes from."""
+    """Convert a checkpoint of the AdamW family to one that adamw_torch resumes from."""
     from hf_lowmem.convert import convert as command
 
     command(argv)
 
 
 def demo(argv: list[str]) -> None:
-    """Train a small Llama on this machine's Python documentation, with AdamW and with ours."""
+    """Train a small Llama on this machine's Python documentation, with AdamW and with our optimizers."""
     from hf_lowmem.demo import main as demo_main
 
     demo_main(argv)
@@ -209,9 +208,9 @@ TRL_TASKS = {
     "sft": "Fine-tune on text",
     "reward": "Train a reward model on chosen and rejected answers",
     "dpo": "Align with chosen and rejected answers",
-    "kto": "Align with answers labelled good or bad",
-    "grpo": "Reinforce by a reward, groups of answers compared",
-    "rloo": "Reinforce by a reward, each answer against the others",
+    "kto": "Align with answers that are labelled good or bad",
+    "grpo": "Reinforce with a reward that compares the answers of a group",
+    "rloo": "Reinforce with a reward that compares each answer with the others",
     "distillation": "Distill a teacher model into a smaller one",
 }
 COMMANDS: dict[str, Command] = {

@@ -1,4 +1,4 @@
-"""A checkpoint of our AdamW family as one of torch's AdamW: the way back."""
+"""Conversion of a checkpoint of our AdamW family to one of torch's AdamW."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def to_adamw(
     optim: str,
     optim_args: str | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The optimizer state of a checkpoint as that of `torch.optim.AdamW` over the same parameter groups.
+    """Return the optimizer state of a checkpoint as that of `torch.optim.AdamW` with the same parameter groups.
 
     Args:
         checkpoint: the Trainer's checkpoint folder, or the optimizer's state dict.
-        model: the model that was trained, with the same parameters frozen; its values do not matter, its dtype does.
-        optim, optim_args: those of the run that wrote the checkpoint.
+        model: the model that was trained, in the same dtype and with the same parameters frozen. Its values do not
+            matter.
+        optim: the optim name of the run that wrote the checkpoint.
+        optim_args: the `optim_args` of that run.
 
     Returns:
-        What `torch.optim.AdamW(...).load_state_dict` and the Trainer's `optimizer.pt` take, moments in the weights'
-        dtype, as AdamW keeps them.
+        A state dict for `torch.optim.AdamW(...).load_state_dict` and for the Trainer's `optimizer.pt`. The moments
+        have the dtype of the weights, as AdamW keeps them.
 
     Raises:
-        ValueError: the optimizer does not keep AdamW's moments, or the checkpoint is that of another optim or model.
+        ValueError: the optimizer does not keep AdamW's moments, or the checkpoint is from another optimizer or model.
     """
     ours = build_optimizer(model, optim, lr=0.0, optim_args=optim_args)
     if ours.rule != "adamw":
@@ -54,15 +56,13 @@ def to_adamw(
 
 
 def convert(argv: list[str]) -> None:
-    """Write a checkpoint of the AdamW family as one that adamw_torch resumes from."""
+    """Convert a checkpoint of the AdamW family to one that adamw_torch resumes from."""
     parser = ArgumentParser(prog="hf-lowmem convert", description=convert.__doc__)
-    parser.add_argument("checkpoint", help="the Trainer's checkpoint folder, of a model that was trained as a whole")
-    parser.add_argument("--to", required=True, choices=("adamw_torch", "adamw_torch_fused"), help="the optim to be")
+    parser.add_argument("checkpoint", help="the Trainer's checkpoint folder of a model that was trained as a whole")
+    parser.add_argument("--to", required=True, choices=("adamw_torch", "adamw_torch_fused"), help="the new optim")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/adamw-300")
-    parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from its state)")
-    parser.add_argument(
-        "--optim-args", "--optim_args", metavar="TEXT", help="the optim_args of the run, where it had any"
-    )
+    parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from the checkpoint)")
+    parser.add_argument("--optim-args", "--optim_args", metavar="TEXT", help="the optim_args of the run, if any")
     args = parser.parse_args(argv)
     source, output = Path(args.checkpoint), Path(args.output)
     try:
@@ -86,7 +86,7 @@ def _saved_state(source: Path) -> dict[str, Any]:
 
 
 def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
-    """The optim name by which a state dict was written."""
+    """Return the optim name of the run that wrote a state dict."""
     algorithms = {group.get("algorithm") for group in saved["param_groups"]}
     if len(algorithms) != 1 or None in algorithms:
         raise ValueError(f"The optimizer state in {source} was not written by an optim of this package.")
@@ -96,13 +96,13 @@ def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
 
 
 def _model_of(source: Path) -> nn.Module:
-    """The model that a checkpoint holds, in the dtype of its weights."""
+    """Return the model of a checkpoint, in the dtype of its weights."""
     import transformers
 
     if not (source / "config.json").is_file():
         raise ValueError(
-            f"{source} holds no config.json (an adapter's has none): call hf_lowmem.to_adamw with the model that was "
-            "trained."
+            f"{source} holds no config.json (a checkpoint of an adapter has none): call hf_lowmem.to_adamw with the "
+            "model that was trained."
         )
     config = transformers.AutoConfig.from_pretrained(source)
     known = [name for name in config.architectures or () if hasattr(transformers, name)]

@@ -1,4 +1,4 @@
-"""Which tensors have storage of their own, so that a kernel may take the address of their entries."""
+"""Which tensors hold their entries in plain storage, so that a kernel may take their address."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is plain: only its own functions can read and write a wrapper subclass."""
+    """Return whether a tensor is not a wrapper subclass, which only its own functions can read and write."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def is_stored(tensor: Tensor) -> bool:
-    """Whether a plain tensor's storage holds all of its entries: storage may have been freed or cut."""
+    """Return whether a plain tensor's storage holds all of its entries; storage may have been freed or shortened."""
     if tensor.is_meta or tensor._is_zerotensor() or not tensor.numel():
         return True
-    # A functional tensor says how large its storage is, and has none.
+    # A functional tensor reports the size of its storage but has none.
     return _end(tensor) <= tensor.untyped_storage().nbytes() and tensor.data_ptr() != 0
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the storage holds the tensor's entries as they are, so that a kernel may take their address.
+    """Return whether the storage holds the tensor's entries as they are, so that a kernel may take their address.
 
-    Wrapper subclasses, sparse layouts, zeros that are not stored, the negative and conjugate bits of a view, and
-    missing storage say no.
+    It does not in wrapper subclasses, sparse layouts, zero tensors without storage, views with a negative or conjugate
+    bit, and tensors whose storage is missing.
     """
     if not is_plain(tensor) or tensor.layout is not torch.strided or tensor._is_zerotensor():
         return False
@@ -31,7 +31,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _end(tensor: Tensor) -> int:
-    """The byte of the storage at which the tensor's last entry ends."""
+    """Return the byte offset in the storage at which the tensor's last entry ends."""
     return int((tensor.storage_offset() + last_entry(tensor)) * tensor.itemsize)
 
 
@@ -43,10 +43,10 @@ def last_entry(tensor: Tensor) -> int:
 
 
 def densified(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A plain, contiguous copy of a tensor of any kind.
+    """Return a plain, contiguous copy of a tensor of any class.
 
     Raises:
-        RuntimeError: the tensor's class cannot be read as a dense tensor.
+        RuntimeError: the tensor's class cannot be copied to a dense tensor.
     """
     dense = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
     try:

@@ -1,4 +1,4 @@
-"""`hf-lowmem doctor`: what a bug report needs. Each part is examined apart, so that one that fails hides no other."""
+"""`hf-lowmem doctor`: what a bug report needs. Each section is examined by itself: a failure hides no other."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ VARIABLES = re.compile(
     r"CUDA_VISIBLE_DEVICES|CUDA_LAUNCH_BLOCKING|PYTORCH_(CUDA_)?ALLOC_CONF|TORCH_COMPILE_DISABLE|TORCHDYNAMO_DISABLE|"
     r"TRITON_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|LD_PRELOAD|CC"
 )
-# Of the movement of all weights in three steps. A code of 8 bits, a sign, or the last place of bfloat16 may fall to
-# either side of a boundary in a few entries.
+# The allowed difference, as a share of the weights' movement in three steps. It is larger for optimizers with 8-bit
+# codes or signs (True), of which a few may fall on the other side of a rounding boundary, and for bfloat16 weights.
 TOLERANCE = {"float32": {False: 1e-4, True: 0.005}, "bfloat16": {False: 0.02, True: 0.02}}
 STEPS = 3
 
-Part = dict[str, str]
+Section = dict[str, str]  # a text by name
 
 
 def examine() -> dict[str, Any]:
-    """All parts by heading, each as text by name; and "broken", sentences of which there are none if all is well.
+    """Return all sections by heading, and under "broken" a list of sentences about what is wrong.
 
-    What the examination itself would log is left out.
+    Logging is disabled meanwhile.
     """
     broken: list[str] = []
-    parts: dict[str, Callable[[list[str]], Part]] = {
+    sections: dict[str, Callable[[list[str]], Section]] = {
         "versions": _versions,
         "devices": _devices,
         "kernels": _kernels,
@@ -50,10 +50,10 @@ def examine() -> dict[str, Any]:
     found: dict[str, Any] = {}
     logging.disable()
     try:
-        for heading, part in parts.items():
+        for heading, section in sections.items():
             try:
-                found[heading] = part(broken)
-            except Exception as error:  # of a broken installation, which is what this is for
+                found[heading] = section(broken)
+            except Exception as error:  # a broken installation may raise anything
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 found[heading] = {"failed": reason}
                 broken.append(f"{heading}: {reason}")
@@ -63,18 +63,18 @@ def examine() -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """What `examine` returned, as text of at most 100 columns."""
+    """Return what `examine` has found as text of at most 100 columns."""
     lines = []
-    for heading, part in found.items():
+    for heading, section in found.items():
         if heading != "broken":
-            width = max(map(len, part), default=0)
-            lines += [heading, *(wrapped(f"{name:<{width}}  {text}", 2, width + 2) for name, text in part.items())]
+            width = max(map(len, section), default=0)
+            lines += [heading, *(wrapped(f"{name:<{width}}  {text}", 2, width + 2) for name, text in section.items())]
             lines.append("")
     lines += [wrapped(f"BROKEN: {sentence}") for sentence in found["broken"]] or ["All is well."]
     return "\n".join(lines)
 
 
-def _versions(broken: list[str]) -> Part:
+def _versions(broken: list[str]) -> Section:
     found = {"hf_lowmem": __version__, "python": f"{platform.python_version()} on {platform.platform()}"}
     for package in PACKAGES:
         try:
@@ -84,7 +84,7 @@ def _versions(broken: list[str]) -> Part:
     return found
 
 
-def _devices(broken: list[str]) -> Part:
+def _devices(broken: list[str]) -> Section:
     import torch
 
     found = {"cpu": f"{_cpu()}, {os.cpu_count()} threads, of which torch uses {torch.get_num_threads()}"}
@@ -110,10 +110,10 @@ def _driver() -> str:
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown, nvidia-smi does not say"
+        return "unknown, because nvidia-smi does not tell"
 
 
-def _kernels(broken: list[str]) -> Part:
+def _kernels(broken: list[str]) -> Section:
     import torch
 
     from hf_lowmem.kernels.cpu import library
@@ -134,15 +134,15 @@ def _kernels(broken: list[str]) -> Part:
     return {"CPU (compiled C)": compiled, "GPU (Triton)": triton}
 
 
-def _registration(broken: list[str]) -> Part:
+def _registration(broken: list[str]) -> Section:
     from hf_lowmem.trainer.registration import register
 
     register()
     return {"names in transformers": f"all {len(OPTIM_NAMES)} are legal values of optim"}
 
 
-def _self_test(broken: list[str]) -> Part:
-    """Steps of a small model by the kernels that are found, against the update rules as they are written."""
+def _self_test(broken: list[str]) -> Section:
+    """Compare steps of a small model with the kernels that are found against steps with the update rules alone."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -168,7 +168,7 @@ def _self_test(broken: list[str]) -> Part:
 
 
 def _movement(name: str, model: Any, kernels: bool = True) -> Any:
-    """How far a few steps move all weights, on gradients that are always the same; the model stays as it is."""
+    """Return how far a few steps move all weights of a copy of the model, with the same gradients in every call."""
     import torch
 
     from hf_lowmem.kernels import forced
@@ -188,7 +188,7 @@ def _movement(name: str, model: Any, kernels: bool = True) -> Any:
     return torch.nn.utils.parameters_to_vector(weights).detach().float() - before
 
 
-def _environment(broken: list[str]) -> Part:
+def _environment(broken: list[str]) -> Section:
     return {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)} or {
         "none": "of the variables that change what happens is set"
     }

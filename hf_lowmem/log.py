@@ -1,8 +1,8 @@
-"""What the package says while it works: one way to the terminal, which gives way to the user's own logging.
+"""The logging of the package: to the terminal by default, or wherever the user's own logging sends it.
 
-Every module logs through `get_logger`. The first record brings a handler for the logger "hf_lowmem", which writes to
-standard error as long as no other handler takes the record. `logging.getLogger("hf_lowmem").setLevel(...)`, handlers
-of the user's and `logging.basicConfig()` do what they do for any library.
+Every module logs through `get_logger`. The first record installs a handler on the logger "hf_lowmem", which writes to
+standard error unless another handler takes the record. `logging.getLogger("hf_lowmem").setLevel(...)`, the user's
+handlers and `logging.basicConfig()` have the same effect as on any library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = logging.getLogger("hf_lowmem")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes records that nothing else takes, on lines of their own above tqdm's progress bars."""
+    """A handler that writes the records that no other handler takes, on lines above tqdm's progress bars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class TerminalHandler(logging.Handler):
             self.handleError(record)
 
     def _is_taken(self, record: logging.LogRecord) -> bool:
-        """Whether the record reaches another handler."""
+        """Return whether the record reaches another handler."""
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
             if any(handler is not self for handler in logger.handlers):
@@ -49,7 +49,7 @@ class _Formatter(logging.Formatter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of one of the package's modules. Until it has something to say, logging stays as it was."""
+    """Return the logger of one of the package's modules. Its first record installs the package's handler."""
     logger = logging.getLogger(name)
     logger.addFilter(_install_handler)
     return logger
@@ -62,8 +62,10 @@ def _install_handler(record: logging.LogRecord) -> bool:
 
 
 def announce(message: str, *args: object) -> None:
-    """Log as information what is to be seen without any setting: it counts as a warning until the user sets the
-    package's level, as the root logger's level stops information where nobody has chosen one."""
+    """Log a message of level INFO that is shown by default.
+
+    The root logger's default level would drop it, so it passes like a warning until the user sets the package's level.
+    """
     shown = logging.WARNING if PACKAGE.level == logging.NOTSET else logging.INFO
     if PACKAGE.isEnabledFor(shown):
         record = PACKAGE.makeRecord(PACKAGE.name, logging.INFO, __file__, 0, message, args, None)
@@ -72,7 +74,7 @@ def announce(message: str, *args: object) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process, of those that train together, is the one that says what holds for all."""
+    """Return whether this process has rank 0, which logs what is the same for all processes of a run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"

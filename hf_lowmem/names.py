@@ -1,4 +1,4 @@
-"""Parameter names, whatever wraps the model."""
+"""The names of parameters without the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DEFAULT_ADAPTER = re.compile(r"(?<=\.)((?:lora_\w+|trainable_tokens_delta))\.de
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without FSDP, torch.compile, checkpointing, DDP and PEFT wrappers, however they are nested.
+    """Return a parameter's name without the prefixes of FSDP, torch.compile, checkpointing, DDP and PEFT.
 
-    DDP's `module.` is a wrapper in front of the model only: further in, a user's own module may be called that. Only
-    the adapter called `default` loses its name, so that the factors of two adapters keep different names.
+    DDP's prefix `module.` is removed only at the start, because further in it may be the name of a user's module. Only
+    the adapter name `default` is removed, so that the factors of two adapters keep different names.
     """
     name = _DDP.sub("", _PEFT_MODEL.sub("", _WRAPPER.sub("", name)))
     return _DEFAULT_ADAPTER.sub(r"\1", _SAVED_COPY.sub("", name))

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lives between its steps: on the device, or on the host while the device is busy."""
+"""Where an optimizer's state lives between steps: on the device, or on the host while others need the device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hf_lowmem.state import State
 
 
 class Transfer(NamedTuple):
-    """Bytes that were moved, and the seconds that their copies took."""
+    """The bytes that were moved and the seconds that the copies took."""
 
     nbytes: int
     seconds: float
 
 
 class HostCopies:
-    """Moves state tensors from an accelerator to pinned host memory and back, bit for bit.
+    """Copies of state tensors in pinned host memory, to which they move from an accelerator and back, bit for bit.
 
-    On CUDA the copies run on a stream of their own: `release` returns at once and the device memory is free for other
-    tensors when its copies are done; `fetch` makes later kernels wait. Tensors on the CPU stay where they are. The
-    host buffers are kept from one release to the next.
+    On CUDA the copies run on a stream of their own. `release` returns at once, and the device memory is free for other
+    tensors as soon as the copies are done; `fetch` makes later kernels wait for its copies. Tensors on the CPU stay
+    where they are. The host buffers are reused by the next release.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class HostCopies:
         self._buffers: dict[tuple[Tensor, str], Tensor] = {}
         self._released: list[tuple[Tensor, State, str]] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._transfers: list[tuple[int, Any]] = []  # bytes, and pairs of CUDA events or the seconds
+        self._transfers: list[tuple[int, Any]] = []  # the bytes, and the seconds or pairs of CUDA events
         self._finished = Transfer(0, 0.0)
 
     def release(self, states: Iterable[tuple[Tensor, State]]) -> None:
         """Replace the state tensors of these parameters that are on an accelerator by copies on the host.
 
-        The first release of a tensor allocates its buffer, and waits for that.
+        The first release of a tensor allocates its host buffer and waits for the allocation.
         """
         self.used = True
         self._collect()
@@ -48,7 +48,7 @@ class HostCopies:
         ]
         for param, state, name in leaving:
             buffer = self._buffers.get((param, name))
-            # The weight's shape or dtype may have changed since, and that of its state with it.
+            # The shape or dtype of the weight, and so of its state, may have changed since the last release.
             if buffer is None or (buffer.shape, buffer.dtype) != (state[name].shape, state[name].dtype):
                 pinned = torch.empty_like(state[name], device="cpu", pin_memory=state[name].is_cuda)
                 self._buffers[param, name] = pinned
@@ -58,17 +58,17 @@ class HostCopies:
                 with torch.cuda.stream(streams.get(tensor.device)):
                     buffer.copy_(tensor, non_blocking=tensor.is_cuda)
                 if tensor.is_cuda:
-                    tensor.record_stream(streams[tensor.device])  # its memory is reused only after the copy
+                    tensor.record_stream(streams[tensor.device])  # keeps its memory from being reused before the copy
                 state[name] = buffer
                 self._released.append((param, state, name))
 
     def fetch(self) -> None:
-        """Bring back all that was released."""
+        """Bring back all released tensors."""
         if not self._released:
             return
         with self._copying(self._released) as streams:
             for param, state, name in self._released:
-                # Allocated on the stream that will use it, which waits for the copy below.
+                # The tensor belongs to the current stream, which is made to wait for the copy below.
                 tensor = torch.empty_like(state[name], device=param.device)
                 with torch.cuda.stream(streams.get(param.device)):
                     tensor.copy_(state[name], non_blocking=tensor.is_cuda)
@@ -78,23 +78,23 @@ class HostCopies:
         self._released = []
 
     def forget(self) -> None:
-        """Drop what was released: the state has been replaced."""
+        """Forget the released tensors, because other state has replaced them."""
         self.synchronize()
         self._released = []
 
     def synchronize(self) -> None:
-        """Wait until the host copies can be read."""
+        """Wait until the host copies are complete."""
         for stream in self._streams.values():
             stream.synchronize()
 
     def transferred(self) -> Transfer:
-        """What was moved, both ways, since the last call; copies that are still under way count next time."""
+        """Return what was moved in both directions since the last call; unfinished copies count in the next call."""
         self._collect()
         finished, self._finished = self._finished, Transfer(0, 0.0)
         return finished
 
     def _collect(self) -> None:
-        """Add up the copies that are done, so that their events can go."""
+        """Add up the finished copies and drop their events."""
         pending = []
         for nbytes, timing in self._transfers:
             if is_done(timing):
@@ -106,7 +106,7 @@ class HostCopies:
 
     @contextmanager
     def _copying(self, moved: list[tuple[Tensor, State, str]]) -> Iterator[Mapping[torch.device, torch.cuda.Stream]]:
-        """The streams to copy on, after what the current ones have under way; takes the time."""
+        """Yield the streams to copy on, which wait for the current streams, and record the time of the copies."""
         nbytes = sum(state[name].nbytes for _, state, name in moved)
         devices = {param.device for param, _, _ in moved if param.is_cuda}
         for device in devices:

@@ -1,12 +1,12 @@
-"""How a weight narrower than float32 takes an update w' that it cannot hold.
+"""How a weight that is narrower than float32 is rounded to after an update to w'.
 
-    nearest      w <- round(w'), so that an update of less than half a unit in the last place is lost
-    stochastic   w <- the neighbour of w' above or below, each as likely as w' is near it, so that E[w] = w'
-    kahan        w <- round(w'), c <- w' - w, and the next update starts from w + c
+    nearest      w <- round(w'); an update of less than half a unit in the last place is lost
+    stochastic   w <- the number above or below w', with probabilities such that E[w] = w'
+    kahan        w <- round(w') and c <- w' - w; the next update starts from w + c
 
-Source: arXiv:2010.06192, algorithms 2 to 5. Departs from it: w' is computed in float32 from w + c, and c is an int16
-fraction of w's last place. Together they hold float32's 24 bits, where a bfloat16 c would hold 16 and lose, in its
-turn, the updates of an lr of 1e-6 to weights above about 0.1.
+Source: arXiv:2010.06192, algorithms 2 to 5. Departs from it: w' is computed in float32 from w + c, and c is stored as
+an int16 fraction of w's last place. Together w and c hold the 24 bits of float32. With a bfloat16 c they would hold 16
+bits, and lose the updates of a learning rate of 1e-6 to weights above about 0.1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from hf_lowmem.scratch import Scratch
 from hf_lowmem.state import KAHAN_COMP, Rounding, State
 
-_EXPONENT = 0x7F800000  # the bits of a float32's power of two
+_EXPONENT = 0x7F800000  # the exponent bits of a float32
 _TINY = torch.finfo(torch.float32).tiny
 _MASK = 0xFFFFFFFF
-_FRACTION = 2.0**-16  # of a unit in the last place, that an int16 counts
-# A hash of 32-bit integers: Weyl's sequence, then the multiply and shift rounds of "lowbias32".
+_FRACTION = 2.0**-16  # kahan_comp counts this fraction of a unit in the last place
+# The hash of 32-bit integers is a Weyl sequence, followed by the multiply and shift rounds of "lowbias32".
 WEYL, MIX_1, MIX_2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
 
@@ -36,11 +36,11 @@ class StoredWeight:
 
     Args:
         data: the weight in its own dtype.
-        kahan_comp: what rounding has cut off from it, int16 of the same shape, in 2^-16 of a unit in the last place;
-            None unless `rounding="kahan"`.
-        noise_key: this step's key of the noise; None unless `rounding="stochastic"`. A 0-D int32 tensor under
-            torch.compile.
-        start: where the whole weight starts in its storage.
+        kahan_comp: the part of the weight that rounding has cut off, int16 of the same shape, in units of 2^-16 of the
+            last place; None unless `rounding="kahan"`.
+        noise_key: the key of this step's noise, which is a 0-D int32 tensor under torch.compile; None unless
+            `rounding="stochastic"`.
+        start: the offset of the whole weight in its storage.
     """
 
     data: Tensor
@@ -50,7 +50,7 @@ class StoredWeight:
 
     @classmethod
     def of(cls, param: Tensor, rounding: Rounding, state: State, noise_key: Any) -> StoredWeight:
-        """A whole parameter; one in float32 or float64 (a projected update is) needs no rounding."""
+        """Return a whole parameter; one in float32 or float64, as a projected update is, needs no rounding."""
         if param.dtype in (torch.float32, torch.float64):
             return cls(param)
         key = noise_key if rounding.kind == "stochastic" else None
@@ -64,7 +64,7 @@ class StoredWeight:
         return self.map(lambda tensor: tensor[index]) if index else self
 
     def load(self, scratch: Scratch | None = None) -> Tensor:
-        """As float32: in place where it is stored so (or as float64), else a temporary to hand to `store`."""
+        """Return the weight itself if it is float32 or float64, or else a float32 copy to be passed to `store`."""
         if self.data.dtype in (torch.float32, torch.float64):
             return self.data
         value = scratch.get("param", self.data.shape).copy_(self.data) if scratch else self.data.float()
@@ -73,7 +73,7 @@ class StoredWeight:
         return value
 
     def store(self, value: Tensor) -> None:
-        """Write float32 `value`, which may be overwritten."""
+        """Round the float32 `value` and write it to the weight; `value` may be overwritten."""
         if value is self.data:
             return
         if self.noise_key is not None:
@@ -84,9 +84,9 @@ class StoredWeight:
             self.kahan_comp.copy_(fraction.round_().clamp_(-(2**15), 2**15 - 1))
 
     def _rounded_at_random(self, value: Tensor) -> Tensor:
-        """`value` on the grid of `data`'s dtype: its magnitude plus noise of one unit, cut off."""
+        """Round `value` to the dtype of `data`: add noise of up to one unit to its magnitude, and truncate."""
         dtype = self.data.dtype
-        bits = int(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # that float32 has more
+        bits = int(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # how many more float32 has
         unit = last_place(value, dtype)
         noise = hashed(places(self.data, self.start), self.noise_key, bits)
         units = value.abs().div_(unit).add_(noise, alpha=2.0**-bits).floor_()
@@ -94,16 +94,21 @@ class StoredWeight:
 
 
 def last_place(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """One unit in the last place that `dtype` has at each entry of float32 `value`, and at least float32's smallest
-    normal number, so that dividing by it is safe."""
+    """Return one unit in the last place of `dtype` at each entry of the float32 `value`.
+
+    It is at least float32's smallest normal number, so that it is safe to divide by.
+    """
     info = torch.finfo(dtype)
     power = value.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
     return power.mul_(info.eps).clamp_(min=max(info.smallest_normal * info.eps, _TINY))
 
 
 def places(view: Tensor, start: Any) -> Tensor:
-    """The place in the storage of each entry of a view, from `start`, as int32: tiles draw what the whole would."""
-    # A compiled step takes whole weights, and cannot ask where they start.
+    """Return the offset of each entry of a view from `start` in its storage, as int32.
+
+    The noise is a hash of these offsets, so a tile draws the noise that it has in the whole weight.
+    """
+    # A compiled step takes whole weights, and cannot trace a storage offset.
     offset = 0 if torch.compiler.is_compiling() else view.storage_offset() - start
     if view.is_contiguous():
         return torch.arange(view.numel(), dtype=torch.int32, device=view.device).view(view.shape).add_(_signed(offset))
@@ -115,7 +120,7 @@ def places(view: Tensor, start: Any) -> Tensor:
 
 
 def hashed(numbers: Tensor, key: Any, bits: int) -> Tensor:
-    """Integers of `bits` bits, uniform over (number, key); `numbers` int32, overwritten."""
+    """Return integers of `bits` bits, uniform over (number, key); the int32 `numbers` are overwritten."""
     x = numbers.mul_(_signed(WEYL)).add_(key)
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MIX_1)
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MIX_2))
@@ -123,9 +128,9 @@ def hashed(numbers: Tensor, key: Any, bits: int) -> Tensor:
 
 
 def noise_key(seed: int, number: Any, step: Any) -> Any:
-    """The key of one parameter, the `number`-th of its optimizer, at one step: the same in every process.
+    """Return the key of the `number`-th parameter of an optimizer at one step, which is the same in every process.
 
-    Number and step may be int64 tensors, and then the key is one.
+    If the number or the step is an int64 tensor, so is the key.
     """
     key: Any = 0
     for part in (seed, number, step):
@@ -137,5 +142,5 @@ def noise_key(seed: int, number: Any, step: Any) -> Any:
 
 
 def _signed(value: Any) -> Any:
-    """A 32-bit integer as torch.int32 has it."""
+    """Return a 32-bit unsigned integer as the signed one with the same bits."""
     return (value + 0x80000000 & _MASK) - 0x80000000

@@ -1,4 +1,4 @@
-"""Rules files: how a parameter is treated, by name, against what was detected."""
+"""Rules files, which override by name how the parameters are treated."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from hf_lowmem.roles import canonical_name
 
-ReadValue = Callable[[Any], Any]  # checks a rule's value, and raises ValueError saying what was expected
+ReadValue = Callable[[Any], Any]  # checks the value of a rule; raises ValueError with what was expected
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The content of a rules file; what its values mean is the algorithm's.
+    """The content of a rules file. The algorithm defines what the values mean.
 
     Args:
-        exact: parameter name -> value.
-        regex: (pattern, value), searched in the name; the first that is found wins.
-        unknown: at most one value, for parameters of unknown role.
+        exact: the values by parameter name.
+        regex: (pattern, value) pairs. The first pattern that is found in a parameter's name wins.
+        unknown: at most one value, which applies to parameters of unknown role.
     """
 
     exact: dict[str, Any]
@@ -30,7 +30,7 @@ class Rules:
     unknown: tuple[Any, ...] = ()
 
     def find(self, names: Sequence[str], role: str) -> tuple[Any, str] | None:
-        """(value, the rule that says so) for a parameter with these names (several if tied), or None."""
+        """Return (value, its rule) for a parameter, which has several names if it is tied, or None without a rule."""
         for name in names:
             if name in self.exact:
                 return self.exact[name], "rules file, by name"
@@ -42,7 +42,7 @@ class Rules:
         return None
 
     def check_used(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a name or pattern matches none of the model's parameters."""
+        """Raise ValueError if a rule matches none of the parameters with these names."""
         known = set(names)
         for name in self.exact:
             if name not in known:
@@ -60,10 +60,11 @@ class Rules:
 def load_rules(path: str, read_value: ReadValue) -> Rules:
     """Read a rules file.
 
-    It holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "unknown": value}`, or a flat `{name: value}`.
+    The file holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "unknown": value}` or a flat
+    `{name: value}`.
 
     Raises:
-        ValueError: the file cannot be read, is not JSON, or does not have this form.
+        ValueError: the file cannot be read, is not JSON, or has another structure.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
 
 
 def read_axes(value: Any) -> tuple[int, ...]:
-    """The axes that a second moment is averaged over, in the tensor's own layout; none keep it whole."""
+    """Read the axes of the tensor that its second moment is averaged over; without axes it is kept in full."""
     if value is None or value == "full":
         return ()
     if isinstance(value, list) and all(type(axis) is int for axis in value):

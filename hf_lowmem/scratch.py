@@ -1,4 +1,4 @@
-"""Temporaries that live for one optimizer step and are reused from tile to tile."""
+"""Temporaries that live for one optimizer step and are reused by every tile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Named buffers on one device, grown to the largest request; a fresh temporary per use would cost page faults."""
+    """Named buffers on one device, which grow to the largest request. New temporaries would cost page faults."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -18,7 +18,7 @@ class Scratch:
         self._views: dict[tuple[str, torch.dtype, Sequence[int]], Tensor] = {}
 
     def get(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialized contiguous tensor; its content lasts until the same name is asked for again."""
+        """Return an uninitialized contiguous tensor, whose content lasts until the same name is requested again."""
         view = self._views.get((name, dtype, shape))
         if view is None:
             numel = math.prod(shape)
@@ -30,5 +30,5 @@ class Scratch:
 
 
 def known_finite(reduced: Tensor) -> bool:
-    """Whether a small tensor surely holds no NaN or Inf; False where asking would make an accelerator wait."""
+    """Return whether a small tensor is known to be finite; False on an accelerator, where reading it would block."""
     return reduced.device.type == "cpu" and math.isfinite(reduced.sum().item())
