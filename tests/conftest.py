@@ -12,7 +12,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from filelock import FileLock
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Several workers share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
@@ -89,6 +88,7 @@ def trl_ready() -> Iterator[None]:
 def model_folder(tmp_path_factory):
     """A tiny Llama with a tokenizer of single characters and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
