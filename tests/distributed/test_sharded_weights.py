@@ -16,8 +16,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_lowmem
-from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.algorithms import SlimAdamW
 from hf_lowmem.trainer.build import refuse_sharding
+from tests.support.declarations import CLASSES
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ def test_a_sharded_model_is_refused(sharding):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cls", [SlimAdamW, LowMemAdamW, Signum, CoapAdamW])
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("sharding", SHARDED)
 def test_the_classes_refuse_its_parameters(sharding, cls):
     with pytest.raises(ValueError, match=r"^Sharded weights.*train with DDP"):

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_lowmem
 from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW, Soap
 from hf_lowmem.kernels.registry import warn_of_capturable
-from tests.support.declarations import IDS, VARIANTS
+from tests.support.declarations import FULL_SPACE, each_variant
 from tests.support.kernel_runs import run
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_steps_are_those_of_other_optimizers(cls, options, shape, bits, rounding, device, force) -> None:
     options = {**options, "state_bits": bits, "rounding": rounding, **({"min_8bit_size": 0} if bits == 8 else {})}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

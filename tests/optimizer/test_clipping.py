@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import LowMemAdamW, SlimAdamW
-from tests.support.declarations import IDS, VARIANTS
+from tests.support.declarations import FULL_SPACE, each_variant
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -57,7 +57,7 @@ def run(
 @pytest.mark.parametrize("path", ["compiled", "tiles", "rule"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_a_step_clips_as_torch_does(cls, options, shape, bits, dtype, path, force) -> None:
     options = {**options, "state_bits": bits, **({"min_8bit_size": 0} if bits == 8 else {})}
     if path != "compiled":

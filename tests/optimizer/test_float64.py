@@ -10,28 +10,10 @@ import torch
 from torch import nn
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import SlimAdamW
+from tests.support.declarations import each_variant
 
-SOON = {"update_interval": 2, "reproject_factor": 2}
-CASES: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
-    (LowMemAdamW, {}, (64, 64)),
-    (LowMemAdamW, {"state_bits": 16}, (64, 64)),
-    (LowMemAdamW, {"state_bits": 8, "min_8bit_size": 0}, (64, 67)),
-    (SlimAdamW, {"axes": (1,)}, (64, 64)),
-    (SlimAdamW, {"axes": (0,), "state_bits": 8, "min_8bit_size": 0}, (64, 64)),
-    (AdamMini, {"axes": (1,), "rows_per_block": 4}, (64, 64)),
-    (Signum, {}, (64, 64)),
-    (CoapAdamW, {"rank": 8, **SOON}, (64, 48)),
-    (CoapAdamW, {"rank": 8, "restore_state": True, "eq5_scale": "rms", **SOON}, (48, 64)),
-    (CoapAdamW, {"rank": 8, "state_bits": 8, "min_8bit_size": 0, **SOON}, (64, 48)),
-    (CoapAdamW, {"rank_ratio": 4, **SOON}, (64, 48, 3, 3)),
-    (CoapAdafactor, {"rank": 8, **SOON}, (64, 48)),
-    (CoapAdafactor, {"rank_ratio": 4, "scale_parameter": True, **SOON}, (64, 48, 3, 3)),
-    (CoapAdafactor, {}, (64,)),
-    (Soap, {"precondition_frequency": 2}, (64, 48)),
-    (Soap, {"sides": "both", "precondition_frequency": 2, "normalize_grads": True}, (64, 48)),
-]
-EACH = pytest.mark.parametrize(("cls", "options", "shape"), CASES)
+EACH = each_variant(soon=True, storages=("32-bit", "8-bit"))
 
 
 def run(cls: type, options: dict, start: torch.Tensor, lr: float, dtype: torch.dtype, steps: int = 6) -> Any:

@@ -18,7 +18,6 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import (
-    Adalayer,
     AdamMini,
     CoapAdafactor,
     CoapAdamW,
@@ -28,7 +27,7 @@ from hf_lowmem.algorithms import (
     Soap,
 )
 from hf_lowmem.kernels import forced
-from tests.support.declarations import IDS, VARIANTS
+from tests.support.declarations import FULL_SPACE, each_variant
 
 
 def run(
@@ -49,7 +48,7 @@ def gradients(shape: tuple[int, ...], steps: int = 4, dtype: torch.dtype = torch
 
 @pytest.mark.parametrize("kernels", ["compiled", 64, 512, 1 << 20])
 @pytest.mark.parametrize("bits", [32, 16, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_kernels_compute_what_the_rules_define(
     cls: type,
     options: dict,
@@ -78,7 +77,7 @@ def test_kernels_compute_what_the_rules_define(
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_state_bytes_equal_the_declared_bytes(cls: type, options: dict, shape: tuple[int, ...], bits: int) -> None:
     options = {**options, "state_bits": bits, "min_8bit_size": 0}
     _, optimizer = run(cls, options, torch.randn(shape), gradients(shape, 1))
@@ -91,7 +90,7 @@ def test_state_bytes_equal_the_declared_bytes(cls: type, options: dict, shape: t
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_bfloat16_weights_follow_the_float32_rule(cls: type, options: dict, shape: tuple[int, ...], bits: int) -> None:
     options = {**options, "state_bits": bits, "min_8bit_size": 0}
     start, grads = torch.randn(shape).bfloat16(), gradients(shape, 1, torch.bfloat16)
@@ -117,7 +116,7 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 67]), max_size=4).map(tupl
 @settings(deadline=None, max_examples=40)
 @given(
     shape=shapes,
-    which=st.sampled_from([LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum]),
+    which=st.sampled_from([declared.cls for declared in FULL_SPACE]),
     bits=st.sampled_from([32, 16, 8]),
     transposed=st.booleans(),
     data=st.data(),
@@ -149,7 +148,7 @@ def test_any_shape(shape: tuple[int, ...], which: type, bits: int, transposed: b
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("bits", [32, 16, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant(FULL_SPACE, geometries=True)
 def test_non_finite_gradients_do_what_they_do_under_adamw(
     cls: type, options: dict, shape: tuple[int, ...], bits: int, bad: float
 ) -> None:
@@ -218,7 +217,7 @@ def test_deepcopy_and_pickle_continue_alike(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
-@pytest.mark.parametrize("cls", [LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum])
+@pytest.mark.parametrize("cls", [declared.cls for declared in FULL_SPACE])
 def test_state_dict_round_trip_is_bit_exact_and_plain(cls: type, bits: int) -> None:
     model, optimizer = model_and_optimizer(cls, state_bits=bits)
     train(model, optimizer, 3)

@@ -19,10 +19,8 @@ from hf_lowmem.algorithms import RECIPES, CoapAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.options import Options, at_least, flag, layout, schedule
 from hf_lowmem.state import StatePlan
 from hf_lowmem.update_rules import RULE_FLAGS
+from tests.support.declarations import CLASSES
 
-CLASSES = [
-    value for value in vars(algorithms).values() if isinstance(value, type) and value.__name__ in algorithms.__all__
-]
 SHARED = {
     *("rounding", "rounding_seed", "offload_state", "fused_clip", "capturable", "compile", "roles"),
     *("state_bits", "block_size", "min_8bit_size"),
@@ -32,6 +30,10 @@ SHARED = {
 def options(cls: type) -> dict[str, inspect.Parameter]:
     """The keywords of a class but those that every optimizer of torch has."""
     return dict(list(inspect.signature(cls).parameters.items())[5:])
+
+
+def test_every_class_is_declared() -> None:
+    assert {cls.__name__ for cls in CLASSES} == set(algorithms.__all__) - {"RECIPES"}
 
 
 @pytest.mark.parametrize("cls", CLASSES)

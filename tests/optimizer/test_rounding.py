@@ -12,35 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hf_lowmem
-from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.rounding import StoredWeight, hashed, noise_key
 from hf_lowmem.state import Rounding
+from tests.support.declarations import each_variant
 
 NARROW = [torch.bfloat16, torch.float16]
 KEEPING = ["stochastic", "kahan"]
-QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
-LAST_AXIS = (("query", 1, 1, 0, 128, (0,), 64), ("key", 1, 1, 128, 256, (0,), 1), ("value", 1, 1, 256, 384, (1,), 1))
-
-VARIANTS: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
-    (LowMemAdamW, {}, (16, 128)),
-    (SlimAdamW, {"axes": (1,)}, (3, 8, 64)),
-    (SlimAdamW, {"segments": QKV}, (16, 128)),
-    (SlimAdamW, {"segments": LAST_AXIS}, (24, 384)),
-    (AdamMini, {"axes": (0,), "rows_per_block": 32}, (16, 128)),
-    (Adalayer, {"axes": (0, 1)}, (16, 128)),
-    (Signum, {}, (16, 128)),
-    (CoapAdamW, {"rank": 8}, (16, 128)),
-    (CoapAdamW, {"rank": 8, "transposed": True}, (16, 128)),
-    (CoapAdamW, {}, (64, 32, 3, 3)),
-    (CoapAdafactor, {"rank": 8}, (16, 128)),
-    (CoapAdafactor, {"rank": 8, "scale_parameter": True}, (16, 128)),
-    (CoapAdafactor, {"scale_parameter": True}, (64, 32, 3, 3)),
-    (CoapAdafactor, {"scale_parameter": True, "project": False, "stacked": True}, (3, 8, 64)),
-    (Soap, {}, (16, 128)),
-    (Soap, {"project": False}, (16, 128)),
-]
-IDS = [f"{cls.__name__}-{'x'.join(map(str, shape))}-{n}" for n, (cls, _, shape) in enumerate(VARIANTS)]
 
 
 def store(data: torch.Tensor, value: torch.Tensor, key: int) -> torch.Tensor:
@@ -126,7 +105,7 @@ def run(
 @pytest.mark.parametrize("kernels", ["compiled", 64, 1 << 20])
 @pytest.mark.parametrize("rounding", ["nearest", *KEEPING])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(("cls", "options", "shape"), VARIANTS, ids=IDS)
+@each_variant()
 def test_kernels_round_as_the_rules_do(
     cls: type,
     options: dict,

@@ -18,19 +18,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from hf_lowmem.algorithms import (
-    Adalayer,
-    AdamMini,
     CoapAdafactor,
     CoapAdamW,
     LowMemAdamW,
-    Signum,
-    SlimAdamW,
     Soap,
 )
 from hf_lowmem.roles import canonical_name
 from tests import ROOT
+from tests.support.declarations import CLASSES
 
-CLASSES = [LowMemAdamW, SlimAdamW, AdamMini, Adalayer, Signum, CoapAdamW, CoapAdafactor, Soap]
 DOCS = ROOT / "docs" / "torch_agreement.md"
 every_class = pytest.mark.parametrize("cls", CLASSES)
 # For what the classes share; COAP's two add groups in a way of their own.

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._pytree import tree_map_only
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import CoapAdafactor, CoapAdamW, LowMemAdamW, SlimAdamW, Soap
+from tests.support.declarations import each_variant
 
 
 class Wrapped(Tensor):
@@ -48,26 +49,15 @@ class Unreadable(Wrapped):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-CASES = [
-    (LowMemAdamW, {}),
-    (LowMemAdamW, {"state_bits": 8, "min_8bit_size": 0}),
-    (LowMemAdamW, {"rounding": "kahan"}),
-    (SlimAdamW, {"axes": (1,)}),
-    (SlimAdamW, {"axes": (0,), "rounding": "stochastic"}),
-    (AdamMini, {"axes": (1,), "rows_per_block": 4}),
-    (Signum, {"state_bits": 16}),
-    (CoapAdamW, {"rank": 4}),
-    (Soap, {}),
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("wrap_grads", [False, True])
-@pytest.mark.parametrize(("cls", "options"), CASES)
-def test_wrapped_weights_are_trained_as_plain_ones(cls: type, options: dict, wrap_grads: bool, dtype) -> None:
+@each_variant(plainest=True, storages=("32-bit", "8-bit", "kahan"))
+def test_wrapped_weights_are_trained_as_plain_ones(
+    cls: type, options: dict, shape: tuple[int, ...], wrap_grads: bool, dtype
+) -> None:
     torch.manual_seed(0)
-    starts = [torch.randn(64, 64).to(dtype) for _ in range(2)]
-    grads = [[torch.randn(64, 64).to(dtype) for _ in starts] for _ in range(3)]
+    starts = [torch.randn(shape).to(dtype) for _ in range(2)]
+    grads = [[torch.randn(shape).to(dtype) for _ in starts] for _ in range(3)]
     found = []
     for wrap in (Wrapped, lambda tensor: tensor):
         params = [nn.Parameter(wrap(start.clone())) for start in starts]
@@ -83,8 +73,8 @@ def test_wrapped_weights_are_trained_as_plain_ones(cls: type, options: dict, wra
     assert not torch.equal(found[0][0], starts[0])
     for mine, theirs in zip(*found, strict=True):
         if dtype == torch.bfloat16 and "rounding" not in options:  # float32 kernels, whose sums are in another order
-            assert (mine - theirs).float().abs().max() < 0.02
-            assert (mine != theirs).float().mean() < (0.3 if cls in (CoapAdamW, Soap) else 0.01)
+            assert (mine - theirs).float().abs().max() < 0.03
+            assert (mine != theirs).float().mean() < (0.3 if cls in (CoapAdamW, CoapAdafactor, Soap) else 0.01)
         else:
             assert torch.equal(mine, theirs)
 
