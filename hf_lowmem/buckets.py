@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,10 @@ from hf_lowmem.dense import densified, is_plain, last_entry
 from hf_lowmem.kernels import COMPILED, RULE, TRITON
 from hf_lowmem.kernels.bucket import Bucket, ParamStep
 from hf_lowmem.kernels.registry import Backend, choice, find_backend, warn_of_capturable
-from hf_lowmem.param_layouts import ParamLayout
+from hf_lowmem.param_layouts import ParamLayout, StateOwner
 from hf_lowmem.rounding import noise_key
 from hf_lowmem.state import KAHAN_COMP, State, StatePlan
 from hf_lowmem.step_checks import check_grad, check_stored, check_weight
-
-if TYPE_CHECKING:
-    from hf_lowmem.optimizer import LowMemOptimizer
 
 Group = dict[str, Any]
 _T = torch.Tensor
@@ -63,33 +60,14 @@ class Marks(NamedTuple):
         return cls(list(map(type, tensors)), list(map(_T.data_ptr, tensors)), *layouts)
 
 
-class StepCounts:
-    """How many steps each parameter has taken, in one tensor, of which the `step` of each one's state is a view.
-
-    One operation advances all of them, where one for each would take longer than all other work of a step.
-    """
-
-    def __init__(self, states: Sequence[State]) -> None:
-        with torch.inference_mode(False):  # a later step may be outside of it
-            self.values = torch.tensor([state["step"].item() for state in states], dtype=torch.float32, device="cpu")
-            self.views = list(self.values.unbind())
-        for state, view in zip(states, self.views, strict=True):
-            state["step"] = view
-
-    def belongs_to(self, states: Sequence[State]) -> bool:
-        """Return whether the states have these counts."""
-        return len(states) == len(self.views) and same((state["step"] for state in states), self.views)
-
-
 @dataclass(eq=False)
 class Planned:
-    """A bucket, and where the numbers of its steps come from.
+    """A bucket with what it was made of.
 
     Args:
         group: the place of its parameters' group.
         members: the parameters that it steps.
         grads: the places of their gradients among all that there are.
-        counts: the places of their step counts; None where steps are counted on the device.
         later: how many more steps of these parameters this call of the optimizer's `step` takes after this one.
     """
 
@@ -97,28 +75,22 @@ class Planned:
     group: int
     members: list[Member]
     grads: list[int]
-    counts: list[int] | None
     later: int
 
     def __post_init__(self) -> None:
         self.is_random = any(member.plan.rounding.kind == "stochastic" for member in self.members)
 
-    def number(self, counted: list[float], seed: int, idle_calls: int) -> None:
+    def number(self, group: Group, idle_calls: int) -> None:
         """Set the numbers of this step, and the keys of its noise."""
-        bucket, offset = self.bucket, self.later + idle_calls
-        if self.counts is None:
-            bucket.steps = [member.state["step"] - offset for member in self.members]
-        else:
-            bucket.steps = [counted[place] - offset for place in self.counts]
+        bucket, offset, capturable = self.bucket, self.later + idle_calls, group["capturable"]
+        counts = [state["step"] for state in bucket.states]
+        bucket.steps = [count - offset for count in (counts if capturable else map(_T.item, counts))]
         if self.is_random:
-            bucket.noise_keys = [
-                self._noise_key(member, seed, step) for member, step in zip(self.members, bucket.steps, strict=True)
-            ]
-
-    def _noise_key(self, member: Member, seed: int, step: Any) -> Any:
-        if member.plan.rounding.kind != "stochastic":
-            return 0
-        return (seed, member.place) if self.counts is None else noise_key(seed, member.place, int(step))
+            seed, keys = group["rounding_seed"], []
+            for member, step in zip(self.members, bucket.steps, strict=True):
+                key: Any = (seed, member.place) if capturable else noise_key(seed, member.place, int(step))
+                keys.append(key if member.plan.rounding.kind == "stochastic" else 0)
+            bucket.noise_keys = keys
 
 
 class Buckets:
@@ -126,7 +98,6 @@ class Buckets:
 
     def __init__(self) -> None:
         self.rounding_changed: Counter[str] = Counter()  # of Kahan buffers that were made or left out
-        self._counts: StepCounts | None = None
         self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
         self._known: Known | None = None
 
@@ -138,7 +109,7 @@ class Buckets:
         else:
             self._shapes.pop(param, None)
 
-    def find(self, optimizer: LowMemOptimizer, advance: bool) -> list[tuple[int, Bucket]]:
+    def find(self, optimizer: StateOwner, advance: bool) -> list[tuple[int, Bucket]]:
         """Return the buckets with the place of their group, all checked; `advance` counts this step.
 
         Raises:
@@ -150,16 +121,15 @@ class Buckets:
         options = [optimizer.step_options(group) for group in groups]
         if self._known is None or not self._known.still_holds(optimizer, params, grads, options):
             self._known = None  # until all of them have been found to fit
-            self._known = Known(optimizer, params, grads, options, self._members(optimizer), self._counted(optimizer))
+            self._known = Known(optimizer, params, grads, options, self._members(optimizer))
         known = self._known
         if advance:
             known.advance()
-        counted = known.counts.values.tolist()
         for each in known.planned:
-            each.number(counted, groups[each.group]["rounding_seed"], optimizer.idle_calls)
+            each.number(groups[each.group], optimizer.idle_calls)
         return [(each.group, each.bucket) for each in known.planned]
 
-    def _members(self, optimizer: LowMemOptimizer) -> list[Member]:
+    def _members(self, optimizer: StateOwner) -> list[Member]:
         """Return the parameters that have a gradient; each trainable one has its state afterwards."""
         members, place, owner = list[Member](), -1, type(optimizer).__name__
         for number, group, layouts in optimizer.groups_with_layouts():
@@ -179,12 +149,12 @@ class Buckets:
         return members
 
     def _checked_plan(
-        self, optimizer: LowMemOptimizer, param: Tensor, state: State, layout: ParamLayout, group: Group
+        self, optimizer: StateOwner, param: Tensor, state: State, layout: ParamLayout, group: Group
     ) -> StatePlan:
         """Return the plan of a parameter that fits it; what a change of options or dtype has left is fitted."""
         name = layout.name or "A parameter"
         check_weight(param, layout.name, self._shapes.get(param))
-        if state["step"] == 0 and not is_plain(param):
+        if not is_plain(param) and state["step"] == 0:
             densified(param)  # a class that cannot be read is refused before anything is written
         plan = optimizer.plan_by(layout, group, param)
         specs = optimizer.specs_of(param, plan, group)
@@ -201,38 +171,24 @@ class Buckets:
         self._shapes[param] = param.shape
         return plan
 
-    def _counted(self, optimizer: LowMemOptimizer) -> StepCounts:
-        """Return the step counts of all parameters with state, kept on the host, in the order of the groups."""
-        states = {
-            id(param): optimizer.state[param]
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if not group["capturable"] and param in optimizer.state
-        }
-        counted = list(states.values())
-        if self._counts is None or not self._counts.belongs_to(counted):
-            self._counts = StepCounts(counted)
-        return self._counts
-
 
 class Known:
     """The buckets as they were made, and all that must not have changed for them to be stepped again."""
 
     def __init__(
         self,
-        optimizer: LowMemOptimizer,
+        optimizer: StateOwner,
         params: list[Tensor],
         grads: list[Tensor | None],
         options: list[Any],
         members: list[Member],
-        counts: StepCounts,
     ) -> None:
         self.params, self.options, self.choice = params, options, choice()
         self.layouts = [layouts for _, _, layouts in optimizer.groups_with_layouts()]
         self.has_grad = [grad is not None for grad in grads]
         self.frozen = [p for p, grad in zip(params, grads, strict=True) if grad is None and not p.requires_grad]
         self.state_params, self.states = list(optimizer.state.keys()), list(optimizer.state.values())
-        self.members, self.counts = members, counts
+        self.members = members
         self.grads = [grad for grad in grads if grad is not None]
         self.is_plain = all(is_plain(member.param) for member in members)
         self.is_plain &= same((member.grad for member in members), self.grads)  # none had to be made dense
@@ -240,13 +196,12 @@ class Known:
         if self.is_plain:
             self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(self.grads)
             self.ends = list(map(last_entry, self.grads))
-        self.planned = planned(optimizer, members, counts)
-        places = {id(view): place for place, view in enumerate(counts.views)}
-        self._added = torch.zeros_like(counts.values)
-        for member in members:
-            if (place := places.get(id(member.state["step"]))) is not None:
-                self._added[place] += 1
-        self._on_device = [m.state["step"] for m in members if optimizer.param_groups[m.group]["capturable"]]
+        self.planned = planned(optimizer, members)
+        capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
+        on_host = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if not on_device]
+        # A number is changed through a view of its memory in a tenth of the time that an operation of torch takes.
+        self._on_host: list[Any] = [memoryview(step.numpy()) for step in on_host]
+        self._on_device = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if on_device]
 
     def _tensors(self) -> list[Tensor]:
         """Return the weights and all tensors of their state."""
@@ -254,7 +209,7 @@ class Known:
         return [*(member.param for member in self.members), *states]
 
     def still_holds(
-        self, optimizer: LowMemOptimizer, params: list[Tensor], grads: list[Tensor | None], options: list[Any]
+        self, optimizer: StateOwner, params: list[Tensor], grads: list[Tensor | None], options: list[Any]
     ) -> bool:
         """Return whether all tensors are the same at the same addresses, and take this step's gradients if so."""
         if not self.is_plain or len(params) != len(self.params) or not same(params, self.params):
@@ -295,15 +250,15 @@ class Known:
 
     def advance(self) -> None:
         """Count a step of every parameter that has a gradient."""
-        self.counts.values.add_(self._added)
+        for count in self._on_host:
+            count[()] += 1.0
         if self._on_device:
             torch._foreach_add_(self._on_device, 1)
 
 
-def planned(optimizer: LowMemOptimizer, members: list[Member], counts: StepCounts) -> list[Planned]:
+def planned(optimizer: StateOwner, members: list[Member]) -> list[Planned]:
     """Divide the parameters into buckets, in the order of their groups."""
     turns, later = turns_of_overlapping(members), repeats(members)
-    places = {id(view): place for place, view in enumerate(counts.views)}
     found: dict[Any, list[int]] = defaultdict(list)
     for number, member in enumerate(members):
         if member.param.numel():
@@ -318,13 +273,11 @@ def planned(optimizer: LowMemOptimizer, members: list[Member], counts: StepCount
         params, grads, states, plans = zip(*(member[2:] for member in chosen_members), strict=True)
         nothing: list[Any] = [0] * len(numbers)  # until the step is numbered
         bucket = Bucket(rule, backend, device, params, grads, states, plans, nothing, nothing)
-        capturable = optimizer.param_groups[group_place]["capturable"]
-        own = None if capturable else [places[id(member.state["step"])] for member in chosen_members]
-        buckets.append(Planned(bucket, group_place, chosen_members, numbers, own, -earlier))
+        buckets.append(Planned(bucket, group_place, chosen_members, numbers, -earlier))
     return sorted(buckets, key=lambda each: each.group)
 
 
-def chosen(optimizer: LowMemOptimizer, member: Member, group: Group) -> Backend:
+def chosen(optimizer: StateOwner, member: Member, group: Group) -> Backend:
     """Return the backend that steps a parameter."""
     if group["compile"]:
         return COMPILED

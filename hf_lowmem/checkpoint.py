@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,14 @@ from hf_lowmem.adamw_state import ANEW, check_takes_adamw, from_adamw, is_adamw
 from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
-from hf_lowmem.param_layouts import GroupLayouts, as_tuple
+from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
-
-if TYPE_CHECKING:
-    from hf_lowmem.optimizer import LowMemOptimizer
 
 Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
 
 
-def load(optimizer: LowMemOptimizer, layouts: Sequence[GroupLayouts], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     """Take a checkpoint's hyperparameters over into an optimizer's groups, and return the state by parameter.
 
     Nothing is changed where the checkpoint does not fit.

@@ -6,10 +6,12 @@ not: in copies, in pickles, and under sharding, which puts other tensors into th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
+
+from hf_lowmem.state import State, StatePlan, TensorSpec
 
 
 class Roles(Protocol):
@@ -28,6 +30,42 @@ class ParamLayout(NamedTuple):
     name: str
     options: tuple[tuple[str, Any], ...]
     from_model: bool = False
+
+
+class StateOwner(Protocol):
+    """What an optimizer says of its parameters to what steps, saves and loads them."""
+
+    rule: ClassVar[str]
+    algorithm: ClassVar[str]
+    idle_calls: ClassVar[int]
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def optim_name(self) -> str:
+        """Return the optim name that users know the optimizer by."""
+
+    @property
+    def kept_options(self) -> set[str]:
+        """Return the keys of a group that stay this run's when a checkpoint is loaded."""
+
+    def groups_with_layouts(self) -> Iterator[tuple[int, dict[str, Any], list[ParamLayout]]]:
+        """Return each group's number, the group, and the layouts of its parameters."""
+
+    def step_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the values of a group that its parameters' plans and backends depend on."""
+
+    def plan_by(self, layout: ParamLayout, group: dict[str, Any], param: Tensor) -> StatePlan:
+        """Return the plan of a parameter of a group."""
+
+    def specs_of(self, param: Tensor, plan: StatePlan, group: dict[str, Any]) -> dict[str, TensorSpec]:
+        """Return the state tensors that a parameter of a group is to have."""
+
+    def rule_of(self, plan: StatePlan, group: dict[str, Any]) -> str:
+        """Return the update rule that steps a parameter with this plan."""
+
+    def allocate(self, param: Tensor, layout: ParamLayout, group: dict[str, Any]) -> State:
+        """Allocate the declared state of a parameter of a group, all zero."""
 
 
 def as_tuple(value: Any) -> Any:

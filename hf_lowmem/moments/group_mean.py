@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_lowmem.scratch import known_finite
 from hf_lowmem.state import Codec, State, TensorSpec
 
 Index = tuple[slice, ...]  # a tile of a weight: slices of its leading axes
@@ -145,11 +144,8 @@ class GroupMean:
                 continue
             part = square if entries is None else square.index_select(segment.axis, entries)
             others = [axis for axis in segment.axes if axis != segment.axis or groups is None]
-            sums = part.sum(others, keepdim=True) if others else part
-            if others and not known_finite(sums):
-                sums = part.nan_to_num(0.0, 0.0, 0.0).sum(others, keepdim=True)
-            elif not others:
-                sums = part.nan_to_num(0.0, 0.0, 0.0)
+            sums = part.nan_to_num(0.0, 0.0, 0.0)
+            sums = sums.sum(others, keepdim=True) if others else sums
             target = _tile_of(total, index, None if groups is None else segment.axis)
             if groups is None:
                 target.add_(sums)
