@@ -200,7 +200,8 @@ class Known:
         capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
         on_host = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if not on_device]
         # A number is changed through a view of its memory in a tenth of the time that an operation of torch takes.
-        self._on_host: list[Any] = [memoryview(step.numpy()) for step in on_host]
+        arrays: list[Any] = [step.numpy() for step in on_host]
+        self._on_host: list[Any] = [memoryview(array) for array in arrays]
         self._on_device = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if on_device]
 
     def _tensors(self) -> list[Tensor]:

@@ -14,13 +14,15 @@ A field of a dataclass that inherits `Options` is an option. The optimizer class
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
+
+from hf_lowmem.codecs import CODECS
 
 Kind = Literal["hyperparameter", "layout", "role", "schedule", "flag", "run", "recipe"]
 
@@ -53,7 +55,7 @@ DECAYS = Legal(
 )
 
 
-def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None) -> Any:
+def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None, choices: Collection[Any] = ()) -> Any:
     """Declare an option as a field of a dataclass.
 
     Args:
@@ -61,8 +63,9 @@ def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None)
         default: the value of an option that is not given.
         text: what the option does, for `help()` and the README.
         legal: the values that an option of numbers takes; `bool`, `Literal` and `None` in its annotation say theirs.
+        choices: a table whose keys are the values that it takes, beside None where its annotation has that.
     """
-    return field(default=default, metadata={"kind": kind, "text": text, "legal": legal})
+    return field(default=default, metadata={"kind": kind, "text": text, "legal": legal, "table": choices})
 
 
 hyperparameter = partial(option, "hyperparameter")
@@ -84,10 +87,18 @@ class Option:
     kind: Kind = "recipe"
     text: str = ""
     legal: Legal | None = None
+    table: Collection[Any] = ()
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that the option takes, where they are few."""
+        if self.table:
+            return (*([None] if NoneType in get_args(self.annotation) else []), *self.table)
+        return choices_of(self.annotation)
 
     def check(self, value: Any) -> None:
         """Raise ValueError if `value` is not legal."""
-        choices = choices_of(self.annotation)
+        choices = self.choices
         if choices and value not in choices:
             raise ValueError(f"{self.name}={value!r} is not supported: use one of {', '.join(map(str, choices))}.")
         unset = value is None and NoneType in get_args(self.annotation)
@@ -161,10 +172,11 @@ HYPERPARAMETERS = tuple(Hyperparameters.declared())
 class Options(Declared):
     """The options of every algorithm. One that has others inherits this class and adds a field for each."""
 
-    state_bits: Literal[32, 16, 8] = layout(
+    state_bits: int = layout(
         32,
         "bits per number of the state: 32; 16, which stores `exp_avg` as bfloat16; or 8, which stores `exp_avg`, and "
         "a full `exp_avg_sq`, as 8-bit codes, and is what `_8bit` in an optim name stands for.",
+        choices=CODECS,
     )
     block_size: Literal[256, 128, 64] = layout(
         256,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hf_lowmem.codecs import CODECS
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import Option, Options, recipe_only
 from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
@@ -27,8 +28,8 @@ class Recipe(Options):
     The recipe of an algorithm inherits the options of its optimizer class, and adds those that the recipe alone reads.
     """
 
-    embedding_bits: Literal[32, 16, 8] | None = recipe_only(
-        None, "`state_bits` of embeddings; by default that of all weights."
+    embedding_bits: int | None = recipe_only(
+        None, "`state_bits` of embeddings; by default that of all weights.", choices=CODECS
     )
 
     optimizer_cls: ClassVar[type[LowMemOptimizer]]

@@ -17,11 +17,11 @@ LAYERS = [
     {"rules", "roles"},
     {"optimizer"},
     {"buckets", "checkpoint", "clipping", "stepping"},
-    {"adamw_state", "checks", "param_layouts", "step_checks"},
+    {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},
     {"kernels"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names", "dense", "option_help", "options"},
+    {"state", "scratch", "names", "dense"},
     {"log", "sizes"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

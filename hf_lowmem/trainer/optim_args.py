@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 from hf_lowmem.algorithms import RECIPES
-from hf_lowmem.options import alternatives
+from hf_lowmem.options import Option, alternatives
 from hf_lowmem.param_groups import Recipe
 from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
 
@@ -97,20 +97,24 @@ def typed_options(recipe_cls: type[Recipe], options: Mapping[str, Any], name: st
             nearest = get_close_matches(key, legal, n=1, cutoff=0.6)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise ValueError(f"optim_args has no key {key!r} for {name!r}{hint}; legal keys: {', '.join(legal)}.")
-    return {key: _typed(key, value, legal[key].annotation) for key, value in options.items()}
+    return {key: _typed(legal[key], value) for key, value in options.items()}
 
 
-def _typed(key: str, value: Any, annotation: Any) -> Any:
+def _typed(option: Option, value: Any) -> Any:
     """Convert one value to the type that its option is annotated with."""
-    kinds = alternatives(annotation)
+    kinds = alternatives(option.annotation)
     # None comes first, because "none" is no string where None is legal.
     for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
         try:
-            return _convert(value, kind)
+            found = _convert(value, kind)
         except ValueError:
             continue
+        if not option.table or found in option.choices:
+            return found
     expected = " or ".join(map(_describe, kinds))
-    raise ValueError(f"optim_args {key}={value!r} is not legal: expected {expected}.")
+    if option.table:
+        expected = "one of " + ", ".join(map(str, option.choices))
+    raise ValueError(f"optim_args {option.name}={value!r} is not legal: expected {expected}.")
 
 
 def _convert(value: Any, kind: Any) -> Any:
