@@ -108,7 +108,7 @@ def find_backend(rule: str, step: ParamStep, after: str | None = None) -> Backen
     for name in names[names.index(after) + 1 if after in names else 0 :]:
         backend = BACKENDS[name]
         if (choice() or not backend.devices or device in backend.devices) and backend.covers(rule, step):
-            if backend.is_slow and step.param.numel() >= SMALL:
+            if not backend.devices and step.param.numel() >= SMALL:
                 _warn(backend, rule, step)
             return backend
     raise LookupError(f"None of the backends {', '.join(names)} covers {described(rule, step)}.")
@@ -118,7 +118,7 @@ def _warn(backend: Backend, rule: str, step: ParamStep) -> None:
     device = step.param.device.type
     if device not in ("cpu", "cuda", "meta"):
         warn_of_plain_torch(device)
-    elif not choice() and all(each.available() for each in BACKENDS.values() if device in each.devices):
+    elif backend.is_slow and not choice() and all(each.available() for each in BACKENDS.values() if device in each.devices):
         warn_of_slow_steps(backend.name, described(rule, step))
 
 
