@@ -39,10 +39,15 @@ def second_moment(rule: str, plan: StatePlan) -> str | None:
 
 
 @lru_cache(maxsize=1 << 12)
-def geometries_of(plan: StatePlan, shape: tuple[int, ...]) -> tuple[Geometry, ...] | None:
-    """Return the parts of a contiguous weight, or None where the compiled kernels cannot go over them."""
-    moment, codec = plan.moments.get("exp_avg_sq"), plan.codec
-    block, row = (codec.block_size, codec.ragged_row(shape)) if isinstance(codec, Int8Blockwise) else (1, None)
+def geometries_of(plan: StatePlan, shape: tuple[int, ...], by_row: bool = False) -> tuple[Geometry, ...] | None:
+    """Return the parts of a contiguous weight, or None where the compiled kernels cannot go over them.
+
+    Args:
+        by_row: whether each row of 8-bit blocks is a run of its own, even where all of its blocks are whole.
+    """
+    moment, codec, block, row = plan.moments.get("exp_avg_sq"), plan.codec, 1, None
+    if isinstance(codec, Int8Blockwise):
+        block, row = codec.block_size, codec.row(shape) if by_row else codec.ragged_row(shape)
     if not isinstance(moment, GroupMean):
         return (elementwise(math.prod(shape), row),)
     found = geometries(moment, shape, block, row)

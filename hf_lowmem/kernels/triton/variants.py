@@ -146,7 +146,12 @@ def is_covered(rule: str, step: ParamStep) -> bool:
     codec = step.plan.codec
     if isinstance(codec, Int8Blockwise) and codec.block_size not in (*BLOCK_SIZES, codec.row(shape)):
         return False
-    return geometries_of(step.plan, shape) is not None
+    return geometries_of(step.plan, shape, has_odd_blocks(step.plan)) is not None
+
+
+def has_odd_blocks(plan: StatePlan) -> bool:
+    """Return whether 8-bit blocks are whole rows of a size that no tile has, so that each fills a part of a line."""
+    return isinstance(plan.codec, Int8Blockwise) and plan.codec.block_size not in BLOCK_SIZES
 
 
 @lru_cache(maxsize=1 << 13)
@@ -163,14 +168,13 @@ def _planned(
     Args:
         dtypes: those of the weight and of `exp_avg`.
     """
-    kind, codec, found = second_moment(rule, plan), plan.codec, geometries_of(plan, shape)
+    kind, codec, odd = second_moment(rule, plan), plan.codec, has_odd_blocks(plan)
+    found = geometries_of(plan, shape, odd)
     assert kind is not None
     assert found is not None
     block = row = None
     if isinstance(codec, Int8Blockwise):
-        block, row = codec.block_size, codec.ragged_row(shape)
-        if block not in BLOCK_SIZES:
-            row = codec.row(shape)
+        block, row = codec.block_size, codec.row(shape) if odd else codec.ragged_row(shape)
     kernels = triton_kernels()
     weight, first = (kernels.DTYPES[dtype] for dtype in dtypes)
     # A projected update is float32 whatever its weight is, whose rounding is not its own.
