@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ def run(
     steps: int = 3,
     bad: float | None = None,
     clip: float | None = None,
+    norm_by: tuple[str, ...] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weight and the state, both as float32, after a few steps; full moments decoded.
 
-    Each gradient has one entry of `bad`, and is clipped to a norm of `clip`.
+    Each gradient has one entry of `bad`, and is clipped to a norm of `clip`, which the backends `norm_by` find.
     """
     generator = torch.Generator().manual_seed(1)
     param = nn.Parameter(start.clone())
@@ -35,7 +37,8 @@ def run(
             grad.view(-1)[grad.numel() // 2] = bad
         param.grad = grad.to(start.device)
         if clip is not None:
-            optimizer.clip_grad_norm_(clip)
+            with forced(*norm_by) if norm_by else nullcontext():
+                optimizer.clip_grad_norm_(clip)
         optimizer.step()
     (state,), group = optimizer.state.values(), optimizer.param_groups[0]
     plan = optimizer.plan(group, tuple(start.shape), start.dtype)
@@ -103,9 +106,11 @@ def check_gpu_kernel(
     (cls, options, shape), on_device = case, torch.device(device)
     options = {**options, "state_bits": bits, "rounding": rounding, **({"min_8bit_size": 0} if bits == 8 else {})}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(on_device, dtype)
-    with forced("triton", "in_place"):  # the latter for what is projected, whose updates the former steps
+    backends = ("triton", "in_place")  # the latter for what is projected, whose updates the former steps
+    with forced(*backends):
         mine, state = run(cls, options, start, steps=2, clip=clip)
-    theirs, expected = by_rule(cls, options, start, 2, None, clip)
+    # torch's norm is less exact than the kernels': by 2e-6 for 20,000 entries.
+    theirs, expected = by_rule(cls, options, start, 2, None, clip, backends)
     # A code, or a narrow number's neighbour, may fall to either side of a boundary in a few places.
     flips = bits < 32 or rounding == "stochastic" or (rounding == "nearest" and dtype != torch.float32)
     for name, value in {"param": mine, **state}.items():
