@@ -10,7 +10,7 @@
 # OpenMP is neither linked nor bundled. auditwheel would copy libgomp into the wheel, as it is no part of manylinux, and
 # a process with torch would then have two: each keeps threads of its own, which wait on the cores that the other's
 # need. The kernels' symbols stay open instead, and the loader finds them in torch's OpenMP, which every process that
-# steps has loaded for all; where it has not, the system's libgomp is loaded (hf_lowmem/kernels/native.py).
+# steps has loaded for all; where it has not, the system's libgomp is loaded (hf_lowmem/kernels/cpu/library.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +21,7 @@ rm -rf dist
 "$python" -m build --outdir dist .
 
 wheel=(dist/*.whl)
-if [[ "$("$python" -m zipfile --list "${wheel[0]}")" != *kernels/_native.so* ]]; then
+if [[ "$("$python" -m zipfile --list "${wheel[0]}")" != *kernels/cpu/_native.so* ]]; then
     echo "The wheel has no kernels: is there a C compiler?" >&2
     exit 1
 fi

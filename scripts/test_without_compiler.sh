@@ -27,18 +27,18 @@ site='import sysconfig; print(sysconfig.get_path("purelib"))'
 cd "$scratch/clone"
 python -m pip install --verbose --no-deps --no-build-isolation --editable . >"$scratch/log" 2>&1 ||
     { cat "$scratch/log"; exit 1; }
-grep 'building extension "hf_lowmem.kernels._native" failed' "$scratch/log"
+grep 'building extension "hf_lowmem.kernels.cpu._native" failed' "$scratch/log"
 python - 2>"$scratch/log" <<'END' || { cat "$scratch/log"; exit 1; }
 from pathlib import Path
 
-from hf_lowmem.kernels import native
+from hf_lowmem.kernels.cpu import library
 
-assert Path(native.__file__).is_relative_to(Path.cwd()), native.__file__
-assert native.library() is None
+assert Path(library.__file__).is_relative_to(Path.cwd()), library.__file__
+assert library.library() is None
 assert not list(Path.cwd().rglob("*.so"))
 END
 grep "install a C compiler" "$scratch/log"
 
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not slow" -rs "$@" \
-    tests/{golden,moments,codecs} tests/optimizer/test_{optimizer,rounding}.py tests/kernels/test_{native,triton}.py
+    tests/{golden,moments,codecs} tests/optimizer/test_{optimizer,rounding}.py tests/kernels/test_{cpu,triton,backends}.py

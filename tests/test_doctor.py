@@ -8,7 +8,9 @@ import torch
 import hf_lowmem
 from hf_lowmem import doctor
 from hf_lowmem.cli import main
-from hf_lowmem.kernels import find_kernel, native
+from hf_lowmem.kernels.cpu import library
+from hf_lowmem.kernels.registry import choice
+from hf_lowmem.stepping import step_bucket
 
 HEADINGS = ["versions", "devices", "kernels", "registration", "self-test of a step", "environment", "broken"]
 
@@ -40,7 +42,7 @@ def test_a_sound_installation(examined, monkeypatch):
     assert status == 0
     assert found["versions"]["torch"] == torch.__version__
     assert {"hf_lowmem", "python", "transformers", "accelerate", "trl", "peft", "triton"} <= set(found["versions"])
-    assert found["kernels"]["CPU (compiled C)"].startswith("built" if native.library() else "missing")
+    assert found["kernels"]["CPU (compiled C)"].startswith("built" if library.library() else "missing")
     assert found["self-test of a step"] == dict.fromkeys(hf_lowmem.optim_names(), "ok")
     assert found["environment"]["OMP_NUM_THREADS"] == "2"
     assert found["environment"]["ACCELERATE_USE_FSDP"] == "false"
@@ -57,15 +59,6 @@ def test_the_report_is_at_most_100_columns_wide(capsys, monkeypatch):
     assert out.endswith("All is well.\n")
 
 
-def wrong(kernel, change):
-    def step(slots, hyper):
-        kernel(slots, hyper)
-        for slot in slots:
-            change(slot.param)
-
-    return step
-
-
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "change",
@@ -77,7 +70,13 @@ def wrong(kernel, change):
     ],
 )
 def test_a_wrong_kernel_is_found(change, examined, monkeypatch):
-    monkeypatch.setattr("hf_lowmem.optimizer.find_kernel", lambda key: wrong(find_kernel(key), change))
+    def wrong(bucket, hyper):
+        step_bucket(bucket, hyper)
+        if not choice():  # the rule's steps are right
+            for param in bucket.params:
+                change(param)
+
+    monkeypatch.setattr("hf_lowmem.optimizer.step_bucket", wrong)
     status, found = examined()
     assert status == 1
     assert "float32 weights on cpu differ by" in found["self-test of a step"]["slim_adamw"]
@@ -88,8 +87,8 @@ def test_a_wrong_kernel_is_found(change, examined, monkeypatch):
 @pytest.mark.parametrize("built", [True, False])
 def test_kernels_that_are_missing_or_of_another_version(built, examined, monkeypatch):
     fault = "of another version:" if built else "missing: install a C compiler, such as gcc, and then"
-    monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "loaded", lambda: (None, fault))
+    monkeypatch.setattr(library, "library", lambda: None)
+    monkeypatch.setattr(library, "loaded", lambda: (None, fault))
     status, found = examined()
     assert "--no-cache-dir" in found["kernels"]["CPU (compiled C)"]
     said = found["kernels"]["CPU (compiled C)"]

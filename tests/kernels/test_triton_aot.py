@@ -19,15 +19,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from hf_lowmem.kernels.geometry import Geometry, elementwise, geometries
-from hf_lowmem.kernels.tuning import current_arch, tile_for, warps_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, SlimAdamW
-from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
+from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.columns import Geometry
+from hf_lowmem.kernels.parts import elementwise, geometries
+from hf_lowmem.kernels.triton import step as kernels
+from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
+from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
@@ -75,23 +78,23 @@ MORE_TO_ROUND = 23
 
 def variant(
     shape: str, moment: tuple[Any, int | None], weight: Any, rounding: str = "nearest", arch: int = 90
-) -> gpu.Variant:
+) -> Variant:
     second, geometry = SHAPES[shape]
     layout, cut = tiles(geometry, second, moment[1], arch)
     assert layout.aligned
-    return gpu.Variant(weight, moment[0], rounding, second, *cut, 16)
+    return Variant(weight, moment[0], rounding, second, *cut, 16)
 
 
-def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tuple[gpu.Layout, tuple[Any, ...]]:
+def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tuple[Layout, tuple[Any, ...]]:
     """The layout of a part, and what a variant has of it."""
     tile = tile_for(f"{second} 8-bit" if block else second, arch)
-    layout = gpu.layout_of(geometry, second, block, tile)
+    layout = layout_of(geometry, second, block, tile)
     return layout, (layout.means, layout.nest, layout.line, layout.lines, layout.groups, tile.per_thread)
 
 
-def constants(v: gpu.Variant) -> gpu.Variant:
-    """As `gpu.compiled_for`, which needs a device."""
-    return gpu.Variant(*map(tl.constexpr, v))
+def constants(v: Variant) -> Variant:
+    """As `variants.compiled_for`, which needs a device."""
+    return Variant(*map(tl.constexpr, v))
 
 
 class Report:
@@ -127,13 +130,13 @@ class Report:
         return [int(found[1]) if found else 32 for found in widths]
 
 
-def check(report: Report, v: gpu.Variant) -> float:
+def check(report: Report, v: Variant) -> float:
     """No spill to speak of, and wide loads and stores: 16 bytes of floats, 8 of codes. Returns instructions per entry.
 
     For float32 weights of columns, triton 3.6 spills two registers once, by which an SM holds 16 warps instead of 12.
     """
     assert report.spills <= 2
-    per_thread = v.line * v.lines // (32 * gpu.warps(v))
+    per_thread = v.line * v.lines // (32 * warps(v))
     wide = sum(width for width in report.accesses("LDG", "STG") if width >= 64)
     bits = 3 * v.weight.primitive_bitwidth + 2 * v.moment.primitive_bitwidth
     assert wide >= per_thread * bits
@@ -143,7 +146,7 @@ def check(report: Report, v: gpu.Variant) -> float:
     return report.count / per_thread
 
 
-def most_registers(v: gpu.Variant, arch: int) -> int:
+def most_registers(v: Variant, arch: int) -> int:
     """With 128 an SM holds 16 warps, with 168 it holds 12; triton 3.6 takes up to 152 for an A100."""
     return 168 if v.second == "full" or arch == 80 else 128
 
@@ -153,7 +156,7 @@ def most_registers(v: gpu.Variant, arch: int) -> int:
 def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
     for moment, measured in zip((FLOATS, CODES), MEASURED[shape], strict=True):
         v = variant(shape, moment, tl.bfloat16, arch=arch)
-        report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
+        report = Report(kernels.step, tmp_path, arch, warps(v), v=constants(v))
         per_entry = check(report, v)
         figures = f"{shape} sm_{arch} {v.moment}: {per_entry:.1f} instructions per entry, {report.registers} registers"
         assert per_entry <= ROOM * measured, figures
@@ -165,7 +168,7 @@ def test_clipping_takes_an_instruction_per_entry(shape: str, tmp_path: Path) -> 
     for moment, measured in zip((FLOATS, CODES), MEASURED[shape], strict=True):
         v = variant(shape, moment, tl.bfloat16)._replace(clip=True)
         twice = 2 if v.means == "loop" else 1
-        per_entry = check(Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v)), v)
+        per_entry = check(Report(kernels.step, tmp_path, 90, warps(v), v=constants(v)), v)
         assert per_entry <= ROOM * measured + twice
 
 
@@ -177,7 +180,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
     weights = [(tl.float32, "nearest"), *product((tl.bfloat16, tl.float16), ("nearest", "stochastic", "kahan"))]
     for (weight, rounding), arch in product(weights, (80, 90)):
         v = variant(shape, moment, weight, rounding, arch)
-        per_entry = check(Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v)), v)
+        per_entry = check(Report(kernels.step, tmp_path, arch, warps(v), v=constants(v)), v)
         assert per_entry <= most, (weight, rounding, arch, per_entry)
 
 
@@ -186,18 +189,18 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
     v = variant(shape, FLOATS, tl.bfloat16, arch=arch)._replace(moment=None, rounding="")
     assert v.means == "before"
-    sums = Report(gpu_kernels.sum_squares, tmp_path, arch, gpu.warps(v), TOTALS=True, v=constants(v))
+    sums = Report(kernels.sum_squares, tmp_path, arch, warps(v), TOTALS=True, v=constants(v))
     assert (sums.stack, sums.local) == (0, 0)
     assert 128 in sums.accesses("LDG")
-    combine = Report(gpu_kernels.combine, tmp_path, arch, 1, v=constants(v))
+    combine = Report(kernels.combine, tmp_path, arch, 1, v=constants(v))
     assert (combine.stack, combine.local) == (0, 0)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_adding_an_update_is_one_pass(rounding: str, tmp_path: Path) -> None:
     tile = tile_for("add", 90)
-    warps = warps_of(tile.entries, tile.per_thread)
-    report = Report(gpu_kernels.add, tmp_path, 90, warps, ROUNDING=rounding, TILE=tile.entries)
+    count = warps_of(tile.entries, tile.per_thread)
+    report = Report(kernels.add, tmp_path, 90, count, ROUNDING=rounding, TILE=tile.entries)
     assert (report.stack, report.local) == (0, 0)
     assert report.registers <= 128
     per_thread, comp = tile.per_thread, 32 if rounding == "kahan" else 0
@@ -207,7 +210,7 @@ def test_adding_an_update_is_one_pass(rounding: str, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_aligned_compile(tmp_path: Path) -> None:
     v = variant("rows", CODES, tl.bfloat16)._replace(align=1)
-    report = Report(gpu_kernels.step, tmp_path, 90, gpu.warps(v), v=constants(v))
+    report = Report(kernels.step, tmp_path, 90, warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert torch.finfo(torch.bfloat16).bits in report.accesses("LDG")
 
@@ -227,8 +230,8 @@ def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch:
     second, geometry = RAGGED[shape]
     layout, cut = tiles(geometry, second, 256 if geometry.columns > 256 else geometry.columns, arch)
     align = 16 if layout.aligned else 1
-    v = gpu.Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True)
-    report = Report(gpu_kernels.step, tmp_path, arch, gpu.warps(v), v=constants(v))
+    v = Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True)
+    report = Report(kernels.step, tmp_path, arch, warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert (128 in report.accesses("LDG")) == layout.aligned
 
@@ -256,9 +259,7 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
         compiled.append(self.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for key in [key for key in KERNELS if key.device == "cuda"]:
-        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
-    gpu.triton_kernels.cache_clear()
+    triton_kernels.cache_clear()
     current_arch.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
     try:
@@ -269,15 +270,18 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
             optimizer = SlimAdamW(weights, lr=1e-3, state_bits=8, rounding="stochastic", **options)
             for param in weights:
                 param.grad = torch.ones_like(param)
-            optimizer.step()
+            with forced("triton"):
+                optimizer.step()
         vectors = hf_lowmem.build_optimizer(layers[2], "lowmem_adamw", lr=1e-3)
         layers[2].weight.grad = torch.ones(512).bfloat16()
-        vectors.step()
+        with forced("triton"):
+            vectors.step()
         captured = SlimAdamW([layers[1].weight], lr=1e-3, axes=(0,), capturable=True)
-        captured.clip_grad_norm_(1.0)
-        captured.step()
+        with forced("triton"):
+            captured.clip_grad_norm_(1.0)
+            captured.step()
     finally:
-        gpu.triton_kernels.cache_clear()
+        triton_kernels.cache_clear()
         current_arch.cache_clear()
     assert compiled[:5] == ["step", "sum_squares", "combine", "step", "step"]
     assert compiled[5:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]
