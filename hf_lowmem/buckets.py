@@ -34,12 +34,11 @@ _grad, _shape, _dtype, _device, _layout = map(operator.attrgetter, ("grad", "sha
 
 
 class Member(NamedTuple):
-    """A parameter to step: its group's number and its own among all, its dense gradient, its state and its plan."""
+    """A parameter to step: its group's number and its own among all, its state and its plan."""
 
     group: int
     place: int
     param: Tensor
-    grad: Tensor
     state: State
     plan: StatePlan
 
@@ -121,7 +120,7 @@ class Buckets:
         options = [optimizer.step_options(group) for group in groups]
         if self._known is None or not self._known.still_holds(optimizer, params, grads, options):
             self._known = None  # until all of them have been found to fit
-            self._known = Known(optimizer, params, grads, options, self._members(optimizer))
+            self._known = Known(optimizer, params, grads, options, *self._members(optimizer))
         known = self._known
         if advance:
             known.advance()
@@ -129,9 +128,19 @@ class Buckets:
             each.number(groups[each.group], optimizer.idle_calls)
         return [(each.group, each.bucket) for each in known.planned]
 
-    def _members(self, optimizer: StateOwner) -> list[Member]:
-        """Return the parameters that have a gradient; each trainable one has its state afterwards."""
-        members, place, owner = list[Member](), -1, type(optimizer).__name__
+    def release(self, state: bool = False) -> None:
+        """Let go of the gradients, whose memory the next backward pass needs; and of the `state`, which moves away."""
+        if self._known is not None:
+            self._known.give([])
+        if state:
+            self._known = None
+
+    def _members(self, optimizer: StateOwner) -> tuple[list[Member], list[Tensor]]:
+        """Return the parameters that have a gradient and the gradients as dense tensors.
+
+        Each trainable parameter has its state afterwards.
+        """
+        members, grads, place, owner = list[Member](), list[Tensor](), -1, type(optimizer).__name__
         for number, group, layouts in optimizer.groups_with_layouts():
             for param, layout in zip(group["params"], layouts, strict=True):
                 place += 1
@@ -143,10 +152,11 @@ class Buckets:
                 if grad is None:
                     continue
                 plan = self._checked_plan(optimizer, param, state, layout, group)
-                members.append(Member(number, place, param, check_grad(param, grad, param.device, owner), state, plan))
+                grads.append(check_grad(param, grad, param.device, owner))
+                members.append(Member(number, place, param, state, plan))
         if len(self._shapes) > place + 1:  # some parameters were swapped out
             self._shapes = {member.param: member.param.shape for member in members}
-        return members
+        return members, grads
 
     def _checked_plan(
         self, optimizer: StateOwner, param: Tensor, state: State, layout: ParamLayout, group: Group
@@ -182,6 +192,7 @@ class Known:
         grads: list[Tensor | None],
         options: list[Any],
         members: list[Member],
+        dense: list[Tensor],
     ) -> None:
         self.params, self.options, self.choice = params, options, choice()
         self.layouts = [layouts for _, _, layouts in optimizer.groups_with_layouts()]
@@ -189,14 +200,13 @@ class Known:
         self.frozen = [p for p, grad in zip(params, grads, strict=True) if grad is None and not p.requires_grad]
         self.state_params, self.states = list(optimizer.state.keys()), list(optimizer.state.values())
         self.members = members
-        self.grads = [grad for grad in grads if grad is not None]
         self.is_plain = all(is_plain(member.param) for member in members)
-        self.is_plain &= same((member.grad for member in members), self.grads)  # none had to be made dense
+        self.is_plain &= same(dense, (grad for grad in grads if grad is not None))  # none had to be made dense
         self.tensors = self._tensors()
         if self.is_plain:
-            self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(self.grads)
-            self.ends = list(map(last_entry, self.grads))
-        self.planned = planned(optimizer, members)
+            self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(dense)
+            self.ends = list(map(last_entry, dense))
+        self.planned = planned(optimizer, members, dense)
         capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
         on_host = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if not on_device]
         # A number is changed through a view of its memory in a tenth of the time that an operation of torch takes.
@@ -244,10 +254,14 @@ class Known:
         for address, offset, end, size, grad in zip(found.addresses, offsets, self.ends, sizes, grads, strict=True):
             if end and (not address or (offset + end) * grad.itemsize > size):
                 return False
-        self.grads, self.grad_marks = grads, found
-        for each in self.planned:
-            each.bucket.grads = [grads[place] for place in each.grads]
+        self.grad_marks = found
+        self.give(grads)
         return True
+
+    def give(self, grads: list[Tensor]) -> None:
+        """Give the buckets their gradients, or none."""
+        for each in self.planned:
+            each.bucket.grads = [grads[place] for place in each.grads] if grads else ()
 
     def advance(self) -> None:
         """Count a step of every parameter that has a gradient."""
@@ -257,28 +271,28 @@ class Known:
             torch._foreach_add_(self._on_device, 1)
 
 
-def planned(optimizer: StateOwner, members: list[Member]) -> list[Planned]:
+def planned(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -> list[Planned]:
     """Divide the parameters into buckets, in the order of their groups."""
     turns, later = turns_of_overlapping(members), repeats(members)
     found: dict[Any, list[int]] = defaultdict(list)
     for number, member in enumerate(members):
         if member.param.numel():
             group, param = optimizer.param_groups[member.group], member.param
-            rule, backend = optimizer.rule_of(member.plan, group), chosen(optimizer, member, group)
+            rule, backend = optimizer.rule_of(member.plan, group), chosen(optimizer, member, grads[number], group)
             alone = number if not is_plain(param) else -1  # a wrapper subclass is stepped by itself
             kind = (rule, backend, param.device, member.plan.arithmetic, alone)
             found[(member.group, *kind, turns.get(id(param), 0), -later[number])].append(number)
     buckets = []
     for (group_place, rule, backend, device, *_, earlier), numbers in found.items():
         chosen_members = [members[number] for number in numbers]
-        params, grads, states, plans = zip(*(member[2:] for member in chosen_members), strict=True)
-        nothing: list[Any] = [0] * len(numbers)  # until the step is numbered
-        bucket = Bucket(rule, backend, device, params, grads, states, plans, nothing, nothing)
+        params, states, plans = zip(*(member[2:] for member in chosen_members), strict=True)
+        own, nothing = [grads[number] for number in numbers], list[Any]([0]) * len(numbers)
+        bucket = Bucket(rule, backend, device, params, own, states, plans, nothing, nothing)  # not numbered yet
         buckets.append(Planned(bucket, group_place, chosen_members, numbers, -earlier))
     return sorted(buckets, key=lambda each: each.group)
 
 
-def chosen(optimizer: StateOwner, member: Member, group: Group) -> Backend:
+def chosen(optimizer: StateOwner, member: Member, grad: Tensor, group: Group) -> Backend:
     """Return the backend that steps a parameter."""
     if group["compile"]:
         return COMPILED
@@ -286,7 +300,7 @@ def chosen(optimizer: StateOwner, member: Member, group: Group) -> Backend:
         return RULE  # a dense copy of it is stepped, whose backend is found then
     step = member.state["step"] if group["capturable"] else 1.0
     rule = optimizer.rule_of(member.plan, group)
-    backend = find_backend(rule, ParamStep(member.param, member.grad, member.state, member.plan, step))
+    backend = find_backend(rule, ParamStep(member.param, grad, member.state, member.plan, step))
     if group["capturable"] and backend is not TRITON:  # the other kernels take their numbers from the host
         warn_of_capturable(member.param.device.type)
     return backend

@@ -11,7 +11,7 @@ from hf_lowmem.algorithms.adamw import codec_of
 from hf_lowmem.algorithms.projected import UNPROJECTED, ProjectedOptions, ProjectedRecipe, basis_dtype
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import Full, RowColMean
-from hf_lowmem.optimizer import Group, LowMemOptimizer
+from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import (
     NEGATIVE,
     POSITIVE,
@@ -24,6 +24,7 @@ from hf_lowmem.options import (
     schedule,
 )
 from hf_lowmem.param_groups import RoleOptions
+from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.projections import BasisOptions, LowRank, Tucker
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, Moment, Projection, StatePlan

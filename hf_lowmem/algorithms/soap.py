@@ -9,9 +9,10 @@ from typing import Any, Literal
 from hf_lowmem.algorithms.adamw import codec_of
 from hf_lowmem.algorithms.projected import UNPROJECTED, ProjectedOptions, ProjectedRecipe, basis_dtype
 from hf_lowmem.moments import Full
-from hf_lowmem.optimizer import Group, LowMemOptimizer
+from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import DECAY, Hyperparameters, at_least, flag, layout, schedule
 from hf_lowmem.param_groups import RoleOptions
+from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.projections import Eigenbasis
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, StatePlan

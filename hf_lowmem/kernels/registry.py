@@ -118,7 +118,11 @@ def _warn(backend: Backend, rule: str, step: ParamStep) -> None:
     device = step.param.device.type
     if device not in ("cpu", "cuda", "meta"):
         warn_of_plain_torch(device)
-    elif backend.is_slow and not choice() and all(each.available() for each in BACKENDS.values() if device in each.devices):
+    elif (
+        backend.is_slow
+        and not choice()
+        and all(each.available() for each in BACKENDS.values() if device in each.devices)
+    ):
         warn_of_slow_steps(backend.name, described(rule, step))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,29 @@ def test_state_that_was_replaced_by_its_like_is_used() -> None:
         o.step()
     assert torch.equal(param, twin)
     assert torch.equal(state["exp_avg"], other.state[twin]["exp_avg"])
+
+
+@EACH
+def test_an_optimizer_keeps_no_gradient_alive(cls: type, options: dict[str, Any]) -> None:
+    """Its memory is what the next backward pass needs; nor does it keep state that is being moved away."""
+    param, optimizer = stepped(cls, options)
+    for _ in range(2):
+        param.grad = torch.randn(64, 64)
+        held = weakref.ref(param.grad)
+        optimizer.clip_grad_norm_(1.0)
+        param.grad = None
+        assert held() is None
+        param.grad = torch.randn(64, 64)
+        held = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert held() is None
+    optimizer.param_groups[0]["offload_state"] = True
+    moments = [weakref.ref(tensor) for name, tensor in optimizer.state[param].items() if name != "step"]
+    optimizer.release_state()
+    for name in list(optimizer.state[param]):
+        optimizer.state[param][name] = optimizer.state[param][name].clone()
+    assert all(moment() is None for moment in moments)
 
 
 # -- kernels are found by all that a plan is made of ----------------------------------------------------------------
