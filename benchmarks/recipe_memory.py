@@ -7,9 +7,9 @@ are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 mod
 and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
 instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
 declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of addresses
-with the owners of tiles, sums and cells, and of the largest launch the scalars and the partial sums. Where a weight is
-projected, or not covered by these kernels, they are the float32 buffers that plain torch asks for to step one tile of
-2^24 entries; what a projection needs beside them is not counted.
+with the owners of tiles, sums and cells, and of the largest launch the partial sums and its bucket's scalars. Where a
+weight is projected, or not covered by these kernels, they are the float32 temporaries by which plain torch steps one
+tile of up to 2^24 entries.
 
 The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
 is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -53,13 +56,14 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from hf_lowmem.kernels.eager import tile_size  # noqa: E402
 from machine import describe_machine  # noqa: E402
 
 import hf_lowmem  # noqa: E402
-from hf_lowmem.kernels import Slot, gpu, native  # noqa: E402
-from hf_lowmem.scratch import Scratch  # noqa: E402
-from hf_lowmem.state import FULL_SPACE  # noqa: E402
+from hf_lowmem.kernels import TRITON, forced  # noqa: E402
+from hf_lowmem.kernels.bucket import Bucket, ParamStep  # noqa: E402
+from hf_lowmem.kernels.columns import SCALARS  # noqa: E402
+from hf_lowmem.kernels.means import tile_size  # noqa: E402
+from hf_lowmem.kernels.triton import launch, variants  # noqa: E402
 from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402
 
 RECIPES = ROOT / "scripts" / "recipes"
@@ -192,53 +196,76 @@ def key_width(config: Any) -> int:
 def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
     """Bytes that a step on a GPU takes for a while, beside weights, gradients and state."""
     optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
-    kept = passing = 0
+    tables, passing = dict[int, torch.Tensor](), 0
     for group in optimizer.param_groups:
-        launches: dict[gpu.Variant, list[gpu.Part]] = defaultdict(list)
+        by_rule: dict[str, list[ParamStep]] = defaultdict(list)
         for param in group["params"]:
-            planned = optimizer.plan_of(param)
-            slot = Slot(param, torch.empty_like(param), optimizer.init_state(param), planned, step=1)
-            parts = parts_of(slot) if planned.projection is FULL_SPACE else None
-            if parts is None:
+            plan = optimizer.plan_of(param)
+            step = ParamStep(param, torch.empty_like(param), optimizer.init_state(param), plan, 1.0)
+            rule = optimizer.rule_of(plan, group)
+            if not variants.is_covered(rule, step):
                 return torch_temporaries(model, optim, optim_args)
-            for variant, part in parts:
-                launches[variant].append(part)
-        for variant, members in launches.items():
-            tables = gpu.numbered(tuple(members), variant.means, torch.device("meta"), 0)
-            kept += nbytes(table for table in tables if table is not None)
-            width = variant.line if variant.second == "column" else 1
-            found = 0 if tables.sums is None else tables.sums.numel() * width
-            passing = max(passing, 8 * len(gpu.Scalar._fields) * len(members) + 4 * found)
-    return kept + passing
+            by_rule[rule].append(step)
+        for rule, steps in by_rule.items():
+            bucket = Bucket.of(steps, rule, TRITON)
+            for each in launches_of(bucket):
+                found = each.tables(bucket, bucket.gradient_addresses())
+                tables |= {id(table): table for table in found if table is not None}
+                width = each.variant.line if each.variant.second == "column" else 1
+                sums = 0 if found.sums is None else found.sums.numel() * width
+                passing = max(passing, 8 * len(SCALARS) * len(steps) + 4 * sums)
+    return nbytes(tables.values()) + passing
 
 
-def parts_of(slot: Slot) -> list[tuple[gpu.Variant, gpu.Part]] | None:
+def launches_of(bucket: Bucket) -> list[launch.Launch]:
     """As on a GPU with Triton, whose names for dtypes are of no concern."""
     dtypes = {dtype: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)}
-    with patch.object(gpu, "triton_kernels", lambda: SimpleNamespace(DTYPES=dtypes)):
-        return gpu.parts_of(slot)
+    variants._planned.cache_clear()  # what is planned by other names must not be found
+    try:
+        with patch.object(variants, "triton_kernels", lambda: SimpleNamespace(DTYPES=dtypes)):
+            return launch.launches_of(bucket, averaged=False)
+    finally:
+        variants._planned.cache_clear()
+
+
+class Temporaries(TorchDispatchMode):
+    """The most bytes of new tensors that were there at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
+        for tensor in tensors_of(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in theirs and storage.data_ptr() not in self._live:
+                self._live[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self._live.pop, storage.data_ptr())
+        self.most = max(self.most, sum(self._live.values()))
+        return out
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def torch_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
-    """Bytes of the buffers of one tile on a GPU, from the buffers that one tile on the CPU asks for."""
-    asked: dict[tuple[str, torch.dtype], int] = {}
-    get = Scratch.get
-
-    def record(self: Scratch, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        out = get(self, name, shape, dtype)
-        asked[name, dtype] = max(asked.get((name, dtype), 0), out.nbytes)
-        return out
-
+    """Bytes of the temporaries of one tile on a GPU, in whole tiles, from those of one tile on the CPU."""
     sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
     trainable = [param for param in model.parameters() if param.requires_grad]
     small = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
     for param in small.parameters():
         param.grad = torch.ones_like(param)
     optimizer = hf_lowmem.build_optimizer(small, optim, lr=1e-3, optim_args=optim_args)
-    with patch.object(Scratch, "get", record), patch.object(native, "library", lambda: None):
-        optimizer.step()
+    with forced("in_place", "tiles"):
+        optimizer.step()  # which makes the state
+        with Temporaries() as temporaries:
+            optimizer.step()
     tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
-    return sum(asked.values()) * tile // 256**2
+    return -(-temporaries.most // (4 * 256**2)) * 4 * tile
 
 
 def facts(name_or_path: str) -> tuple[str, Any]:

@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 import hf_lowmem
-from hf_lowmem.kernels import KERNELS, eager, gpu
+from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.triton import backend, launch, variants
 from hf_lowmem.trainer.optim_args import recipe_for
 from tests import ROOT
 
@@ -98,21 +99,25 @@ class Launches:
 
 @pytest.mark.parametrize("optim", ["slim_adamw_8bit", "adam_mini", "adalayer_8bit", "signum", "lowmem_adamw_8bit"])
 def test_temporaries_are_what_the_launches_are_given(optim, recipe_memory, monkeypatch):
-    launches, launch = Launches(), gpu.launch
-    for key in [key for key in KERNELS if key.device == "cuda"]:
-        monkeypatch.setitem(KERNELS, key._replace(device="cpu"), KERNELS[key])
-    monkeypatch.setattr(gpu, "triton_kernels", lambda: launches)
-    monkeypatch.setattr(gpu, "launch", lambda *args: (launches.given.append({}), launch(*args)))
-    monkeypatch.setattr(eager, "tiles", lambda *args: pytest.fail("the GPU kernels leave this to another"))
+    launches, step = Launches(), launch.Launch.step
+    for module in (backend, launch, variants):
+        monkeypatch.setattr(module, "triton_kernels", lambda: launches)
+    monkeypatch.setattr(launch, "compiled_for", lambda variant: variant)
+    monkeypatch.setattr(launch, "warps", lambda variant: 1)
+    monkeypatch.setattr(launch.Launch, "step", lambda *args: (launches.given.append({}), step(*args)))
+    variants._planned.cache_clear()
     model = LlamaForCausalLM(SMALL).bfloat16()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-    hf_lowmem.build_optimizer(model, optim, lr=1e-3).step()
+    optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3)
+    with forced("triton"):
+        optimizer.step()
     given = [list(tensors.values()) for tensors in launches.given]
     kept = {id(tensor): tensor.nbytes for tensors in given for tensor in tensors if not tensor.is_floating_point()}
     passing = max(sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point()) for tensors in given)
     expected = sum(kept.values()) + passing
     monkeypatch.undo()
+    variants._planned.cache_clear()
     assert recipe_memory.step_temporaries(recipe_memory.meta_model(SMALL, False), optim, None) == expected
 
 
