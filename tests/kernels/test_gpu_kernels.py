@@ -36,6 +36,7 @@ from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.launch import Launch
 from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for, tuned
 from hf_lowmem.state import Rounding, StatePlan
+from tests.support.backend_steps import PLANS, check_reduce_then_apply
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -276,6 +277,12 @@ def test_a_clipped_step_follows_the_rule(case: tuple, means: str) -> None:
     with tuned(tiles):
         check_gpu_kernel(case, 32, torch.float32, "nearest", DEVICE.type, clip=0.5)
         check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type, clip=0.5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
+def test_reduce_and_apply_are_a_step(case: tuple, clip: float | None) -> None:
+    check_reduce_then_apply("triton", *case[1:], clip, DEVICE)
 
 
 def test_a_step_takes_the_sums_that_its_clipping_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
