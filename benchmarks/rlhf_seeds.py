@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_lowmem.demo.rlhf_report import format_figure  # noqa: E402
+from hf_lowmem.demo.report import format_figure  # noqa: E402
 
 
 def merge(paths: list[Path], commit: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Prompt/answer pairs from the documentation that ships with Python, and a tokenizer trained on them.
+"""Question/answer pairs from the documentation that ships with Python, and a tokenizer trained on them.
 
-Nothing is downloaded. The text is that of the running interpreter, so it differs a little between Python versions;
-on one version it is the same on every run.
+Nothing is downloaded. The text is that of the running interpreter: it differs a little between Python versions, and is
+the same in every run of one version.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib
 import inspect
 import pydoc_data.topics
 from collections.abc import Iterator
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -41,25 +40,25 @@ Pair = dict[str, str]
 def build_pairs() -> tuple[list[Pair], list[Pair]]:
     """Return the (train, held-out) pairs, each with a `prompt` and a `completion`.
 
-    No paragraph occurs twice. The split and the order within it depend on a hash of each answer only.
+    No paragraph occurs twice. The split and the order depend on nothing but a hash of each answer.
     """
     seen: set[str] = set()
-    ranked = []
+    pairs = {}
     for question, text in _documents():
         for part, answer in enumerate(_pieces(text, seen), start=1):
             suffix = f" (part {part})" if part > 1 else ""
-            pair = {"prompt": f"Question: {question}{suffix}\nAnswer:", "completion": f" {answer}"}
-            ranked.append((hashlib.sha256(answer.encode()).hexdigest(), pair))
-    ranked.sort(key=lambda item: item[0])
-    # The rank is the head of the hash and the split its tail, so that both splits are shuffled alike.
-    is_held_out = [int(digest[-8:], 16) % 100 < HELD_OUT_PERCENT for digest, _ in ranked]
-    train = [pair for (_, pair), held_out in zip(ranked, is_held_out, strict=True) if not held_out]
-    held_out = [pair for (_, pair), held_out in zip(ranked, is_held_out, strict=True) if held_out]
+            digest = hashlib.sha256(answer.encode()).hexdigest()
+            pairs[digest] = {"prompt": f"Question: {question}{suffix}\nAnswer:", "completion": f" {answer}"}
+    train: list[Pair] = []
+    held_out: list[Pair] = []
+    for digest in sorted(pairs):
+        # The order follows the head of the hash and the split its tail, so that both splits are shuffled alike.
+        (held_out if int(digest[-8:], 16) % 100 < HELD_OUT_PERCENT else train).append(pairs[digest])
     return train, held_out
 
 
 def train_tokenizer(pairs: list[Pair], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with `<pad>` and `<eos>`, trained on prompts and answers."""
+    """Return a byte-level BPE tokenizer with `<pad>` and `<eos>`, trained on the prompts and completions."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,28 +76,26 @@ def _documents() -> Iterator[tuple[str, str]]:
     """Yield (question, text) for every topic, module, class, function and method, in a fixed order."""
     for topic, text in sorted(pydoc_data.topics.topics.items()):
         yield f'Explain "{topic}" in Python.', text
-    for name in MODULES:
+    for module_name in MODULES:
         with contextlib.suppress(ImportError):  # some builds come without sqlite3, ssl, bz2 or lzma
-            yield from _docstrings(name, importlib.import_module(name))
+            module = importlib.import_module(module_name)
+            yield f"What is the module `{module_name}` for?", inspect.getdoc(module) or ""
+            for name, value in sorted(vars(module).items()):
+                if not name.startswith("_") and callable(value):
+                    yield from _docstrings(f"{module_name}.{name}", value)
 
 
-def _docstrings(module_name: str, module: Any) -> Iterator[tuple[str, str]]:
-    yield f"What is the module `{module_name}` for?", inspect.getdoc(module) or ""
-    for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or not callable(value):
-            continue
-        path = f"{module_name}.{name}"
-        if not inspect.isclass(value):
-            yield f"What does `{path}` do?", inspect.getdoc(value) or ""
-            continue
-        yield f"What is `{path}`?", inspect.getdoc(value) or ""
-        for member_name, member in sorted(vars(value).items()):
-            if not member_name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
-                yield f"What does `{path}.{member_name}` do?", inspect.getdoc(member) or ""
+def _docstrings(path: str, value: object) -> Iterator[tuple[str, str]]:
+    """Yield (question, docstring) for a function, or for a class and its public methods and properties."""
+    is_class = inspect.isclass(value)
+    yield f"What is `{path}`?" if is_class else f"What does `{path}` do?", inspect.getdoc(value) or ""
+    for name, member in sorted(vars(value).items()) if is_class else ():
+        if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+            yield f"What does `{path}.{name}` do?", inspect.getdoc(member) or ""
 
 
 def _pieces(text: str, seen: set[str]) -> Iterator[str]:
-    """Split `text` into runs of whole paragraphs of at most PIECE_CHARS, leaving out paragraphs already seen."""
+    """Split `text` into runs of whole paragraphs of about PIECE_CHARS at most, without paragraphs already seen."""
     piece = ""
     for paragraph in text.split("\n\n"):
         paragraph = paragraph.strip("\n").rstrip()

@@ -1,6 +1,6 @@
-"""What the RLHF demo learns from: short answers, preference pairs made of them, and a reward that needs no model.
+"""The data of the RLHF demo: short answers, preference pairs made of them, and a reward that needs no model.
 
-Everything here is a plain function of the documentation pairs, so it is the same on every run. Messages are in TRL's
+All of it is computed from the documentation pairs alone, so it is the same in every run. Messages have TRL's
 conversational form, a list of `{"role": ..., "content": ...}`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hf_lowmem.demo.data import Pair
@@ -15,11 +16,9 @@ from hf_lowmem.demo.data import Pair
 ANSWER_WORDS = 20
 FEWEST_WORDS = 5
 
-# The two kinds of rejected answer.
-ANOTHER, SHUFFLED = "another", "shuffled"
-KINDS = (ANOTHER, SHUFFLED)
+KINDS = ANOTHER, SHUFFLED = "another", "shuffled"  # the kinds of rejected answers
 
-# One line of question, then the answer and its end.
+# A line with the question, then the answer and the end-of-text token.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ ' ' + message['content'] | trim + ('\\n' if message['role'] == 'user' else eos_token) }}
@@ -29,54 +28,48 @@ Messages = list[dict[str, str]]
 Example = dict[str, Any]
 
 
-def short_answers(pairs: list[Pair]) -> list[Example]:
-    """Each entry's question and the first ANSWER_WORDS words of its answer.
+def short_answers(pairs: list[Pair], unlike: Sequence[Example] = ()) -> list[Example]:
+    """Return the question and the first ANSWER_WORDS words of the answer of each entry of the documentation.
 
-    The columns are `prompt` and `completion`, both messages, and `answer`, the latter's text. All are in plain words,
-    so that a word is the same token in a name, at the start of a sentence and within one: it helps a small model to
-    relate them. Later parts of an entry are left out, since nothing in their question says what they hold, and so are
-    answers of fewer than FEWEST_WORDS different words and those that begin like an earlier one.
+    The columns are `prompt` and `completion`, both messages, and `answer`, the text of the latter. They hold plain
+    words, which are the same tokens in a name, at the start of a sentence and within one; this helps a small model to
+    relate them. Left out are the later parts of an entry, since their question does not say what they hold, answers of
+    fewer than FEWEST_WORDS different words, answers that begin like an earlier one, and whatever has the question or
+    the answer of an example in `unlike`.
     """
-    examples, seen = [], set()
+    questions, answers = {text(e["prompt"]) for e in unlike}, {e["answer"] for e in unlike}
+    examples = []
     for pair in pairs:
-        question = pair["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        words = words_in(pair["completion"])[:ANSWER_WORDS]
+        heading = pair["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        question, words = " ".join(words_in(heading)), words_in(pair["completion"])[:ANSWER_WORDS]
         answer = " ".join(words)
-        if question.endswith(")") or len(set(words)) < FEWEST_WORDS or answer in seen:
+        if heading.endswith(")") or len(set(words)) < FEWEST_WORDS or answer in answers:
             continue
-        seen.add(answer)
-        prompt = [message("user", " ".join(words_in(question)))]
-        examples.append({"prompt": prompt, "completion": [message("assistant", answer)], "answer": answer})
+        answers.add(answer)
+        if question not in questions:
+            columns = {"prompt": message("user", question), "completion": message("assistant", answer)}
+            examples.append(columns | {"answer": answer})
     return examples
 
 
-def without_those_of(examples: list[Example], others: list[Example]) -> list[Example]:
-    """The examples whose question and answer are not among the others': in plain words, a few of both splits agree."""
-    questions = {text(example["prompt"]) for example in others}
-    answers = {example["answer"] for example in others}
-    return [e for e in examples if text(e["prompt"]) not in questions and e["answer"] not in answers]
-
-
 def preference_pairs(examples: list[Example], rounds: int = 1) -> list[Example]:
-    """Two preference pairs of each example in each round: `prompt`, `chosen`, `rejected` and the `kind` of the latter.
+    """Return two preference pairs per example and round: `prompt`, `chosen`, `rejected` and the `kind` of the latter.
 
-    ANOTHER rejects the answer of the example that follows next in the first round, next but one in the second, and so
-    on; it is that of any other entry, since the examples are in the order of a hash. SHUFFLED rejects the right
-    answer's own words in another order. Both come from `examples` alone.
+    ANOTHER rejects the answer of the next example in the first round, of the next but one in the second, and so on.
+    The examples are in the order of a hash, so that is the answer of an unrelated entry. SHUFFLED rejects the words of
+    the right answer in another order.
     """
     pairs = []
     for distance in range(1, rounds + 1):
         for example, other in zip(examples, examples[distance:] + examples[:distance], strict=True):
+            chosen = {"prompt": example["prompt"], "chosen": example["completion"]}
             rejected = {ANOTHER: text(other["completion"]), SHUFFLED: shuffled(text(example["completion"]), distance)}
-            for kind in KINDS:
-                answer = [message("assistant", rejected[kind])]
-                chosen = {"prompt": example["prompt"], "chosen": example["completion"]}
-                pairs.append(chosen | {"rejected": answer, "kind": kind})
+            pairs += [chosen | {"rejected": message("assistant", rejected[kind]), "kind": kind} for kind in KINDS]
     return pairs
 
 
 def shuffled(answer: str, seed: int) -> str:
-    """The words in another order, the same one for the same answer and seed."""
+    """Return the words in another order, which is the same for the same answer and seed."""
     words = answer.split()
     order = random.Random(f"{seed} {answer}")
     while (result := " ".join(words)) == answer:
@@ -85,12 +78,12 @@ def shuffled(answer: str, seed: int) -> str:
 
 
 def answer_overlap(completions: list[Messages], answer: list[str], **columns: Any) -> list[float]:
-    """A reward function for TRL's trainers: how far each completion's words are those of the right answer, 0 to 1."""
+    """Return for each completion its `overlap` with the right answer; a reward function for TRL's trainers."""
     return [overlap(text(completion), right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def overlap(given: str, right: str) -> float:
-    """The harmonic mean of precision and recall (F1) of the different words of an answer."""
+    """Return the harmonic mean of precision and recall (F1) of the different words of an answer, from 0 to 1."""
     words, wanted = set(words_in(given)), set(words_in(right))
     return 2 * len(words & wanted) / (len(words) + len(wanted))
 
@@ -99,8 +92,8 @@ def words_in(content: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", content.lower())
 
 
-def message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def message(role: str, content: str) -> Messages:
+    return [{"role": role, "content": content}]
 
 
 def text(messages: Messages) -> str:

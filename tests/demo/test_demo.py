@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hf_lowmem.demo import Settings, main, parse_args
+from hf_lowmem.demo import main
+from hf_lowmem.demo.settings import Settings, parse_args
 
 pytest.importorskip("trl")
 pytest.importorskip("matplotlib")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hf_lowmem.demo import main
-from hf_lowmem.demo.rlhf_settings import SCALES, RlhfSettings, StageSettings, choose_settings, parse_args
+from hf_lowmem.demo.settings import SCALES, RlhfSettings, StageSettings, parse_args, rlhf_settings
 
 pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
@@ -25,7 +25,6 @@ from hf_lowmem.demo.preferences import (
     preference_pairs,
     short_answers,
     text,
-    without_those_of,
 )
 from hf_lowmem.demo.rlhf import run_rlhf_demo
 
@@ -41,8 +40,9 @@ TINY_MODEL = {
 
 @pytest.fixture(scope="module")
 def examples():
-    train, held_out = (short_answers(pairs) for pairs in build_pairs())
-    return without_those_of(train, held_out), held_out
+    train, held_out = build_pairs()
+    answers = short_answers(held_out)
+    return short_answers(train, unlike=answers), answers
 
 
 def texts(split, column):
@@ -72,10 +72,9 @@ def test_rejected_answers_come_from_the_same_split(examples):
 
 
 def test_pairs_are_the_same_every_time_and_as_many_of_each_kind(examples):
-    train, _ = examples
+    train, held_out = examples
     pairs = preference_pairs(train)
-    again, held_out = (short_answers(split) for split in build_pairs())
-    assert pairs == preference_pairs(without_those_of(again, held_out))
+    assert pairs == preference_pairs(short_answers(build_pairs()[0], unlike=held_out))
     assert [pair["kind"] for pair in pairs] == [*KINDS] * len(train)
 
 
@@ -114,12 +113,12 @@ def test_reward_function_takes_conversations():
 
 
 def test_scale_is_that_of_the_machine_unless_asked_for():
-    args = parse_args(["--seed", "3", "--optims", "adamw_torch, adam_mini_8bit"])
-    assert choose_settings(args, has_gpu=True) == replace(
+    args = parse_args(["--rlhf", "--seed", "3", "--optims", "adamw_torch, adam_mini_8bit"])
+    assert rlhf_settings(args, has_gpu=True) == replace(
         SCALES["base"], seed=3, optims=("adamw_torch", "adam_mini_8bit")
     )
-    assert choose_settings(args, has_gpu=False).scale == "small"
-    assert choose_settings(parse_args(["--scale", "small"]), has_gpu=True).scale == "small"
+    assert rlhf_settings(args, has_gpu=False).scale == "small"
+    assert rlhf_settings(parse_args(["--rlhf", "--scale", "small"]), has_gpu=True).scale == "small"
 
 
 @pytest.mark.parametrize(
