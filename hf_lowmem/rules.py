@@ -1,4 +1,4 @@
-"""Rules files, which override by name how the parameters are treated."""
+"""Rules files, which override by name what an optimizer does with a parameter."""
 
 from __future__ import annotations
 

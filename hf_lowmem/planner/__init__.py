@@ -1,4 +1,4 @@
-"""Bytes from declared specs, and the tables a person reads."""
+"""The memory planner: bytes of optimizer state from its declarations, and tables for people."""
 
 from hf_lowmem.planner.compare import Comparison
 from hf_lowmem.planner.explain import Explanation, Row, explain_adamw, explain_plan

@@ -1,4 +1,4 @@
-"""All optim names on one model: what each would take, the smallest first."""
+"""The comparison of all optim names on one model, by the bytes that each takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_lowmem.sizes import readable
 
 @dataclass(frozen=True)
 class Comparison:
-    """The explanations of one model by optim name; prints as a table of at most 100 columns."""
+    """The explanations of one model by optim name. It prints as a table of at most 100 columns, the smallest first."""
 
     explanations: Mapping[str, Explanation]
 
     def to_dict(self) -> dict[str, Any]:
-        """The totals by name, ready for JSON."""
+        """Return the totals by name, ready for JSON."""
         return {name: explanation.totals() for name, explanation in self.explanations.items()}
 
     def __str__(self) -> str:
@@ -38,9 +38,9 @@ class Comparison:
         one = ordered[0][1]
         return "\n".join(
             [
-                f"{one.numel:,} trainable parameters in {one.dtypes}: weights of {readable(one.weight_bytes)}, "
-                f"gradients of {readable(one.gradient_bytes)}.",
-                "State is the optimizer's; all is weights, gradients and state, without activations.",
+                f"{one.numel:,} trainable parameters in {one.dtypes}: the weights take {readable(one.weight_bytes)} "
+                f"and the gradients {readable(one.gradient_bytes)}.",
+                "State is that of the optimizer; all is weights, gradients and state, without activations.",
                 "",
                 *table(head, lines),
             ]

@@ -1,4 +1,4 @@
-"""What an optimizer does with every parameter of a model, in a table, without allocating anything."""
+"""A table of what an optimizer does with every parameter of a model. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -17,15 +17,24 @@ from hf_lowmem.planner.tables import change, table, wrapped
 from hf_lowmem.sizes import readable
 from hf_lowmem.state import STEP, StatePlan
 
-ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # both moments of one parameter, by `state_bits`
+ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # bytes of AdamW's moments per parameter, by `state_bits`
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: what is compressed, the state that is declared for it, and why.
+    """One parameter of the table.
 
-    `state` maps the name of each state tensor to (shape, dtype); `nbytes` counts all of them, `step` included;
-    `rounded` says that the weight is rounded at random or by Kahan's sum; `dtype` is the weight's.
+    Args:
+        name: the canonical name of the parameter.
+        shape: its shape.
+        role: its role.
+        trainable: whether it is trained.
+        compressed: what is smaller than in AdamW's state, in words.
+        state: the (shape, dtype) of each state tensor by name.
+        nbytes: the bytes of all state tensors, `step` included.
+        why: the evidence or the option that decided this.
+        rounded: whether the weight is rounded stochastically or by Kahan's method.
+        dtype: the dtype of the weight.
     """
 
     name: str
@@ -50,21 +59,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows of all parameters; prints as a table."""
+    """The rows of all parameters. It prints as a table."""
 
     algorithm: str
-    state_bits: int | None  # None for torch's AdamW, whose moments have the weights' dtype
+    state_bits: int | None  # None for torch's AdamW, whose moments have the dtype of the weights
     rows: tuple[Row, ...]
     caution: str = ""
 
     @cached_property
     def numel(self) -> int:
-        """Trainable entries."""
+        """Return the number of trainable entries."""
         return sum(row.numel for row in self.rows if row.trainable)
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of optimizer state."""
+        """Return the bytes of optimizer state."""
         return sum(row.nbytes for row in self.rows)
 
     @property
@@ -73,22 +82,22 @@ class Explanation:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of all weights, frozen ones too."""
+        """Return the bytes of all weights, including frozen ones."""
         return sum(row.weight_bytes for row in self.rows)
 
     @cached_property
     def gradient_bytes(self) -> int:
-        """Of the gradients, which have the dtype of their weights."""
+        """Return the bytes of the gradients, which have the dtype of their weights."""
         return sum(row.weight_bytes for row in self.rows if row.trainable)
 
     @cached_property
     def adamw_nbytes(self) -> int:
-        """Bytes of state of torch's AdamW: two moments in the dtype of each weight, and `step`."""
+        """Return the bytes of the state of torch's AdamW: two moments in the dtype of each weight, and `step`."""
         return sum(2 * row.weight_bytes + STEP.nbytes for row in self.rows if row.trainable)
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients and state."""
+        """Return the bytes of weights, gradients and state."""
         return self.weight_bytes + self.gradient_bytes + self.nbytes
 
     @property
@@ -97,15 +106,15 @@ class Explanation:
 
     @property
     def dtypes(self) -> str:
-        """Of the trained weights, in words."""
+        """Return the dtypes of the trained weights in words."""
         return " and ".join(sorted({row.dtype for row in self.rows if row.trainable})) or "no dtype"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return the totals and the rows as plain values, ready for JSON."""
         return {**self.totals(), "rows": [asdict(row) for row in self.rows]}
 
     def totals(self) -> dict[str, Any]:
-        """`to_dict` without the rows."""
+        """Return the totals as plain values, ready for JSON."""
         return {
             "algorithm": self.algorithm,
             "state_bits": self.state_bits,
@@ -118,7 +127,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        """One line per parameter."""
+        """Return the table with a line per parameter."""
         lines = [
             (r.name, "x".join(map(str, r.shape)), r.role, f"{r.nbytes:,}", readable(r.nbytes), _description(r))
             for r in self.rows
@@ -166,8 +175,8 @@ class Explanation:
 
 
 def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
-    """The table of a plan that `plan_roles(model, recipe)` made."""
-    found: dict[tuple, tuple] = {}  # the layers of a model are alike
+    """Return the table of a plan that `plan_roles(model, recipe)` has made."""
+    found: dict[tuple, tuple] = {}  # most parameters are like one of an earlier layer
     rows = []
     for assignment in plan:
         role, param = assignment.role, assignment.param
@@ -192,11 +201,11 @@ def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
 
 
 def explain_adamw(name: str, roles: Roles) -> Explanation:
-    """The same of torch's AdamW, whose two moments have the shape and the dtype of the weight.
+    """Return the table for torch's AdamW, whose two moments have the shape and the dtype of the weight.
 
     Args:
-        name: what it is called.
-        roles: what `assign_roles(model)` returned.
+        name: the optim name.
+        roles: the roles that `assign_roles(model)` has returned.
     """
     rows = []
     for param, role in roles:
@@ -209,14 +218,14 @@ def explain_adamw(name: str, roles: Roles) -> Explanation:
 
 
 def _kept(assignment: Assignment, recipe: Recipe) -> tuple:
-    """What is compressed in words, the state tensors, their bytes, and whether the weight is rounded specially."""
+    """Return what is compressed in words, the state tensors, their bytes, and whether the weight has a rounding."""
     shape, plan = assignment.role.shape, recipe.state_plan(assignment)
     state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in plan.specs(shape).items()}
     return _compressed(plan, assignment, recipe), state, plan.nbytes(shape), plan.rounding.kind != "nearest"
 
 
 def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:
-    """What the plan makes smaller than AdamW's state; what was asked for and could not be done is said too."""
+    """Return in words what the plan makes smaller than AdamW's state, and what it leaves in float32 despite 8 bits."""
     shape = assignment.role.shape
     said = [described] if (described := plan.projection.describe(shape)) else []
     second = plan.moments.get("exp_avg_sq")
@@ -245,7 +254,7 @@ def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:
 
 
 def _why_float32(space: Sequence[int], assignment: Assignment, recipe: Recipe) -> str:
-    """Why moments of the shape `space` are not stored in 8 bits, though the recipe says so."""
+    """Return why moments of the shape `space` are not stored in 8 bits, although the recipe has 8."""
     if assignment.options["state_bits"] != 8:
         return "kept in float32 by embedding_bits=32"
     if not space or math.prod(space) < recipe.min_8bit_size:

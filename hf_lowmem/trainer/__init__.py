@@ -1,1 +1,1 @@
-"""The Hugging Face edge: optim names, their options, registration with transformers, checkpoints, TRL's scripts."""
+"""The side of the package that faces Hugging Face: optim names, registration, checkpoints, and TRL's scripts."""

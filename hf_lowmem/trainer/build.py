@@ -1,4 +1,4 @@
-"""From a model and an optim name to an optimizer, with the Trainer's grouping."""
+"""How a model and an optim name become an optimizer with the Trainer's parameter groups."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def build_optimizer(
     weight_decay: float = 0.0,
     optim_args: str | Mapping[str, Any] | None = None,
 ) -> LowMemOptimizer:
-    """The optimizer that a `Trainer` with `optim=name` would build for `model`.
+    """Build the optimizer that a `Trainer` with `optim=name` would build for `model`.
 
     Weight decay applies to the parameters that `Trainer.get_decay_parameter_names` lists (no biases, no norms).
 
     Args:
-        model: the model; parameters that need no gradient are left out.
+        model: the model. Parameters that require no gradient are left out.
         name: an optim name of this package, such as "slim_adamw_8bit".
         lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
+        betas: decay rates of the first and the second moment.
+        eps: the constant that is added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        optim_args: the algorithm's options: "key=value,key=value", a JSON object, or a mapping.
+        optim_args: options of the algorithm, as "key=value,key=value", a JSON object, or a mapping.
 
     Raises:
-        ValueError: for an unknown name or an illegal option.
+        ValueError: the name is unknown, or an option is illegal.
     """
     optimizer_cls, kwargs = optimizer_cls_and_kwargs(
         model, name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, optim_args=optim_args
@@ -62,10 +62,10 @@ def build_optimizer(
 
 
 def _decayed(model: nn.Module) -> set[int]:
-    """The ids of the parameters that a Trainer decays, whatever names a module of the user's gives them."""
+    """Return the ids of the parameters that a Trainer decays, even if a module overrides `named_parameters`."""
     try:
         names = set(Trainer.get_decay_parameter_names(None, model))
-    except TypeError:  # a scripted module, in which transformers cannot look for norms
+    except TypeError:  # transformers cannot find the norms in a scripted module
         return {id(param) for param in model.parameters() if param.ndim > 1}
     return {id(param) for name, param in nn.Module.named_parameters(model) if name in names}
 
@@ -81,19 +81,19 @@ def optimizer_cls_and_kwargs(
     optim_args: str | Mapping[str, Any] | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> tuple[type[LowMemOptimizer], dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing of transformers is changed.
+    """Return the argument of `Trainer(optimizer_cls_and_kwargs=...)`, which needs no change to transformers.
 
-    The Trainer's groups bring their own weight decay, from `TrainingArguments.weight_decay`; the one given here holds
-    for groups that bring none.
+    The Trainer's groups have a weight decay of their own, from `TrainingArguments.weight_decay`. The one that is given
+    here applies to groups without.
 
     Args:
-        model: the model that the Trainer gets; with None no role is known, and what the optimizer does with each
-            shape is its class's default.
+        model: the model that the Trainer gets. If it is None, no role is known, and each parameter gets the defaults
+            of the optimizer's class.
         name, lr, betas, eps, weight_decay, optim_args: as in `build_optimizer`.
-        target_modules: what `optim_target_modules` is in `TrainingArguments`, for names that project.
+        target_modules: as `optim_target_modules` in `TrainingArguments`, for optimizers that project.
 
     Raises:
-        ValueError: for an unknown name or an illegal option.
+        ValueError: the name is unknown, or an option is illegal.
     """
     recipe = recipe_for(name, optim_args, target_modules)
     if model is None:
@@ -113,10 +113,10 @@ def optimizer_cls_and_kwargs(
 
 
 def refuse_sharding(args: Any) -> None:
-    """Raise ValueError if the run of these arguments shards the weights: rows would be gone.
+    """Raise ValueError if a run with these arguments shards the weights, of which the optimizer needs all rows.
 
     Args:
-        args: `TrainingArguments`, or the plain values of a command line whose run is yet to be launched.
+        args: `TrainingArguments`, or the plain values of a command line that has not been launched yet.
     """
     for scheme, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp), ("MEGATRON_LM", None)):
         variable = f"ACCELERATE_USE_{scheme.upper()}"
@@ -126,29 +126,35 @@ def refuse_sharding(args: Any) -> None:
                 f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
             )
             raise ValueError(
-                f"optim={getattr(args.optim, 'value', args.optim)!r} does not support {scheme} yet, which hands it "
-                f"pieces of weights: {remedy}, and train with DDP or in one process."
+                f"optim={getattr(args.optim, 'value', args.optim)!r} does not support {scheme} yet, because it needs "
+                f"whole weights: {remedy}, and train with DDP or in one process."
             )
 
 
 def _shards(scheme: str, asked: bool, by_arguments: bool, state: Any) -> bool:
-    """What accelerate will do; `state` is its own of this process, None before there is one.
+    """Return whether accelerate will shard the weights by this scheme.
 
-    The variable stays set after a run that asked for FSDP, and one process is not sharded whatever is asked, except by
-    DeepSpeed.
+    The environment variable alone does not decide: it stays set after an earlier run with FSDP, and a single process
+    is not sharded except by DeepSpeed.
+
+    Args:
+        scheme: "DeepSpeed", "FSDP" or "MEGATRON_LM".
+        asked: whether the arguments or the environment ask for the scheme.
+        by_arguments: whether the arguments do.
+        state: accelerate's state of this process, None if there is none yet.
     """
     if state is None:
-        return by_arguments or (asked and "LOCAL_RANK" in os.environ)  # this process has been launched
+        return by_arguments or (asked and "LOCAL_RANK" in os.environ)  # set in a launched process
     kind = state.distributed_type
     if kind == scheme.upper():
         return True
-    if is_initialized() and kind != DistributedType.XLA:  # the Trainer has its Accelerator, which has decided
+    if is_initialized() and kind != DistributedType.XLA:  # the Trainer's Accelerator has already decided
         return False
     return asked and (scheme == "DeepSpeed" or kind not in (DistributedType.NO, DistributedType.MULTI_CPU))
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ValueError if a trained parameter of `model` is a piece of a weight, such as FSDP leaves to a process."""
+    """Raise ValueError if a trained parameter of `model` is a shard of a weight, such as FSDP gives to a process."""
     for name, param in model.named_parameters():
         if param.requires_grad:
             check_param(param)
@@ -156,12 +162,12 @@ def check_weights(model: nn.Module) -> None:
 
 
 def show_summary() -> None:
-    """Let the role summary, which is logged as information, reach the terminal."""
+    """Show the summary by role, which has level INFO, in the log."""
     PACKAGE.setLevel(logging.INFO)
 
 
 def announce_state(name: str, explanation: Explanation, details: str) -> None:
-    """Say in one line what the optimizer's state takes, and the moments of torch's AdamW for the same weights."""
+    """Log in one line the bytes of the optimizer's state, and those of torch's AdamW for the same weights."""
     if explanation.adamw_nbytes:
         unit = unit_of(explanation.nbytes)
         announce(
@@ -178,7 +184,7 @@ def announce_state(name: str, explanation: Explanation, details: str) -> None:
 def _explaining_call(
     name: str, optim_args: str | Mapping[str, Any] | None, target_modules: str | Sequence[str] | None
 ) -> str:
-    """A line of Python that prints what each parameter gets."""
+    """Return a line of Python that prints what each parameter gets."""
     if target_modules is not None:
         optim_args = {**read_optim_args(optim_args), "target_modules": target_modules}
     options = f", {optim_args!r}" if optim_args else ""
@@ -186,9 +192,9 @@ def _explaining_call(
 
 
 def log_summary(explanation: Explanation, recipe: Recipe) -> None:
-    """Log what each role gets; matrices of unknown role are a warning."""
+    """Log what each role gets, and warn of options that have no effect and of matrices with an unknown role."""
     logger.info("Optimizer state by role:\n%s", explanation.by_role())
-    if explanation.caution and not logger.isEnabledFor(logging.INFO):  # else the summary has said it
+    if explanation.caution and not logger.isEnabledFor(logging.INFO):  # the summary contains it
         logger.warning("%s", explanation.caution)
     too_large = [row for row in explanation.rows if row.trainable and "would keep all of it" in row.why]
     if recipe.projects and not any("proj_count" in row.state for row in explanation.rows):

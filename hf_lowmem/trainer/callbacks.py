@@ -1,7 +1,4 @@
-"""What happens around a Trainer's steps; `register()` adds both callbacks to every Trainer.
-
-Each acts only where the optimizer is one of this package's.
-"""
+"""The callbacks that `register()` adds to every Trainer. They act only on optimizers of this package."""
 
 from __future__ import annotations
 
@@ -19,13 +16,12 @@ from hf_lowmem.state import KAHAN_COMP
 
 logger = get_logger(__name__)
 
-SAMPLES = 256  # entries per weight
+SAMPLES = 256  # the number of entries that are compared per weight
 GIB = 2**30
 
 
 class Measured(NamedTuple):
-    """The share of lost updates (0-D, on the device) of a step, that step and its largest learning rate; whether
-    all weights have Kahan's buffer."""
+    """The share of lost updates in one step (a 0-D tensor on the device), and what the warning says about the step."""
 
     share: Tensor
     step: int
@@ -34,14 +30,15 @@ class Measured(NamedTuple):
 
 
 class LostUpdates(TrainerCallback):  # type: ignore[misc]
-    """Logs `lost_updates`, the share of weight entries that an update left as they were, and warns once above half.
+    """Logs `lost_updates`, the share of weight entries that an update did not change, and warns once above half.
 
-    An update smaller than half a unit in the last place of a bfloat16 or float16 weight rounds to nothing. One step
-    per logging interval is looked at, at 256 entries of each such weight, of which those with a gradient count; each
-    weight counts by its size. With `rounding="kahan"` an entry is lost where its buffer stays too. Nothing is logged
-    where no weight is narrower than float32, or under `rounding="stochastic"`, which loses nothing on average.
+    An update of less than half a unit in the last place of a bfloat16 or float16 weight is lost to rounding. One step
+    per logging interval is measured, on 256 entries of each such weight. Entries without a gradient do not count, and
+    each weight counts by its size. With `rounding="kahan"` an update is lost only if the compensation does not change
+    either. Nothing is logged if no weight is narrower than float32, or with `rounding="stochastic"`, which loses
+    nothing on average.
 
-    Set `LostUpdates.every_optimizer = True` before the Trainer is made to look at other packages' optimizers too.
+    Set `LostUpdates.every_optimizer = True` before the Trainer is created to measure other packages' optimizers, too.
     """
 
     every_optimizer: ClassVar[bool] = False
@@ -49,7 +46,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self._due = True
         self._warned = False
-        self._before: list[tuple[Any, Tensor, Tensor]] = []  # weight, places, what was stored there
+        self._before: list[tuple[Any, Tensor, Tensor]] = []  # weights, sampled entries, and their values
         self._measured: Measured | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -58,31 +55,31 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
         if not self._due or not (self.every_optimizer or ours):
             return
         if ours:
-            optimizer.synchronize_state()  # it may be on its way to the host
+            optimizer.synchronize_state()  # the state may be on its way to the host
         for group in optimizer.param_groups:
-            # A warm-up's first step has no learning rate and changes nothing, by intention.
+            # The first step of a warm-up has a learning rate of 0 and is not meant to change anything.
             if float(group["lr"]) == 0 or group.get("rounding") == "stochastic":
                 continue
             for param in group["params"]:
                 narrow = param.dtype in (torch.bfloat16, torch.float16)
-                # Nor does the first call of an optimizer that has yet to find its basis.
+                # Neither is the first call of an optimizer that only finds its basis.
                 idle = (
                     ours
                     and optimizer.idle_calls
                     and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
                 )
                 if param.grad is not None and param.numel() and narrow and is_plain(param) and not idle:
-                    at = sampled_places(param.numel(), param.device)
+                    at = sampled_entries(param.numel(), param.device)
                     self._before.append((param, at, stored(optimizer, param, at)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        looked_at, self._before = self._before, []
-        if not looked_at or getattr(optimizer, "step_was_skipped", False):  # by the scaler of float16 gradients
+        sampled, self._before = self._before, []
+        if not sampled or getattr(optimizer, "step_was_skipped", False):  # by the scaler of float16 gradients
             return
         optimizer, self._due = unwrapped(optimizer), False
-        # Sums over entries, estimated; they stay on the device until they are logged.
-        lost = counted = torch.zeros((), dtype=torch.float32, device=looked_at[0][0].device)
-        for param, at, before in looked_at:
+        # These estimated sums over all entries stay on the device until they are logged.
+        lost = counted = torch.zeros((), dtype=torch.float32, device=sampled[0][0].device)
+        for param, at, before in sampled:
             moved = param.grad.take(at) != 0
             same = (stored(optimizer, param, at) == before).all(0) & moved
             entries = param.numel() / len(at)
@@ -105,8 +102,8 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
             self._warned = True
             remedy = 'Set optim_args="rounding=kahan" (2 more bytes per weight) or "rounding=stochastic", train'
             logger.warning(
-                "%.0f %% of the updates of 16-bit weights at step %d were lost to rounding: its learning rate of %.1e "
-                "is too small for them. %s float32 weights, or raise learning_rate.",
+                "%.0f %% of the updates of 16-bit weights at step %d were lost to rounding, because its learning rate "
+                "of %.1e is too small for them. %s float32 weights, or raise learning_rate.",
                 100 * share,
                 measured.step,
                 measured.lr,
@@ -115,16 +112,18 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
 
 
 class OffloadState(TrainerCallback):  # type: ignore[misc]
-    """Moves the optimizer's state to the host where it was built with `offload_state=true`.
+    """Moves the state of an optimizer that was built with `offload_state=true` to the host.
 
-    It leaves the device after each step that a generation follows (GRPO, RLOO and other trainers whose rollouts last
-    for several steps) or an evaluation, or after every step (SFT, DPO, trainers that generate at every step); the next
-    step brings it back. Logs `offload_gib` and `offload_seconds`, what was moved both ways since the last log and how
-    long the copies took. State on the CPU stays where it is.
+    In trainers whose rollouts last for several steps (GRPO, RLOO and others) the state leaves the device after each
+    step that is followed by a generation or an evaluation; in all other trainers it leaves after every step. The next
+    step brings it back. State on the CPU stays where it is.
+
+    Logs `offload_gib` and `offload_seconds`: what was moved in both directions since the last log, and how long the
+    copies took.
     """
 
     def __init__(self) -> None:
-        self._batches = 0  # micro-batches that the trainer has trained on, by which its rollouts are counted
+        self._batches = 0  # the number of micro-batches so far, which tells when the trainer generates
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = offloading(optimizer)
@@ -132,7 +131,7 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
             return
         on_cpu = all(param.device.type == "cpu" for group in optimizer.param_groups for param in group["params"])
         if on_cpu and state.is_world_process_zero:
-            logger.info("offload_state does nothing here: the optimizer's state is on the CPU already.")
+            logger.info("offload_state does nothing here: the optimizer's state is already on the CPU.")
         optimizer.release_state()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,7 +140,7 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self._batches += 1
         optimizer = offloading(optimizer)
-        # An evaluation may generate too.
+        # An evaluation may generate, too.
         if optimizer is not None and (control.should_evaluate or generates_before_update(args, self._batches)):
             optimizer.release_state()
 
@@ -162,45 +161,48 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
 
 
 def generates_before_update(args: Any, batches: int) -> bool:
-    """Whether a trainer generates between its first `batches` micro-batches and the next update; True where none is
-    known to."""
+    """Return whether a trainer generates between its first `batches` micro-batches and the next update.
+
+    The answer is True for trainers that do not say how long they reuse a rollout.
+    """
     lifetime = getattr(args, "steps_per_generation", None)
     if lifetime is None:
         return True
-    lifetime *= getattr(args, "num_iterations", 1)  # batches that one rollout serves
+    lifetime *= getattr(args, "num_iterations", 1)  # the number of micro-batches that are trained on one rollout
     return any(batch % lifetime == 0 for batch in range(batches, batches + args.gradient_accumulation_steps))
 
 
 def offloading(optimizer: Any) -> LowMemOptimizer | None:
+    """Return our optimizer if it was built with `offload_state=true`, and None otherwise."""
     optimizer = unwrapped(optimizer)
     wanted = isinstance(optimizer, LowMemOptimizer) and any(g["offload_state"] for g in optimizer.param_groups)
     return optimizer if wanted else None
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's."""
+    """Return the optimizer that accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 @lru_cache(maxsize=1 << 10)  # 2 KiB each
-def sampled_places(numel: int, device: torch.device) -> Tensor:
-    """Fixed places (flat, int64) all over a weight of that size.
+def sampled_entries(numel: int, device: torch.device) -> Tensor:
+    """Return flat int64 indices of a fixed random sample of a weight's entries.
 
-    They are kept, because a copy to the device would wait for the device.
+    They are cached, because copying them to the device would wait for it.
     """
     generator = torch.Generator().manual_seed(numel)
     return torch.randint(numel, (min(SAMPLES, numel),), generator=generator).to(device)
 
 
 def stored(optimizer: Any, param: Tensor, at: Tensor) -> Tensor:
-    """What is kept of a weight at some places: the weight, and Kahan's buffer, zero before the first step."""
+    """Return what is stored for some entries of a weight: their values and Kahan's compensation, or zero without."""
     weight, comp = param.detach().take(at).float(), optimizer.state.get(param, {}).get(KAHAN_COMP)
     kept = torch.zeros_like(weight) if comp is None else comp.take(at.to(comp.device)).to(weight)
     return torch.stack([weight, kept])
 
 
 def add_to_log(name: str, value: float, state: Any, logs: dict[str, Any] | None) -> None:
-    """Add a number to what is being logged, and to the history, which has it already."""
+    """Add a number to the current log and to the entry that the Trainer has already made for it in the history."""
     if logs is not None:
         logs[name] = value
     if state.log_history:

@@ -1,4 +1,4 @@
-"""Which checkpoints were written to the end, and hold what the Trainer resumes from."""
+"""Which checkpoints are complete, so that the Trainer can resume from them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ logger = get_logger(__name__)
 
 TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
-NEVER_BLANK = ("vocab.txt", "merges.txt", ".metadata")  # beside weights and tokenizer models
+NEVER_BLANK = ("vocab.txt", "merges.txt", ".metadata")  # and all weights and tokenizer models
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` folder in `output_dir` that was written to the end, or None.
+    """Return the newest `checkpoint-N` folder in `output_dir` that is complete, or None if there is none.
 
-    The Trainer writes straight into `checkpoint-N`, with `trainer_state.json` last, so a run that is killed while it
-    saves leaves a folder that cannot be resumed from. Each such folder is passed over with a warning that says why.
+    The Trainer writes directly into `checkpoint-N`, `trainer_state.json` last, so a run that is killed while it saves
+    leaves a folder that cannot be resumed from. Such a folder is skipped with a warning that says why.
 
     Args:
         output_dir: the run's output folder.
 
     Raises:
-        FileNotFoundError: when `output_dir` does not exist.
+        FileNotFoundError: `output_dir` does not exist.
     """
     for folder in _newest_first(Path(output_dir)):
         reason = _why_incomplete(folder)
@@ -42,10 +42,10 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
 
 
 def refuse_incomplete(checkpoint: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a checkpoint that is named by its path cannot be resumed from, with one that can.
+    """Raise ValueError, which names another checkpoint if one is complete, if this one cannot be resumed from.
 
     Args:
-        checkpoint: the folder, as the user wrote it.
+        checkpoint: the folder, as the user has written it.
     """
     folder = Path(checkpoint)
     reason = _why_incomplete(folder) if folder.is_dir() else "there is no such folder"
@@ -65,14 +65,13 @@ def _newest_first(output_dir: Path) -> list[Path]:
 
 
 def refuse_ours(folder: str | os.PathLike[str], optim: str) -> None:
-    """Refuse to resume by another package's optimizer from a checkpoint that one of this package's has written.
+    """Raise ValueError if an optimizer of this package wrote the checkpoint that another one is to resume from.
+
+    The message says how to convert the checkpoint, if that is possible.
 
     Args:
-        folder: the checkpoint's.
-        optim: the optim name of the run that is to resume.
-
-    Raises:
-        ValueError: saying how the checkpoint is converted, where it can be.
+        folder: the folder of the checkpoint.
+        optim: the optim name of the run that is to resume, which is not one of ours.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -89,7 +88,7 @@ def refuse_ours(folder: str | os.PathLike[str], optim: str) -> None:
 
 
 def _why_incomplete(folder: Path) -> str | None:
-    """What shows that a checkpoint was not written to the end, or None where nothing does."""
+    """Return what shows that a checkpoint is incomplete, or None if nothing does."""
     if not (folder / "trainer_state.json").is_file():
         return "trainer_state.json, which is written last, is missing"
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -111,9 +110,10 @@ def _why_incomplete(folder: Path) -> str | None:
 
 
 def _why_unpaired(names: set[str]) -> str | None:
-    """The Trainer loads the optimizer and the scheduler together, or neither of them without a word.
+    """Return which of the optimizer and the scheduler is missing if the other is there, or None.
 
-    Both are missing where `save_only_model` was set, or where the user wants them to start anew.
+    The Trainer loads both or, without a warning, neither. Both are missing under `save_only_model`, and where the user
+    has deleted them to start them anew.
     """
     optimizer = any("optimizer" in name or name.startswith("global_step") for name in names)  # FSDP, DeepSpeed
     if "scheduler.pt" in names and not optimizer:
@@ -124,7 +124,7 @@ def _why_unpaired(names: set[str]) -> str | None:
 
 
 def _why_torn(path: Path) -> str | None:
-    """What is wrong with a file, by its format; files of other formats are not judged."""
+    """Return what is wrong with a file by its format, or None, also for formats that are not checked."""
     judged = path.suffix in (*WEIGHTS, ".model", ".json") or path.name in NEVER_BLANK
     if judged and _is_blank(path):
         return "holds nothing but zeros" if path.stat().st_size else "is empty"
@@ -139,14 +139,14 @@ def _why_torn(path: Path) -> str | None:
 
 
 def _is_blank(path: Path, start: int = 0) -> bool:
-    """Whether all bytes from `start` on are zero, as where a machine died before a file's pages reached the disk."""
+    """Return whether all bytes from `start` on are zero, as when a machine dies before the data reach the disk."""
     with path.open("rb") as file:
         file.seek(start)
         return not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def _is_whole_json(path: Path) -> bool:
-    """Lines of JSON under that name are whole too, but what the Trainer reads must be an object."""
+    """Return whether a file is complete JSON: an object if the Trainer reads one, or else any value or JSON Lines."""
     try:
         content, _ = json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8").lstrip())
     except ValueError:
@@ -156,10 +156,11 @@ def _is_whole_json(path: Path) -> bool:
 
 
 def _why_torn_torch_file(path: Path) -> str | None:
-    """torch writes zip files, whose directory comes last; what does not start as a zip file is not judged.
+    """Return what is wrong with a file that torch wrote, or None, also for files that are not zip files.
 
-    Contents are checked by the sums that torch writes, which takes as long as loading the file (about a second per
-    GiB): torch itself loads a file whose pages were lost as zeros. A sum of zero is none.
+    The directory of a zip file comes last, so that a truncated file has none. The contents are compared with the
+    checksums in the file (a checksum of zero is none), which takes as long as loading it, about a second per GiB.
+    torch does not compare them, and loads lost pages as zeros.
     """
     with path.open("rb") as file:
         start = file.read(2)
@@ -177,7 +178,7 @@ def _why_torn_torch_file(path: Path) -> str | None:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """A safetensors file gives the length of its header, then where each tensor ends; its numbers are not all zero."""
+    """Return whether a safetensors file has the length that its header implies, and not only zeros as its data."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""A Trainer's `max_grad_norm` left to our optimizers, where they were built with `fused_clip=true`."""
+"""Clipping by the Trainer's `max_grad_norm` within the step of optimizers that were built with `fused_clip=true`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _clip_grad_norm_ = Accelerator.clip_grad_norm_
 def clip_grad_norm_(
     self: Accelerator, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2
 ) -> Any:
-    """`Accelerator.clip_grad_norm_`, but by `LowMemOptimizer.clip_grad_norm_` where that is asked for.
+    """Clip as `Accelerator.clip_grad_norm_` does, or by `LowMemOptimizer.clip_grad_norm_` where that is possible.
 
-    That is where an optimizer with `fused_clip` steps all of these parameters that have a gradient, and each process
-    has all of their gradients.
+    It is possible if an optimizer with `fused_clip` steps exactly those of these parameters that have a gradient, and
+    every process has all of their gradients.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if float(norm_type) == 2 and self.distributed_type in REPLICATED:

@@ -1,4 +1,4 @@
-"""What an optim name would do with a model. Importable without transformers' Trainer, which takes seconds."""
+"""What an optim name does with a model. This module does not import transformers' Trainer, which takes seconds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from hf_lowmem.trainer.optim_args import recipe_for
 
 
 def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | None = None) -> Explanation:
-    """What `build_optimizer(model, name, optim_args=...)` would do with every parameter; nothing is allocated.
+    """Explain what `build_optimizer(model, name, optim_args=...)` would do with every parameter, without doing it.
 
     Args:
-        model: any module, the meta device will do.
-        name, optim_args: as in `build_optimizer`; "adamw_torch" and "adamw_torch_fused" explain torch's AdamW.
+        model: any module, which may be on the meta device.
+        name: as in `build_optimizer`; "adamw_torch" and "adamw_torch_fused" explain torch's AdamW.
+        optim_args: as in `build_optimizer`.
 
     Returns:
-        A table that prints, with `.rows`, `.by_role()` and `.to_dict()`.
+        An explanation that prints as a table and has `.rows`, `.by_role()` and `.to_dict()`.
 
     Raises:
-        ValueError: for an unknown name or an illegal option.
+        ValueError: the name is unknown, or an option is illegal.
     """
     if name in ADAMW_NAMES:
         if optim_args:
@@ -36,7 +37,7 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
 
 
 def compare(model: nn.Module) -> Comparison:
-    """What every name of this package, and torch's AdamW, would take for `model`, at the default options."""
+    """Compare what every name of this package takes for `model` at its default options, and torch's AdamW."""
     roles = assign_roles(model)
     adamw = ADAMW_NAMES[0]
     explanations = {adamw: explain_adamw(adamw, roles)}

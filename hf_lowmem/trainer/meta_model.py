@@ -1,4 +1,4 @@
-"""A model from its config alone, on the meta device; what is wrong with the config is said in one sentence."""
+"""Models on the meta device, built from a config alone. A mistake in the config is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_lowmem.trainer.names import nearest
 
 
 def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """Build the model that a config describes; it takes no memory.
+    """Build the model that a config describes, without allocating memory.
 
     Args:
         name: a local folder, a config.json, or a hub id.
-        dtype: of the weights.
+        dtype: the dtype of the weights.
 
     Raises:
         ValueError: there is no such model, or transformers cannot build it from its config.
@@ -33,10 +33,10 @@ def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"there is no folder or file {name!r}.")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # whatever a config of a version, or a hub, can be wrong in
+    except Exception as error:  # a config of another version, or the hub, may fail in any way
         if path.is_file():
             raise _unusable(name, error) from error
-        raise ValueError(f"{name!r} is no folder here, and no model in the cache or on the hub.") from error
+        raise ValueError(f"{name!r} is neither a folder here nor a model in the cache or on the hub.") from error
     model_cls = _architecture(config, name)
     try:
         with torch.device("meta"):
@@ -47,7 +47,7 @@ def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _is_path(name: str) -> bool:
-    """Whether this can only be meant as a path: hub ids are `model` or `owner/model`."""
+    """Return whether this can only be a path, because hub ids have the form `model` or `owner/model`."""
     return name.startswith((".", "/", "~")) or name.endswith((".json", "/")) or name.count("/") > 1
 
 
@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # the file is not JSON, or not even text
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, not {type(content).__name__}.")
@@ -77,13 +77,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path) -> None:
-    """Raise ValueError for what transformers would answer at length, or by a default."""
+    """Raise ValueError for a mistake that transformers would report at length, or ignore."""
     content = _read(path)
     kind, known = content.get("model_type"), list(transformers.CONFIG_MAPPING)
     if kind is None:
         raise ValueError(f"{str(path)!r} has no model_type, so it is not the config of a transformers model.")
     if kind not in known:
-        own = "the model brings code of its own, which is not run here" if "auto_map" in content else ""
+        own = "the model has its own code, which is not run here" if "auto_map" in content else ""
         raise ValueError(
             f"{str(path)!r} has the model_type {kind!r}, which transformers {transformers.__version__} does not know "
             f"({own or 'the nearest: ' + ', '.join(nearest(str(kind), known))})."
@@ -91,7 +91,7 @@ def _check_config(path: Path) -> None:
 
 
 def _architecture(config: Any, name: str) -> Any:
-    """What makes a model of the config: the class that it names, or else the one for a language model, or the base."""
+    """Return what builds the model: the class that the config names, or else the language model or the base model."""
     for architecture in config.architectures or ():
         if isinstance(found := getattr(transformers, architecture, None), type):
             return found

@@ -1,4 +1,4 @@
-"""The optim names, and what each stands for. Importable without torch or transformers."""
+"""The optim names and what each stands for. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 class OptimName(NamedTuple):
     """What one optim name stands for.
 
-    `state_bits` is None where `optim_args` may choose it. `bytes_per_param` is the optimizer state of Llama 2 7B over
-    its parameters, at the default options; `summary` is one line for a person.
+    `state_bits` is None if `optim_args` may choose it. `bytes_per_param` is the optimizer state per parameter of
+    Llama 2 7B at the default options. `summary` is a line for people.
     """
 
     algorithm: str
@@ -41,16 +41,16 @@ OPTIM_NAMES: dict[str, OptimName] = {
 }
 
 
-ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")  # transformers' own, which ours are measured against
+ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")  # transformers' own names, with which ours are compared
 
 
 def optim_names() -> list[str]:
-    """The names that `register()` adds to transformers' `optim` choices."""
+    """Return the names that `register()` adds to transformers' `optim` choices."""
     return list(OPTIM_NAMES)
 
 
 def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
-    """One sentence about an optim name that is not in `known`, with the nearest names that are."""
+    """Return a sentence about an optim name that is not in `known`, with the nearest names that are."""
     known = list(known)
     near = nearest(str(name), known, cutoff=0.5)
     which = "nearest" if near else "legal"
@@ -58,13 +58,13 @@ def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
 
 
 def nearest(name: str, known: Sequence[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
-    """What a person may have meant by `name`: short forms of known names first, then names that are spelt like it.
+    """Return the known names that `name` may mean: those that it abbreviates, then those that are spelt like it.
 
     Args:
-        name: what was written.
-        known: the legal names; among those that `name` is a short form of, the earlier come first.
-        n: how many at most.
-        cutoff: how similar the spelling must be, from 0 to 1, as for `difflib.get_close_matches`.
+        name: the name as it was written.
+        known: the legal names. Among those that `name` abbreviates, earlier ones come first.
+        n: the largest number of names to return.
+        cutoff: the least similarity of spelling, from 0 to 1, as for `difflib.get_close_matches`.
     """
     meant = [legal for legal in known if _shortens(_words(name), _words(legal))]
     others = [legal for legal in known if legal not in meant]
@@ -77,9 +77,9 @@ def _words(name: str) -> list[str]:
 
 
 def _shortens(short: list[str], full: list[str]) -> bool:
-    """Whether each word begins a later one of the full name (grad_accum), or is all of its initials (lr).
+    """Return whether `short` abbreviates `full`: by the beginnings of words (grad_accum), or by all initials (lr).
 
-    A longer form of a word will do too: optimizer of optim.
+    A word may also be longer than in the full name, such as optimizer for optim.
     """
 
     def same(part: str, word: str) -> bool:

@@ -1,14 +1,14 @@
-"""Adds our optim names to transformers. The only file that touches transformers' and accelerate's internals.
+"""The registration of our optim names, and the only file that changes internals of transformers and accelerate.
 
-Five places are changed, and `tests/contract/test_transformers_internals.py` pins each:
+It changes five places, each of which `tests/contract/test_transformers_internals.py` pins:
 
-- `OptimizerNames` gets one member per name. A member pickles as a call of `optim_member`, so a `training_args.bin`
-  also loads in a process that has not registered.
-- The handler table gets one entry per name.
-- In `transformers.trainer`, `_parse_optim_args` lets JSON pass, `get_last_checkpoint` passes over checkpoints that
-  were cut short, and `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act under our optimizers only.
-- `Trainer.train` first looks at a checkpoint that is named by its path.
-- `Accelerator.clip_grad_norm_`, by which a Trainer clips, is left to our optimizers under `fused_clip=true`.
+- `OptimizerNames` gets a member per name. A member pickles as a call of `optim_member`, so that a `training_args.bin`
+  can be loaded in a process that has not registered.
+- The table of optimizer handlers gets an entry per name.
+- In `transformers.trainer`, `_parse_optim_args` accepts JSON, `get_last_checkpoint` skips incomplete checkpoints, and
+  `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act on our optimizers only.
+- `Trainer.train` first checks a checkpoint that is given by its path.
+- `Accelerator.clip_grad_norm_`, which the Trainer clips with, lets our optimizers clip under `fused_clip=true`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TESTED_VERSIONS = "5.2.0 to 5.24.0"
 
 
 def _internal(module: str, name: str) -> Any:
-    """Look up one of transformers' internals, or fail naming it."""
+    """Return one of transformers' internals, or raise ImportError with its name."""
     try:
         return attrgetter(name)(import_module(module))
     except (ModuleNotFoundError, AttributeError) as error:
@@ -62,10 +62,11 @@ _transformers_train = _internal("transformers.trainer", "Trainer.train")
 def register() -> None:
     """Make every name of `optim_names()` a legal `optim` of `TrainingArguments` and of every TRL config.
 
-    Calling it again changes nothing. Call it before an argument parser is built: `--optim` choices are fixed then.
+    Call it before an argument parser is built, because that fixes the choices of `--optim`. A second call has no
+    effect.
 
     Raises:
-        ImportError: when the installed transformers lacks an internal that registration needs.
+        ImportError: the installed transformers lacks an internal that the registration needs.
     """
     for name in OPTIM_NAMES:
         if name not in _member_by_value:
@@ -80,13 +81,13 @@ def register() -> None:
 
 
 def optim_member(name: str) -> Any:
-    """The `OptimizerNames` member of one of our names, registered if need be. Pickled members call this."""
+    """Return the `OptimizerNames` member of one of our names, after registration. Unpickling a member calls this."""
     register()
     return _OptimizerNames(name)
 
 
 def _add_member(name: str) -> Any:
-    """Add one member to the `OptimizerNames` enum, with the attributes that the class statement would give it."""
+    """Add a member to the `OptimizerNames` enum, with the attributes that the class statement would give it."""
     member = str.__new__(_OptimizerNames, name)
     member._name_ = name.upper()
     member._value_ = name
@@ -103,7 +104,7 @@ def _add_member(name: str) -> Any:
 
 
 def _handler(context: Any) -> tuple[type, dict[str, Any]]:
-    """What the Trainer calls for our names; the options are read from the raw text, not from its naive split."""
+    """Return the optimizer class and its arguments to the Trainer, with options from the raw text of `optim_args`."""
     refuse_sharding(context.args)
     return optimizer_cls_and_kwargs(
         context.model,
@@ -116,7 +117,7 @@ def _handler(context: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, str]:
-    """transformers' parser, and ours for what it cannot take: JSON, a mapping, values that hold '='."""
+    """Parse as transformers does, or by our parser what transformers cannot: JSON, mappings and values with '='."""
     try:
         return dict(_transformers_parse(optim_args))
     except (ValueError, AttributeError):
@@ -125,7 +126,7 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
 
 @functools.wraps(_transformers_train)
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer.train`, before which a checkpoint that cannot be resumed from is refused in one sentence."""
+    """Train as `Trainer.train` does, but first refuse a checkpoint that cannot be resumed from, in one sentence."""
     folder = resume_from_checkpoint
     if isinstance(folder, (str, os.PathLike)):
         refuse_incomplete(folder)

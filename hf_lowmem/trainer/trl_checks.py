@@ -1,6 +1,6 @@
-"""What is wrong with the options of TRL's scripts, in one sentence and before a model is loaded.
+"""Checks of the options of TRL's scripts, which report a mistake in one sentence before a model is loaded.
 
-TRL and accelerate would say it after minutes, at greater length, or not at all. Hub ids are left to them.
+TRL and accelerate would report it minutes later, at greater length, or not at all. Data on the hub are left to them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_lowmem.trainer.trl_help import important
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PAIRS = ("chosen", "rejected")
-# Of each task, any one of these; those of rows that are tokens already come last.
+# The alternative sets of columns for each task, of which one is needed. Those of tokenized rows come last.
 _COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "sft": [("text",), ("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",)],
     "reward": [_PAIRS, ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")],
@@ -41,7 +41,7 @@ _COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "rloo": [("prompt",)],
     "distillation": [("prompt",)],
 }
-_GIVEN_TO_REWARDS = {  # by TRL, beside the columns
+_GIVEN_TO_REWARDS = {  # what TRL passes to a reward function in addition to the columns
     "prompts",
     "completions",
     "completion_ids",
@@ -56,19 +56,21 @@ _CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def check(
     task: str, parser: Any, given: Any, from_config: list[str], from_argv: list[str], launches: bool = False
 ) -> None:
-    """Raise ValueError for the first mistake.
+    """Raise ValueError for the first mistake that is found.
 
     Args:
         task: the name of one of TRL's training scripts.
-        parser: its parser.
-        given: what that parser made of the options, as plain values.
-        from_config: keys and values of the config file, as `--key value`, that the parser does not know.
-        from_argv: words of the command line that it does not know.
-        launches: whether this process takes options of `accelerate launch`, and leaves the training to others.
+        parser: the parser of that script.
+        given: the options that the parser has read, as plain values.
+        from_config: the keys and values of the config file, as `--key value`, that the parser does not know.
+        from_argv: the words of the command line that the parser does not know.
+        launches: whether this process accepts options of `accelerate launch` and starts others to train.
     """
     _check_names(task, parser, from_config, from_argv)
     if from_argv and not launches:
-        raise ValueError(f"The script takes no '{' '.join(from_argv)}': options of `accelerate launch` go before it.")
+        raise ValueError(
+            f"The script does not accept '{' '.join(from_argv)}': options of `accelerate launch` go before it."
+        )
     known = [str(member.value) for member in OptimizerNames]
     if given.optim not in known:
         raise ValueError(unknown_optim(given.optim, known))
@@ -92,7 +94,7 @@ def check(
                 f"The column label of {given.dataset_name} must hold true or false, not {row['label']!r}."
             )
     rewards = getattr(given, "reward_funcs", None) or ()
-    if isinstance(rewards, str):  # TRL would take each letter for a reward
+    if isinstance(rewards, str):  # TRL would take each letter for the name of a reward
         raise ValueError(f"reward_funcs must be a list in a config file: [{rewards}].")
     for name in rewards:
         _check_reward(name, columns, imports=not launches)
@@ -100,17 +102,17 @@ def check(
 
 
 def is_file(dataset_name: str | None) -> bool:
-    """Whether `--dataset_name` is a file, and not a folder or a hub id."""
+    """Return whether `--dataset_name` is a file, rather than a folder or a hub id."""
     return dataset_name is not None and Path(dataset_name).is_file()
 
 
 def file_format(path: str) -> str | None:
-    """The name that `datasets` has for the format of this file, None for one that ends in none of those known."""
+    """Return the format of a file as `datasets` calls it, or None if the file's name has no known ending."""
     return next((_FILE_FORMATS[suffix] for suffix in Path(path).suffixes if suffix in _FILE_FORMATS), None)
 
 
 def _check_names(task: str, parser: Any, from_config: list[str], from_argv: list[str]) -> None:
-    """Every option and every key of the config file is TRL's or accelerate's."""
+    """Raise ValueError for an option or a key of the config file that is neither TRL's nor accelerate's."""
     launcher = launch_command_parser()
     legal = {"--accelerate_config", *parser._option_string_actions, *launcher._option_string_actions}
     first = [f"--{name}" for name in important(task)]
@@ -135,7 +137,7 @@ def _check_dataset(given: Any) -> None:
                 raise _unknown("config key of datasets:", key, legal)
     if is_file(name):
         if file_format(name) is None:
-            raise ValueError(f"--dataset_name {name} is a file that ends in none of {', '.join(_FILE_FORMATS)}.")
+            raise ValueError(f"--dataset_name {name} is a file without one of the endings {', '.join(_FILE_FORMATS)}.")
         if given.eval_strategy != "no" and given.test_split_size is None:
             raise ValueError(f"--eval_strategy with the data file {name} needs --test_split_size, such as 0.1.")
     elif name and Path(name).suffix in _FILE_FORMATS and not Path(name).exists():
@@ -156,7 +158,7 @@ def _check_device(given: Any) -> None:
 
 
 def _check_model(option: str, name: str | None) -> None:
-    """A folder with a model or adapters, or a hub id that is in the cache or on the hub."""
+    """Raise ValueError unless `name` is a folder with a model or adapters, or a model in the cache or on the hub."""
     if name is None:
         return
     files = ("config.json", "adapter_config.json")
@@ -187,7 +189,7 @@ def _check_resume(given: Any) -> None:
 
 
 def _first_row(path: str) -> dict[str, Any]:
-    logging.disable()  # `datasets` logs its errors, too
+    logging.disable()  # `datasets` also logs the errors that it raises
     try:
         return dict(next(iter(load_dataset(file_format(path), data_files=path, split="train", streaming=True))))
     except StopIteration:
@@ -209,16 +211,21 @@ def _check_columns(task: str, given: Any, columns: list[str]) -> None:
 
 
 def _check_reward(name: str, columns: list[str] | None, imports: bool) -> None:
-    """A reward of TRL's, or a function `module.function`, that finds the columns it asks for in a data file.
+    """Raise ValueError unless `name` is one of TRL's rewards or a function whose columns are in the data file.
 
-    The user's module is imported only where the training will do so anyway: it may load a model.
+    A module of the user's may load a model, so it is imported only in the process that trains.
+
+    Args:
+        name: "reward" for one of TRL's, or "module.function".
+        columns: the columns of the data file, None if there is no such file.
+        imports: whether the module of the user's may be imported.
     """
     prefix, _, function = name.rpartition(".")
     module = prefix or "trl.rewards"
-    sys.path.insert(0, os.getcwd())  # where TRL looks, too
+    sys.path.insert(0, os.getcwd())  # TRL looks there, too
     try:
         found = find_spec(module)
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # the package around the module is missing
         found = None
     if found is None:
         raise ValueError(f"--reward_funcs {name}: there is no module {module!r}, here or installed.")
@@ -235,7 +242,7 @@ def _check_reward(name: str, columns: list[str] | None, imports: bool) -> None:
     needed = {item.name for item in parameters if item.default is item.empty and item.kind not in _CATCH_ALL}
     if "completions" in needed and (missing := needed - _GIVEN_TO_REWARDS - {*columns}):
         raise ValueError(
-            f"--reward_funcs {name} needs the data file to have {', '.join(sorted(missing))}; its columns: "
+            f"--reward_funcs {name} needs the data file to have {', '.join(sorted(missing))}; its columns are "
             f"{', '.join(columns)}."
         )
 

@@ -1,4 +1,4 @@
-"""The help of TRL's scripts: the options that matter first, and all of them on request."""
+"""The help of TRL's scripts: a short one with the options that matter, and the whole one on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
-# By heading, in the order in which a person needs them; also the order in which short forms are completed.
+# The options by heading, in the order in which people need them. Abbreviations prefer the earlier ones, too.
 _EVERY_TASK: dict[str, tuple[str, ...]] = {
     "model and data": ("model_name_or_path", "dtype", "dataset_name", "dataset_config", "test_split_size"),
     "output": ("output_dir",),
@@ -38,7 +38,7 @@ _OF_TASK: dict[str, tuple[str, ...]] = {
     "distillation": ("teacher_model_name_or_path", "max_completion_length", "temperature", "beta", "use_vllm"),
 }
 
-_OURS = {  # what TRL's own help does not say
+_OURS = {  # our own help for options that TRL explains differently or not at all
     "dataset_name": "A hub id, a local folder, or a .jsonl, .json, .csv or .parquet file",
     "test_split_size": "Share of a data file that is held out for evaluation",
     "optim": "The optimizer",
@@ -48,7 +48,7 @@ _OURS = {  # what TRL's own help does not say
 
 
 def important(task: str) -> list[str]:
-    """The options that the short help of a task lists, without dashes; a TRL of another version may lack some."""
+    """Return the options that the short help of a task lists, without dashes. Other versions of TRL may lack some."""
     return [name for names in _sections(task).values() for name in names]
 
 
@@ -57,7 +57,7 @@ def _sections(task: str) -> dict[str, tuple[str, ...]]:
 
 
 def short_help_first(task: str, parser: Any) -> None:
-    """Let `--help` of TRL's parser show the options that matter, and `--help-all` show all of them."""
+    """Make `--help` of TRL's parser show the options that matter, and `--help-all` all options."""
     whole = parser.format_help
 
     class HelpAll(Action):
@@ -66,7 +66,7 @@ def short_help_first(task: str, parser: Any) -> None:
             used.print_help()
             used.exit()
 
-    # Without a value of its own in what is parsed, which TRL's scripts unpack.
+    # The option must not leave a value in the parsed arguments, because TRL's scripts unpack them.
     parser.add_argument(
         "--help-all", action=HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="show all options and exit"
     )
@@ -74,8 +74,8 @@ def short_help_first(task: str, parser: Any) -> None:
 
 
 def short_help(task: str, parser: ArgumentParser) -> str:
-    """The help of `--help`: of each option its first sentence and its default, at most 100 columns."""
-    by_name = {action.dest: action for action in reversed(parser._actions)}  # --no_OPTION comes after --OPTION
+    """Return the help with the first sentence and the default of each option that matters, in at most 100 columns."""
+    by_name = {action.dest: action for action in reversed(parser._actions)}  # prefers --OPTION to a later --no_OPTION
     shown = HelpFormatter(parser.prog, max_help_position=34, width=100)
     shown.add_usage("%(prog)s --model_name_or_path MODEL --dataset_name DATA [--option VALUE ...]", [], [])
     shown.add_text(parser.description)
@@ -85,19 +85,19 @@ def short_help(task: str, parser: ArgumentParser) -> str:
         shown.end_section()
     shown.start_section("processes and files")
     for option, metavar, what in (
-        ("--num_processes", "N", "that train, and other options of `accelerate launch`"),
-        ("--config", "FILE", "a YAML file of options; those of the command line go before it"),
+        ("--num_processes", "N", "number of processes; all options of `accelerate launch` are accepted"),
+        ("--config", "FILE", "a YAML file of options, which those of the command line override"),
         ("--help-all", None, f"show all {len(parser._actions)} options"),
     ):
         shown.add_argument(Action([option], option, nargs=None if metavar else 0, metavar=metavar, help=what))
     shown.end_section()
-    shown.add_text(f"Names of --optim: {', '.join(OPTIM_NAMES)}; and transformers' own, such as adamw_torch.")
+    shown.add_text(f"The names of --optim are {', '.join(OPTIM_NAMES)}, and transformers' own such as adamw_torch.")
     shown.add_text(parser.epilog)
     return shown.format_help()
 
 
 def _short(action: Action) -> Action:
-    """A copy with one spelling, a short name for the value, and the first sentence of its help."""
+    """Return a copy of an option with one spelling, a short placeholder, and the first sentence of its help."""
     short = copy(action)
     short.option_strings, short.choices = action.option_strings[:1], None
     if action.nargs in (None, "?"):

@@ -1,8 +1,8 @@
-"""TRL's own training scripts with our optim names: what `hf-lowmem TASK` and `scripts/TASK.py` run.
+"""TRL's own training script with our optim names, as `hf-lowmem TASK` and `scripts/TASK.py` run it.
 
-Beyond TRL's options: --optim defaults to slim_adamw_8bit; --dataset_name also takes a .jsonl, .json, .csv or .parquet
-file, of which --test_split_size holds out a share for evaluation; --resume_from_checkpoint True resumes from the last
-whole checkpoint in --output_dir.
+It differs from TRL's in three options: --optim is slim_adamw_8bit by default; --dataset_name also accepts a .jsonl,
+.json, .csv or .parquet file, of which --test_split_size holds out a share for evaluation; and
+--resume_from_checkpoint True resumes from the last complete checkpoint in --output_dir.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ DEFAULT_OPTIM = "slim_adamw_8bit"
 
 
 def launch(task: str, argv: list[str]) -> None:
-    """Do what `trl TASK` does, with this module in place of TRL's script in the processes that `accelerate` starts.
+    """Do what `trl TASK` does, but let accelerate start processes with this module instead of TRL's script.
 
     Args:
         task: the name of one of TRL's training scripts, such as "dpo".
-        argv: that script's options, and those of `accelerate launch`.
+        argv: the options of that script and of `accelerate launch`.
 
     Raises:
-        SystemExit: with status 2 after one sentence for a mistake, or with that of a process that has failed.
+        SystemExit: with status 2 after a sentence about a mistake, or with the status of a process that has failed.
     """
     if "LOCAL_RANK" in os.environ:  # `accelerate launch` or `torchrun` has started this process
         main(task, argv)
@@ -52,24 +52,24 @@ def launch(task: str, argv: list[str]) -> None:
         args = _launch_arguments(from_config + from_argv, [task, *_subtract_subsequence(argv, from_argv)])
     try:
         launch_command(args)
-    except CalledProcessError as error:  # the process has said why, and accelerate's traceback is not about it
+    except CalledProcessError as error:  # the process has reported why, which accelerate's traceback does not
         status = error.returncode
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
     else:
         return
-    sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell has it
+    sys.exit(status if status > 0 else 128 - status)  # the status that a shell reports for a signal
 
 
 def main(task: str, argv: list[str] | None = None) -> None:
-    """Train as the command line says.
+    """Run one of TRL's training scripts in this process.
 
     Args:
-        task: the name of one of TRL's training scripts, such as "dpo".
-        argv: that script's options, `sys.argv[1:]` by default.
+        task: the name of the script, such as "dpo".
+        argv: the options of the script, by default those of the process.
 
     Raises:
-        SystemExit: with status 2 after one sentence for a mistake.
+        SystemExit: with status 2 after a sentence about a mistake.
     """
     parser = make_parser(task, None if argv is None else f"hf-lowmem {task}")
     with _one_sentence(parser):
@@ -79,14 +79,14 @@ def main(task: str, argv: list[str] | None = None) -> None:
             argv, return_remaining_strings=True
         )
     show_summary()
-    if is_file(path := script_args.dataset_name):  # as TRL's dataset mixture, which can read one
+    if is_file(path := script_args.dataset_name):  # TRL reads a file only as part of a mixture of datasets
         dataset_args.datasets = [DatasetConfig(path=file_format(path), data_files=path)]
         dataset_args.streaming = script_args.dataset_streaming
         script_args.dataset_name = None
     if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):
         training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint).lower() == "true"
-    # Held while TRL drops its trainer: torch can deadlock where DDP's reducer is the last to let go of a gloo group,
-    # whose threads may still wait for the GIL (pytorch issue 56297).
+    # This reference outlives TRL's trainer. If DDP's reducer were the last to release a gloo group, torch could
+    # deadlock, because the group's threads may still wait for the GIL (pytorch issue 56297).
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     _script(task).main(script_args, training_args, model_args, dataset_args)
     del group
@@ -97,19 +97,19 @@ def _script(task: str) -> Any:
 
 
 def make_parser(task: str, prog: str | None = None) -> Any:
-    """TRL's parser of the task's script with our names and default for `--optim`; mistakes raise ValueError."""
+    """Return TRL's parser with our names and our default for `--optim`. It raises ValueError for a mistake."""
     register()
     parser = _script(task).make_parser(prog=prog)
     parser.set_defaults(optim=DEFAULT_OPTIM)
     parser.description = __doc__
-    parser.epilog = f"On several processes: hf-lowmem {task} --num_processes 2 ...; without a GPU: --use_cpu true."
+    parser.epilog = f"Several processes: hf-lowmem {task} --num_processes 2 ...; without a GPU, add --use_cpu true."
     short_help_first(task, parser)
     parser.allow_abbrev = False
-    if task == "reward":  # PEFT's default would look for a head that generates
+    if task == "reward":  # PEFT's default task type needs a model that generates
         parser.set_defaults(lora_task_type="SEQ_CLS")
     parser.error = _refuse
     (optim,) = (action for action in parser._actions if action.dest == "optim")
-    optim.metavar, optim.choices = f"{{{','.join(optim.choices)}}}", None  # the check names the nearest, not all
+    optim.metavar, optim.choices = f"{{{','.join(optim.choices)}}}", None  # our check names only the nearest choices
     return parser
 
 
@@ -119,7 +119,7 @@ def _refuse(message: str) -> NoReturn:
 
 @contextmanager
 def _one_sentence(parser: Any) -> Iterator[None]:
-    """Say a ValueError in one line, and exit with status 2."""
+    """Print a ValueError that is raised inside the context as one line, and exit with status 2."""
     try:
         yield
     except ValueError as error:
@@ -127,16 +127,16 @@ def _one_sentence(parser: Any) -> Iterator[None]:
 
 
 def _config_apart(argv: list[str]) -> list[str]:
-    """`--config=FILE` as two words, the only way in which TRL takes it."""
+    """Return the arguments with `--config=FILE` as two words, which is the only form that TRL accepts."""
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the name of a YAML file.")
     return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
 def _check(task: str, parser: Any, argv: list[str], launches: bool = False) -> tuple[list[str], list[str]]:
-    """Raise ValueError for a mistake; returns what TRL leaves to accelerate, of the config file and of `argv`."""
+    """Raise ValueError for a mistake, or return what TRL leaves to accelerate of the config file and of `argv`."""
     plain = copy(parser)
-    plain.dataclass_types = []  # plain values will do: the dataclasses would set up the device in this process too
+    plain.dataclass_types = []  # parses to plain values, because the dataclasses would set up the device here, too
     try:
         given, from_config, from_argv = plain.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -150,14 +150,14 @@ def _check(task: str, parser: Any, argv: list[str], launches: bool = False) -> t
 
 
 def _launch_arguments(options: list[str], script: list[str]) -> Any:
-    """Arguments of `accelerate launch` for this module; `script` is what follows its name."""
+    """Return the arguments of `accelerate launch` for this module, whose own arguments are `script`."""
     launcher = launch_command_parser()
     launcher.error = _refuse
     args = launcher.parse_args([*resolve_accelerate_config_argument(options), "--module", __name__, *script])
     if args.training_script != __name__:
         raise ValueError(f"Unexpected {args.training_script!r}: every option is written as --name value.")
     if (args.num_processes or 1) > 1 and not (args.cpu or torch.accelerator.is_available()):
-        args.multi_gpu = True  # the name of accelerate's torchrun; else it starts one process, without a word
+        args.multi_gpu = True  # makes accelerate use torchrun; otherwise it silently starts a single process
     return args
 
 

@@ -140,7 +140,7 @@ def test_a_step_that_the_scaler_skips_loses_nothing() -> None:
 def test_places_are_drawn_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, randint = [], torch.randint
     monkeypatch.setattr(torch, "randint", lambda high, *args, **kw: drawn.append(high) or randint(high, *args, **kw))
-    callbacks.sampled_places.cache_clear()
+    callbacks.sampled_entries.cache_clear()
     weights = [torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in (500, 500, 30)]
     optimizer = hf_lowmem.algorithms.SlimAdamW(weights, lr=1.0)
     meter, state = LostUpdates(), SimpleNamespace(global_step=0, log_history=[], is_world_process_zero=True)

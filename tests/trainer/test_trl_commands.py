@@ -237,7 +237,7 @@ def test_grpo_takes_a_reward_model(model_folder, tmp_path, monkeypatch, launched
 
 
 MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
-    ("sft", "--dataset_name data.tar", "--dataset_name data.tar is a file that ends in none of .jsonl, .json, .csv, "),
+    ("sft", "--dataset_name data.tar", "--dataset_name data.tar is a file without one of the endings .jsonl, .json, "),
     (
         "dpo",
         "--dataset_name data.jsonl --eval_strategy epoch",
@@ -293,7 +293,7 @@ MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
     (
         "grpo",
         "--dataset_name p.jsonl {model} {reward}",
-        "--reward_funcs accuracy_reward needs the data file to have solution; its columns: prompt.",
+        "--reward_funcs accuracy_reward needs the data file to have solution; its columns are prompt.",
     ),
     ("kto", "--dataset_name kto.jsonl {model}", "The column label of kto.jsonl must hold true or false, not 'good'."),
     ("dpo", "--dataset_name hub/id --model_name_or_path ./no", "--model_name_or_path ./no: there is no such folder,"),
@@ -332,7 +332,7 @@ ONLY_THE_SCRIPT_SAYS = [  # the started process, where the command is used
         "--dataset_name p.jsonl {model} --reward_funcs judge.score",
         "--reward_funcs judge.score needs the data ",
     ),
-    ("dpo", "--num_processes 2", "The script takes no '--num_processes 2': options of `accelerate launch` go before"),
+    ("dpo", "--num_processes 2", "The script does not accept '--num_processes 2': options of `accelerate launch`"),
     ("dpo", "--dataset_name hub/id {model} --load_best_model_at_end True", "--load_best_model_at_end requires the sa"),
 ]
 ONLY_THE_COMMAND_SAYS = [
