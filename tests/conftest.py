@@ -37,6 +37,15 @@ def force() -> Iterator[Callable[..., None]]:
         yield lambda *names: stack.enter_context(forced(*names))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, because tensors as small as the tests' cost more to share between threads than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Tests that ask for it run on each."""

@@ -5,9 +5,11 @@ All of them build in a few seconds, also under `torch.device("meta")`, and all r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn as nn
 import transformers as tf
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
@@ -234,3 +236,10 @@ ADAPTED: dict[str, Callable[[], nn.Module]] = {
 def tiny_model(family: str) -> nn.Module:
     """A new randomly initialised model of a family in FAMILIES, LAYOUTS or ADAPTED."""
     return (FAMILIES | LAYOUTS | ADAPTED)[family]()
+
+
+@functools.cache
+def meta_model(family: str) -> nn.Module:
+    """The same model on the meta device, one for all tests: they must not change it."""
+    with torch.device("meta"):
+        return tiny_model(family)
