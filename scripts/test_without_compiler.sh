@@ -41,4 +41,5 @@ grep "install a C compiler" "$scratch/log"
 
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not slow" -rs "$@" \
-    tests/{golden,moments,codecs} tests/optimizer/test_{optimizer,rounding}.py tests/kernels/test_{cpu,triton,backends}.py
+    tests/{golden,moments,codecs} tests/optimizer/test_{optimizer,steps,rounding}.py \
+    tests/kernels/test_{cpu,triton,backends}.py
