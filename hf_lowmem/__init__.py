@@ -1,8 +1,9 @@
 """Low-memory optimizers for Hugging Face Trainer, TRL and PEFT, chosen by name.
 
-    import hf_lowmem
-    hf_lowmem.register()
-    args = TrainingArguments(..., optim="slim_adamw_8bit")
+    >>> import hf_lowmem
+    >>> from transformers import TrainingArguments
+    >>> hf_lowmem.register()
+    >>> args = TrainingArguments(optim="slim_adamw_8bit")
 
 Importing the package has no side effects and loads neither torch nor transformers. Each name below is imported when it
 is first used.

@@ -39,6 +39,13 @@ def to_adamw(
 
     Raises:
         ValueError: the optimizer does not keep AdamW's moments, or the checkpoint is from another optimizer or model.
+
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = hf_lowmem.build_optimizer(model, "lowmem_adamw_8bit", lr=1e-3)
+    >>> model(torch.ones(1, 64)).sum().backward()
+    >>> optimizer.step()
+    >>> adamw = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    >>> adamw.load_state_dict(hf_lowmem.to_adamw(optimizer.state_dict(), model, "lowmem_adamw_8bit"))
     """
     ours = build_optimizer(model, optim, lr=0.0, optim_args=optim_args)
     if ours.rule != "adamw":

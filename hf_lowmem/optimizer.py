@@ -45,6 +45,10 @@ class LowMemOptimizer(PlannedOptimizer):
     Raises:
         TypeError: an option is unknown.
         ValueError: a value is not legal, an option does not fit a parameter, or there is nothing to train.
+
+    >>> optimizer = hf_lowmem.build_optimizer(torch.nn.Linear(64, 64), "signum", lr=1e-4)
+    >>> isinstance(optimizer, hf_lowmem.LowMemOptimizer)
+    True
     """
 
     def _forget_caches(self) -> None:

@@ -1,4 +1,8 @@
-"""The algorithms, one file per paper: its options, its equations and source, the optimizer class and the recipe."""
+"""The algorithms, one file per paper: its options, its equations and source, the optimizer class and the recipe.
+
+>>> hf_lowmem.algorithms.RECIPES["slim_adamw"].optimizer_cls.__name__
+'SlimAdamW'
+"""
 
 from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
 from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe

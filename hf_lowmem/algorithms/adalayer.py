@@ -24,6 +24,13 @@ class Adalayer(GroupedAdamW):
     at high learning rates.
 
     The state of a weight is exp_avg of its shape, and exp_avg_sq with size 1 on every axis but the experts'.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = Adalayer([weight], lr=1e-3, axes=(0, 1))
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[weight]["exp_avg_sq"].shape
+    torch.Size([1, 1])
     """
 
     algorithm = "adalayer"

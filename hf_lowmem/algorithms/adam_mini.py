@@ -35,6 +35,13 @@ class AdamMini(GroupedAdamW):
     number.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, and exp_avg_sq (fan_out / rows_per_block, 1).
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = AdamMini([weight], lr=1e-3, axes=(1,), rows_per_block=8)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[weight]["exp_avg_sq"].shape
+    torch.Size([8, 1])
     """
 
     algorithm = "adam_mini"

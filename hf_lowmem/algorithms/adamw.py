@@ -33,6 +33,13 @@ class LowMemAdamW(LowMemOptimizer):
 
     The state of a weight is exp_avg and exp_avg_sq of its shape, and step. In 8 bits the moments are uint8 codes, with
     one float32 per block of a row in exp_avg_absmax and exp_avg_sq_absmax; the last block of a row may be short.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = LowMemAdamW([weight], lr=1e-3, state_bits=8)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> print(optimizer)
+    LowMemAdamW(state_bits=8): groups: 1, parameters: 1 of 8,192 entries, state: 16.50 KiB
     """
 
     algorithm = "lowmem_adamw"

@@ -163,6 +163,13 @@ class CoapAdamW(Coap):
     The state of a projected (m, n) weight, where r is the rank, is exp_avg and exp_avg_sq (max(m, n), r) or
     (r, max(m, n)); proj (r, min(m, n)) in float32 or bfloat16; proj_count; and step. Other weights have the state of
     `LowMemAdamW`.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = CoapAdamW([weight], lr=1e-3, rank=4)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> {name: tuple(tensor.shape) for name, tensor in optimizer.state[weight].items() if tensor.ndim}
+    {'proj': (4, 64), 'exp_avg': (4, 128), 'exp_avg_sq': (4, 128)}
     """
 
     algorithm = "coap_adamw"
@@ -202,6 +209,13 @@ class CoapAdafactor(Coap):
     The state of a projected (m, n) weight, where r is the rank, is exp_avg (max(m, n), r) or (r, max(m, n));
     exp_avg_sq_row and exp_avg_sq_col, one float32 number for each of its rows and columns; proj; proj_count; and step.
     Vectors keep a full exp_avg_sq. `betas[1]` and `eps` are accepted so that a Trainer's arguments fit, and not used.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = CoapAdafactor([weight], lr=1e-3, rank=4)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> {name: tuple(tensor.shape) for name, tensor in optimizer.state[weight].items() if tensor.ndim}
+    {'proj': (4, 64), 'exp_avg': (4, 128), 'exp_avg_sq_row': (4,), 'exp_avg_sq_col': (128,)}
     """
 
     algorithm = "coap_adafactor"

@@ -25,6 +25,13 @@ class Signum(LowMemOptimizer):
 
     The state of a weight is exp_avg of its shape, and step. Only `betas[0]` is used; `betas[1]` and `eps` are
     accepted so that a Trainer's arguments fit.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = Signum([weight], lr=1e-4)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.state[weight])
+    ['exp_avg', 'step']
     """
 
     algorithm = "signum"

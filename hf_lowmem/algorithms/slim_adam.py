@@ -36,6 +36,13 @@ class SlimAdamW(GroupedAdamW):
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, and exp_avg_sq (fan_out, 1) or (1, fan_in). A
     fused weight has exp_avg_sq_<part> for each of its parts.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = SlimAdamW([weight], lr=1e-3, axes=(1,))
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[weight]["exp_avg_sq"].shape
+    torch.Size([64, 1])
     """
 
     algorithm = "slim_adamw"

@@ -52,6 +52,13 @@ class Soap(LowMemOptimizer):
     The state of an (m, n) weight is exp_avg and exp_avg_sq (m, n); for each preconditioned axis of size d,
     gram_<axis> (d, d) in float32 and proj_<axis> (d, d) in float32 or bfloat16; proj_count; and step. In 8 bits
     exp_avg and exp_avg_sq are as in `LowMemAdamW`.
+
+    >>> weight = torch.nn.Parameter(torch.ones(64, 128))
+    >>> optimizer = Soap([weight], lr=3e-3)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> [name for name, tensor in optimizer.state[weight].items() if tensor.ndim]
+    ['gram_0', 'proj_0', 'exp_avg', 'exp_avg_sq']
     """
 
     algorithm = "soap"

@@ -48,6 +48,11 @@ def build_optimizer(
 
     Raises:
         ValueError: the name is unknown, or an option is illegal.
+
+    >>> model = torch.nn.TransformerEncoderLayer(d_model=64, nhead=4)
+    >>> optimizer = hf_lowmem.build_optimizer(model, "adam_mini", lr=1e-3, optim_args="state_bits=16")
+    >>> model(torch.ones(5, 1, 64)).sum().backward()
+    >>> optimizer.step()
     """
     optimizer_cls, kwargs = optimizer_cls_and_kwargs(
         model, name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, optim_args=optim_args
@@ -94,6 +99,11 @@ def optimizer_cls_and_kwargs(
 
     Raises:
         ValueError: the name is unknown, or an option is illegal.
+
+    >>> from transformers import Trainer, TrainingArguments
+    >>> model = torch.nn.TransformerEncoderLayer(d_model=64, nhead=4)
+    >>> chosen = hf_lowmem.optimizer_cls_and_kwargs(model, "adam_mini_8bit", lr=1e-3)
+    >>> trainer = Trainer(model, TrainingArguments(report_to="none"), optimizer_cls_and_kwargs=chosen)
     """
     recipe = recipe_for(name, optim_args, target_modules)
     if model is None:

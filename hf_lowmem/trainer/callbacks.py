@@ -39,6 +39,10 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     nothing on average.
 
     Set `LostUpdates.every_optimizer = True` before the Trainer is created to measure other packages' optimizers, too.
+
+    >>> from transformers import Trainer, TrainingArguments
+    >>> model = torch.nn.Linear(8, 8).bfloat16()
+    >>> trainer = Trainer(model, TrainingArguments(report_to="none"), callbacks=[hf_lowmem.LostUpdates()])
     """
 
     every_optimizer: ClassVar[bool] = False
@@ -120,6 +124,16 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
 
     Logs `offload_gib` and `offload_seconds`: what was moved in both directions since the last log, and how long the
     copies took.
+
+    >>> from transformers import Trainer, TrainingArguments
+    >>> model = torch.nn.Linear(8, 8)
+    >>> optimizer = hf_lowmem.build_optimizer(model, "lowmem_adamw", lr=1e-3, optim_args="offload_state=true")
+    >>> trainer = Trainer(
+    ...     model,
+    ...     TrainingArguments(report_to="none"),
+    ...     optimizers=(optimizer, None),
+    ...     callbacks=[hf_lowmem.OffloadState()],
+    ... )
     """
 
     def __init__(self) -> None:

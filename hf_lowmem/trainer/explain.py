@@ -27,6 +27,13 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
 
     Raises:
         ValueError: the name is unknown, or an option is illegal.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> with torch.device("meta"):
+    ...     model = LlamaForCausalLM(LlamaConfig())  # Llama 2 7B
+    >>> explanation = hf_lowmem.explain(model, "slim_adamw_8bit")
+    >>> round(explanation.bytes_per_param, 3)
+    1.016
     """
     if name in ADAMW_NAMES:
         if optim_args:

@@ -45,7 +45,11 @@ ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")  # transformers' own names, w
 
 
 def optim_names() -> list[str]:
-    """Return the names that `register()` adds to transformers' `optim` choices."""
+    """Return the names that `register()` adds to transformers' `optim` choices.
+
+    >>> hf_lowmem.optim_names()
+    ['lowmem_adamw', 'lowmem_adamw_8bit', ..., 'soap', 'soap_8bit']
+    """
     return list(OPTIM_NAMES)
 
 

@@ -67,6 +67,10 @@ def register() -> None:
 
     Raises:
         ImportError: the installed transformers lacks an internal that the registration needs.
+
+    >>> from transformers import TrainingArguments
+    >>> hf_lowmem.register()
+    >>> args = TrainingArguments(optim="slim_adamw_8bit")
     """
     for name in OPTIM_NAMES:
         if name not in _member_by_value:
