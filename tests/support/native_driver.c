@@ -20,8 +20,9 @@ static void *filled(size_t count, size_t size) {
 static const size_t sizes[] = {4, 2, 1}; /* of an entry of each dtype */
 
 int main(void) {
-    const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {1, 70000, 1}, {40, 3, 256}, {2, 300, 512}, {1, 4500, 480}, {2, 5, 255},
-                                 {1, 500, 4304}, {3, 20, 257}, {1, 9, 65}, {1, 3, 65793}, {5, 700, 2}};
+    const int64_t shapes[][3] = {{1, 1, 1},     {3, 5, 7},      {1, 70000, 1}, {40, 3, 256},
+                                 {2, 300, 512}, {1, 4500, 480}, {2, 5, 255},   {1, 500, 4304},
+                                 {3, 20, 257},  {1, 9, 65},     {1, 3, 65793}, {5, 700, 2}};
     const int64_t block_sizes[] = {32, 51, 256};
     int steps = 0;
     const Map map = {.slopes = {1e-2f}, .count_slopes = {127}, .last_counts = {127}, .first_count = -127};
@@ -47,19 +48,40 @@ int main(void) {
             if (rule == ADAMW_FULL) exp_avg_sq = filled(count, sizes[second]);
             if (rule == ADAMW_FULL && codec == CODES) exp_avg_sq_absmax = filled(blocks, 4);
             PartRow row = {
-                .param = (int64_t)param, .grad = (int64_t)grad, .kahan_comp = (int64_t)kahan_comp,
-                .exp_avg = (int64_t)exp_avg, .exp_avg_absmax = (int64_t)exp_avg_absmax,
-                .exp_avg_sq = (int64_t)exp_avg_sq, .exp_avg_sq_absmax = (int64_t)exp_avg_sq_absmax,
-                .groups = groups, .inner_groups = groups, .inner_group_stride = rows * columns,
-                .rows = rows, .inner_rows = rows, .inner_row_stride = columns, .columns = columns,
-                .per_column = rule == ADAMW_MEAN && per_column, .dtype = dtype, .exp_avg_dtype = codec,
-                .exp_avg_sq_dtype = rule == ADAMW_FULL ? second : 0, .rule = rule, .rounding = rounding,
+                .param = (int64_t)param,
+                .grad = (int64_t)grad,
+                .kahan_comp = (int64_t)kahan_comp,
+                .exp_avg = (int64_t)exp_avg,
+                .exp_avg_absmax = (int64_t)exp_avg_absmax,
+                .exp_avg_sq = (int64_t)exp_avg_sq,
+                .exp_avg_sq_absmax = (int64_t)exp_avg_sq_absmax,
+                .groups = groups,
+                .inner_groups = groups,
+                .inner_group_stride = rows * columns,
+                .rows = rows,
+                .inner_rows = rows,
+                .inner_row_stride = columns,
+                .columns = columns,
+                .per_column = rule == ADAMW_MEAN && per_column,
+                .dtype = dtype,
+                .exp_avg_dtype = codec,
+                .exp_avg_sq_dtype = rule == ADAMW_FULL ? second : 0,
+                .rule = rule,
+                .rounding = rounding,
                 .block_size = codec == CODES ? block_size : 1,
-                .row = codec != CODES ? 1 : columns % block_size ? columns : block_size,
+                .row = codec != CODES         ? 1
+                       : columns % block_size ? columns
+                                              : block_size,
             };
             ScalarRow scalars = {
-                .decay = 0.99, .step_size = 1e-3, .eps = 1e-8, .new_1 = 0.1, .beta2 = 0.99, .new_2 = 0.01,
-                .noise_key = -7, .grad_scale = 0.5,
+                .decay = 0.99,
+                .step_size = 1e-3,
+                .eps = 1e-8,
+                .new_1 = 0.1,
+                .beta2 = 0.99,
+                .new_2 = 0.01,
+                .noise_key = -7,
+                .grad_scale = 0.5,
             };
             if (hf_lowmem_step(&row, &scalars, maps, 1, averaged, 2)) return 1;
             free(param), free(grad), free(kahan_comp), free(exp_avg), free(exp_avg_absmax);

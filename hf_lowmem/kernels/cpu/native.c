@@ -103,13 +103,12 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
 
 /* ------------------------------------------------------------------------------------------------------- one unit */
 
-typedef struct {
-    int64_t first_group, last_group, first_row, last_row, first_column, last_column, row_unit;
-} Range;
+typedef struct { int64_t first_group, last_group, first_row, last_row, first_column, last_column, row_unit; } Range;
 
 INLINE int64_t offset_of(const Part *part, int64_t group, int64_t row) {
-    return group / part->inner_groups * part->outer_group_stride + group % part->inner_groups * part->inner_group_stride
-         + row / part->inner_rows * part->outer_row_stride + row % part->inner_rows * part->inner_row_stride;
+    return group / part->inner_groups * part->outer_group_stride
+           + group % part->inner_groups * part->inner_group_stride + row / part->inner_rows * part->outer_row_stride
+           + row % part->inner_rows * part->inner_row_stride;
 }
 
 INLINE int run_size(const Part *part) {
@@ -127,7 +126,8 @@ INLINE double sum_squares(const Part *part, int64_t group, const Range *range) {
             int n = (int)least(RUN, range->last_column - column);
             const float *grad = load_grad(part, from + column, n, buffer);
             float sum = 0;
-            _Pragma("omp simd reduction(+ : sum)") for (int i = 0; i < n; i++) sum += finite_or_zero(grad[i] * grad[i]);
+            _Pragma("omp simd reduction(+ : sum)")
+            for (int i = 0; i < n; i++) sum += finite_or_zero(grad[i] * grad[i]);
             total += sum;
         }
     }
@@ -204,9 +204,12 @@ static Range range_of(const Part *part, const Cut *cut, int64_t unit) {
     int64_t column = unit % cut->column_units, row = unit / cut->column_units % cut->row_units;
     int64_t group = unit / cut->column_units / cut->row_units;
     Range range = {
-        group * cut->group_chunk,   least((group + 1) * cut->group_chunk, part->groups),
-        row * cut->row_chunk,       least((row + 1) * cut->row_chunk, part->rows),
-        column * cut->column_chunk, least((column + 1) * cut->column_chunk, part->columns),
+        group * cut->group_chunk,
+        least((group + 1) * cut->group_chunk, part->groups),
+        row * cut->row_chunk,
+        least((row + 1) * cut->row_chunk, part->rows),
+        column * cut->column_chunk,
+        least((column + 1) * cut->column_chunk, part->columns),
         row,
     };
     return range;
@@ -217,8 +220,7 @@ CLONES static void sum_unit(const Part *part, const Cut *cut, int64_t unit, Scra
     Range range = range_of(part, cut, unit);
     if (part->per_column)
         sum_column_squares(part, range.first_group, &range, scratch.few, cut->sums + unit * part->columns);
-    else
-        cut->sums[unit] = sum_squares(part, range.first_group, &range);
+    else cut->sums[unit] = sum_squares(part, range.first_group, &range);
 }
 
 /* Add up what the units of each group have found. */
@@ -282,7 +284,10 @@ static Moment moment_of(const Part *part, int64_t data, int64_t absmax, int64_t 
     Moment moment = {
         (void *)(data + part->start * item_size(dtype)),
         dtype == CODES ? (float *)absmax + scales : NULL,
-        dtype, part->block_size, part->row, map,
+        dtype,
+        part->block_size,
+        part->row,
+        map,
     };
     return moment;
 }
@@ -338,19 +343,23 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
         next_sums += (first_unit[p + 1] - first_unit[p]) * means_of_group(parts + p);
         next_scales += parts[p].groups * means_of_group(parts + p);
     }
-    _Pragma("omp parallel num_threads(threads)") {
+    _Pragma("omp parallel num_threads(threads)")
+    {
         int thread = thread_number();
         Scratch scratch = {all_sums + widest * thread, all_scales + 2 * widest * thread, NULL};
         scratch.scales = scratch.few + widest;
         if (sums) {
-            _Pragma("omp for schedule(dynamic)") for (int64_t unit = 0; unit < first_unit[count]; unit++) {
+            _Pragma("omp for schedule(dynamic)")
+            for (int64_t unit = 0; unit < first_unit[count]; unit++) {
                 int64_t p = part_of(first_unit, count, unit);
                 if (cuts[p].sums && !averaged) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
             }
-            _Pragma("omp for schedule(dynamic)") for (int64_t p = 0; p < count; p++)
+            _Pragma("omp for schedule(dynamic)")
+            for (int64_t p = 0; p < count; p++)
                 if (cuts[p].sums) combine(parts + p, cuts + p);
         }
-        _Pragma("omp for schedule(dynamic)") for (int64_t unit = 0; unit < first_unit[count]; unit++) {
+        _Pragma("omp for schedule(dynamic)")
+        for (int64_t unit = 0; unit < first_unit[count]; unit++) {
             int64_t p = part_of(first_unit, count, unit);
             step_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
         }

@@ -182,7 +182,8 @@ INLINE void encode(const float *value, int n, float absmax, const Map *map, uint
         Ints count = __builtin_convertvector(size * pick(slopes, decade) + pick(intercepts, decade), Ints);
         const Ints last = pick(last_counts, decade), below = count < last;
         count = (count & below) | (last & ~below);
-        *(Ints *)(found + i) = (Ints)((Uints)(count ^ sign) - (Uints)(sign + map->first_count)); /* past n, it may wrap */
+        *(Ints *)(found + i) =
+            (Ints)((Uints)(count ^ sign) - (Uints)(sign + map->first_count)); /* past n, it may wrap */
     }
     /* The magnitude of -1 is that of the top code, which has no negative. */
     SIMD for (int i = 0; i < n; i++) codes[i] = (uint8_t)(found[i] > 0 ? found[i] : 0);
@@ -190,7 +191,8 @@ INLINE void encode(const float *value, int n, float absmax, const Map *map, uint
 
 INLINE float largest_of(const float *value, int n) {
     int32_t largest = 0; /* the bits of magnitudes are in their order */
-    _Pragma("omp simd reduction(max : largest)") for (int i = 0; i < n; i++) {
+    _Pragma("omp simd reduction(max : largest)")
+    for (int i = 0; i < n; i++) {
         int32_t bits = (int32_t)(bits_of(value[i]) & 0x7FFFFFFFu);
         largest = bits > largest ? bits : largest;
     }
