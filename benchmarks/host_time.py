@@ -15,7 +15,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,9 @@ from presets import PRESETS, build_model
 from torch import nn
 
 import hf_lowmem
-from hf_lowmem.kernels import KERNELS, gpu, gpu_kernels
+from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.triton import backend, launch, variants
+from hf_lowmem.kernels.triton import step as kernels
 
 NAMES = ("slim_adamw", "slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit", "signum_8bit")
 REPEATS = 60
@@ -43,7 +47,7 @@ class NoLaunch:
 
 def kernels_that_do_nothing() -> SimpleNamespace:
     names = ("step", "sum_squares", "combine", "add", "write_grads")
-    return SimpleNamespace(**vars(gpu_kernels) | {name: NoLaunch() for name in names})
+    return SimpleNamespace(**vars(kernels) | {name: NoLaunch() for name in names})
 
 
 def least_ms(function: Callable[[], Any]) -> float:
@@ -127,8 +131,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure("adamw_fused", args.layers)]
-    on_cpu = {key._replace(device="cpu"): kernel for key, kernel in KERNELS.items() if key.device == "cuda"}
-    with mock.patch.dict(KERNELS, on_cpu), mock.patch.object(gpu, "triton_kernels", kernels_that_do_nothing):
+    with forced("triton"), ExitStack() as stack:
+        for module in (backend, launch, variants):
+            stack.enter_context(mock.patch.object(module, "triton_kernels", cache(kernels_that_do_nothing)))
         rows += [measure(name, args.layers) for name in NAMES]
     report = {"machine": describe_machine("cpu", args.commit), "rows": rows}
     args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -16,7 +16,9 @@ from presets import PRESETS, build_model
 
 from gpu_stages.session import Session
 from hf_lowmem import optimizer as optimizer_module
-from hf_lowmem.kernels import gpu
+from hf_lowmem.kernels.bucket import Bucket, Hyper
+from hf_lowmem.kernels.triton.launch import Launch
+from hf_lowmem.kernels.triton.variants import Variant
 
 NAMES = ("slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")
 REPEATS = 5
@@ -52,7 +54,7 @@ def timed_launches(calls: Calls) -> Iterator[None]:
     """Triton's launches one at a time, each with an idle device before it."""
     from triton.runtime.jit import JITFunction
 
-    run_kernel, launch, under_way = JITFunction.run, gpu.launch, []
+    run_kernel, step, under_way = JITFunction.run, Launch.step, []
 
     def one_launch(self: Any, *args: Any, **options: Any) -> Any:
         variant, entries = under_way[-1]
@@ -60,20 +62,20 @@ def timed_launches(calls: Calls) -> Iterator[None]:
         milliseconds = timed(lambda: run_kernel(self, *args, **options), "cuda", HOST_S)[1]
         calls[name].append((milliseconds, entries * bytes_per_entry(self.__name__, variant)))
 
-    def one_call(variant: gpu.Variant, parts: Any, *args: Any) -> None:
-        under_way.append((variant, sum(part.groups * part.rows * part.columns for part in parts)))
-        launch(variant, parts, *args)
+    def one_call(self: Launch, *args: Any) -> None:
+        under_way.append((self.variant, self.entries))
+        step(self, *args)
         under_way.pop()
 
-    with mock.patch.object(JITFunction, "run", one_launch), mock.patch.object(gpu, "launch", one_call):
+    with mock.patch.object(JITFunction, "run", one_launch), mock.patch.object(Launch, "step", one_call):
         yield
 
 
-def described(variant: gpu.Variant) -> str:
+def described(variant: Variant) -> str:
     return f"{variant.second}, {variant.means}, {variant.lines} x {variant.line}, {variant.moment}"
 
 
-def bytes_per_entry(kernel: str, variant: gpu.Variant) -> float:
+def bytes_per_entry(kernel: str, variant: Variant) -> float:
     """What a kernel cannot but move; scales and means are left out."""
     weight = variant.weight.primitive_bitwidth / 8
     if kernel == "sum_squares":
@@ -87,20 +89,15 @@ def bytes_per_entry(kernel: str, variant: gpu.Variant) -> float:
 
 @contextmanager
 def timed_kernels(calls: Calls) -> Iterator[None]:
-    """The kernels of the CPU, by what they are found by."""
-    find = optimizer_module.find_kernel
+    """The steps of the buckets of the CPU, by their rule and backend."""
+    step_bucket = optimizer_module.step_bucket
 
-    def found(key: Any) -> Any:
-        kernel = find(key)
+    def call(bucket: Bucket, hyper: Hyper) -> None:
+        states = [(state["exp_avg"], state.get("exp_avg_sq")) for state in bucket.states]
+        nbytes = sum(3 * param.nbytes for param in bucket.params)
+        nbytes += sum(2 * (first.nbytes + (0 if second is None else second.nbytes)) for first, second in states)
+        milliseconds = timed(lambda: step_bucket(bucket, hyper), "cpu")[1]
+        calls[f"{bucket.rule}, {bucket.backend.name}"].append((milliseconds, nbytes))
 
-        def call(slots: Any, hyper: Any) -> None:
-            tensors = [(s.param, s.grad, s.state["exp_avg"], s.state.get("exp_avg_sq")) for s in slots]
-            nbytes = sum(3 * p.nbytes + 2 * (m.nbytes + (0 if v is None else v.nbytes)) for p, _, m, v in tensors)
-            calls[f"{key.rule} {key.second_moment} {key.codec}"].append(
-                (timed(lambda: kernel(slots, hyper), "cpu")[1], nbytes)
-            )
-
-        return kernel and call
-
-    with mock.patch.object(optimizer_module, "find_kernel", found):
+    with mock.patch.object(optimizer_module, "step_bucket", call):
         yield

@@ -16,7 +16,9 @@ import hf_lowmem
 from gpu_stages.session import Session
 from hf_lowmem.algorithms import LowMemAdamW, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import decode_table
-from hf_lowmem.kernels import gpu
+from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.triton import launch
+from hf_lowmem.kernels.triton.launch import Launch
 
 NAMES = ("lowmem_adamw_8bit", "slim_adamw", "slim_adamw_8bit", "adam_mini_8bit", "signum_8bit", "coap_adamw_8bit")
 CONFIG = LlamaConfig(
@@ -81,7 +83,7 @@ def codes_survive(device: str) -> None:
 
 def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
     """A few steps by the kernels and by the rule, from the same weights."""
-    with mock.patch("hf_lowmem.optimizer.find_kernel", return_value=None):
+    with forced("rule"):
         expected = trained(name, dtype, device)
     with launched() as kernels:
         found = trained(name, dtype, device)
@@ -102,17 +104,17 @@ def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
 def launched() -> Iterator[set[str]]:
     """The kinds of launch: the second moment, and when its means are found."""
     kinds: set[str] = set()
-    launch, add = gpu.launch, gpu.add
+    step, add = Launch.step, launch.add
 
-    def one_launch(variant: gpu.Variant, *args: Any) -> None:
-        kinds.add(f"{variant.second} {variant.means}")
-        launch(variant, *args)
+    def one_launch(self: Launch, *args: Any) -> None:
+        kinds.add(f"{self.variant.second} {self.variant.means}")
+        step(self, *args)
 
     def one_add(*args: Any) -> None:
         kinds.add("add")
         add(*args)
 
-    with mock.patch.object(gpu, "launch", one_launch), mock.patch.object(gpu, "add", one_add):
+    with mock.patch.object(Launch, "step", one_launch), mock.patch.object(launch, "add", one_add):
         yield kinds
 
 

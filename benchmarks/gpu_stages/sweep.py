@@ -1,4 +1,4 @@
-"""Times tiles of other sizes for each kind of launch, and prints the fastest for `hf_lowmem/kernels/tuning.py`."""
+"""Times other tiles for each kind of launch, and prints the fastest for `hf_lowmem/kernels/triton/tuning.py`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-from hf_lowmem.kernels.tuning import Tile, current_arch, tile_for
 from measure import host_seconds, timed
 from torch import nn
 
 from gpu_stages.session import Session
 from hf_lowmem.algorithms import LowMemAdamW, Signum, SlimAdamW
-from hf_lowmem.kernels import KERNELS, gpu
+from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.triton.tuning import Tile, current_arch, tile_for, tuned
 
 PER_THREAD, ENTRIES, ONE_TILE = (32, 16, 8), (4096, 2048, 8192), (8192, 16384)
 REPEATS = 7
@@ -47,8 +46,7 @@ def run(session: Session) -> None:
     if session.on_gpu:
         measure(session, cases_and_tiles())
         return
-    launched = {key._replace(device="cpu"): kernel for key, kernel in KERNELS.items() if key.device == "cuda"}
-    with mock.patch.dict(KERNELS, launched):
+    with forced("triton"):
         small = [case._replace(rows=FEW_ROWS, columns=FEW_COLUMNS) for case in CASES[:2]]
         measure(
             session, [(case, usual_tile(case)._replace(entries=size)) for case, size in product(small, ENTRIES[:2])]
@@ -90,7 +88,7 @@ def step_ms(case: Case, tile: Tile, session: Session) -> float:
     weight = nn.Parameter(torch.zeros(case.rows, case.columns, dtype=torch.bfloat16, device=session.device))
     weight.grad = torch.randn_like(weight)
     optimizer = case.cls([weight], lr=1e-3, state_bits=8, **({"axes": case.axes} if case.axes else {}))
-    with gpu.tuned({case.kind: tile}):
+    with tuned({case.kind: tile}):
         optimizer.step()
         host_s = host_seconds(optimizer.step) if session.on_gpu else 0.0
         repeats = REPEATS if session.on_gpu else 1
