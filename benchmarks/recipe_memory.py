@@ -6,10 +6,10 @@ The model is built on the meta device from the facts in MODELS, with the adapter
 are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO,
 and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
 instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
-declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of addresses
-with the owners of tiles, sums and cells, and of the largest launch the partial sums and its bucket's scalars. Where a
-weight is projected, or not covered by these kernels, they are the float32 temporaries by which plain torch steps one
-tile of up to 2^24 entries.
+declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of
+addresses, the part of each tile, partial sum and reduction, and of the largest launch the partial sums and its bucket's
+scalars. Where a weight is projected, or not covered by these kernels, they are the float32 temporaries by which plain
+torch steps one tile of up to 2^24 entries.
 
 The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
 is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
@@ -211,7 +211,7 @@ def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
             for each in launches_of(bucket):
                 found = each.tables(bucket, bucket.gradient_addresses())
                 tables |= {id(table): table for table in found if table is not None}
-                width = each.variant.line if each.variant.second == "column" else 1
+                width = each.variant.block if each.variant.second == "column" else 1
                 sums = 0 if found.sums is None else found.sums.numel() * width
                 passing = max(passing, 8 * len(SCALARS) * len(steps) + 4 * sums)
     return nbytes(tables.values()) + passing
@@ -342,8 +342,8 @@ def render(report: dict[str, Any]) -> str:
         always = [row["always"].get(part) for part in parts]
         moments = [row["moments"].get(moment) for moment in ("backward pass", "update", "rollout")]
         sizes = [Plan(**row).peak, *always, *(sum(moment.values()) if moment else None for moment in moments)]
-        cells = ["" if size is None else f"{size / GIB:.2f}" for size in sizes]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        reductions = ["" if size is None else f"{size / GIB:.2f}" for size in sizes]
+        lines.append(f"| `{name}` | {' | '.join(reductions)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -72,7 +72,7 @@ def timed_launches(calls: Calls) -> Iterator[None]:
 
 
 def described(variant: Variant) -> str:
-    return f"{variant.second}, {variant.means}, {variant.lines} x {variant.line}, {variant.moment}"
+    return f"{variant.second}, {variant.means}, {variant.blocks} x {variant.block}, {variant.moment}"
 
 
 def bytes_per_entry(kernel: str, variant: Variant) -> float:

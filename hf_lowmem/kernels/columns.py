@@ -38,19 +38,19 @@ CPU_PART = (
     *("dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "rule", "rounding", "block_size", "row"),
 )
 
-# What the Triton kernels need beside: a part has `cells`, which share no mean, each of `chunks` tiles, or of `sums`
-# partial sums; each kind is numbered through all parts of a launch, from the part's `first_` on. `weight` is the row
-# of its scalars.
+# What the Triton kernels need beside: a part has `reductions`, which share no mean, and each of those has `tiles` tiles
+# and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on. `weight` is
+# the row of its scalars.
 TRITON_PART = (
     *ADDRESSES,
     *Geometry._fields,
     "weight",
     "first_tile",
-    "chunks",
+    "tiles",
     "first_sum",
     "sums",
-    "first_cell",
-    "cells",
+    "first_reduction",
+    "reductions",
 )
 
 # The numbers of one step of a part, float64: see `scalars.py`. `new_1` and `new_2` are the new gradient's shares in

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper
+from hf_lowmem.kernels.columns import SCALARS as COLUMNS
+
+NOISE_KEY = COLUMNS.index("noise_key")
 
 
 class Scalars(NamedTuple):
@@ -22,23 +25,6 @@ class Scalars(NamedTuple):
     decay: Any
     step_size: Any
     eps: Any
-
-
-class Row(NamedTuple):
-    """The numbers of one step of one part of a weight, float64, as the kernels read them.
-
-    `new_1` and `new_2` are the shares of the new gradient in the moments; `grad_scale` is what clipping multiplies
-    the gradient by where a kernel takes it from here.
-    """
-
-    decay: Any
-    step_size: Any
-    eps: Any
-    new_1: Any
-    beta2: Any
-    new_2: Any
-    noise_key: Any
-    grad_scale: Any = 1.0
 
 
 def adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
@@ -68,7 +54,7 @@ SCALARS: dict[str, Callable[[Any, Hyper], Scalars]] = {
 
 
 def rows_on_host(bucket: Bucket, hyper: Hyper, parts: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return a `Row` for each part of the bucket's weights, float64 (parts, fields) on the CPU.
+    """Return a row of `columns.SCALARS` for each part of the bucket's weights, float64 on the CPU.
 
     Args:
         parts: int64 on the CPU, the place in the bucket of the weight that each part belongs to.
@@ -84,5 +70,5 @@ def rows_on_host(bucket: Bucket, hyper: Hyper, parts: Tensor, grad_scale: float 
         rows = every[parts]
     if any(bucket.noise_keys):
         keys: Sequence[int] = bucket.noise_keys
-        rows[:, Row._fields.index("noise_key")] = torch.tensor(keys, dtype=torch.float64, device="cpu")[parts]
+        rows[:, NOISE_KEY] = torch.tensor(keys, dtype=torch.float64, device="cpu")[parts]
     return rows

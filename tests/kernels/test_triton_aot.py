@@ -33,7 +33,7 @@ from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
 from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "owners": "*i32"}
+SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "part_numbers": "*i32"}
 SIGNATURE |= dict.fromkeys(("grad_scale", "sums", "totals"), "*fp32")
 SIGNATURE |= {"weights": "*bf16", "comps": "*i16", "updates": "*fp32", "decays": "*fp32"}  # of `add`
 SIGNATURE |= {"scale": "fp32", "key": "i32", "entries": "i32"}
@@ -89,7 +89,7 @@ def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tupl
     """The layout of a part, and what a variant has of it."""
     tile = tile_for(f"{second} 8-bit" if block else second, arch)
     layout = layout_of(geometry, second, block, tile)
-    return layout, (layout.means, layout.nest, layout.line, layout.lines, layout.groups, tile.per_thread)
+    return layout, (layout.means, layout.nest, layout.block, layout.blocks, layout.groups, tile.per_thread)
 
 
 def constants(v: Variant) -> Variant:
@@ -136,7 +136,7 @@ def check(report: Report, v: Variant) -> float:
     For float32 weights of columns, triton 3.6 spills two registers once, by which an SM holds 16 warps instead of 12.
     """
     assert report.spills <= 2
-    per_thread = v.line * v.lines // (32 * warps(v))
+    per_thread = v.block * v.blocks // (32 * warps(v))
     wide = sum(width for width in report.accesses("LDG", "STG") if width >= 64)
     bits = 3 * v.weight.primitive_bitwidth + 2 * v.moment.primitive_bitwidth
     assert wide >= per_thread * bits

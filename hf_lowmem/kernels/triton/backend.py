@@ -49,7 +49,7 @@ class Triton(Backend):
             for launch in self._launches(bucket, gradients, averaged=False):
                 if launch.has_whole_weights:
                     found.append(launch.square_norm(bucket, gradients, kept))
-                    left -= set(launch.owners.tolist())
+                    left -= set(launch.weights.tolist())
         return found + norms_of([bucket.grads[number] for number in sorted(left)])
 
     @staticmethod

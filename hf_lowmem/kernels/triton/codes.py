@@ -16,7 +16,7 @@ ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no fraction, and an in
 
 @triton.jit
 def decoded(codes, SIGNED: tl.constexpr):
-    """float32 values of codes (any integer tensor), as `dynamic_map.decode_lines`."""
+    """Return float32 values of codes (any integer tensor), as `dynamic_map.decode_lines` does."""
     count = codes.to(tl.float32) + (-127.0 if SIGNED else 1.0)
     magnitude = tl.abs(count)
     value = tl.zeros_like(magnitude)
@@ -31,7 +31,7 @@ def decoded(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(x, SIGNED: tl.constexpr):
-    """uint8 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
+    """Return uint8 codes of x in [-1, 1]: the minimum of the lines that the decades lie on.
 
     Those are 7 lines instead of the 17 or 19 of `dynamic_map.encode_lines`. Every code's value gets that code, and any
     other number the nearest code or, where two decades meet and just below 1, one beside it: the rms error is 1.006

@@ -30,12 +30,12 @@ GRAD = TRITON_PART.index("grad")
 
 
 class Tables(NamedTuple):
-    """The rows of a launch, and the part of each tile, partial sum and cell; the last two where they are needed."""
+    """The rows of a launch, and the part of each tile, partial sum and reduction; the last two where they are needed."""
 
     parts: Tensor
     tiles: Tensor
     sums: Tensor | None
-    cells: Tensor | None
+    reductions: Tensor | None
 
 
 class Launch:
@@ -49,14 +49,14 @@ class Launch:
 
     def __init__(self, variant: Variant, pieces: Sequence[tuple[int, Piece]], has_whole_weights: bool) -> None:
         self.variant, self.has_whole_weights = variant, has_whole_weights
-        self.owners = torch.tensor([number for number, _ in pieces], dtype=torch.int64, device="cpu")
+        self.weights = torch.tensor([number for number, _ in pieces], dtype=torch.int64, device="cpu")
         columns = [piece.columns for _, piece in pieces]
-        tiles = [c["cells"] * (1 if variant.means == "loop" else c["chunks"]) for c in columns]
-        sums, cells = [c["cells"] * c["sums"] for c in columns], [c["cells"] for c in columns]
-        self._counts = [tuple(tiles), *([tuple(sums), tuple(cells)] if variant.means == "before" else [])]
-        firsts = [list(accumulate(counts, initial=0))[:-1] for counts in (tiles, sums, cells)]
-        for (number, _), column, tile, sum_, cell in zip(pieces, columns, *firsts, strict=True):
-            column |= {"weight": number, "first_tile": tile, "first_sum": sum_, "first_cell": cell}
+        tiles = [c["reductions"] * (1 if variant.means == "loop" else c["tiles"]) for c in columns]
+        sums, reductions = [c["reductions"] * c["sums"] for c in columns], [c["reductions"] for c in columns]
+        self._counts = [tuple(tiles), *([tuple(sums), tuple(reductions)] if variant.means == "before" else [])]
+        firsts = [list(accumulate(counts, initial=0))[:-1] for counts in (tiles, sums, reductions)]
+        for (number, _), column, tile, sum_, reduction in zip(pieces, columns, *firsts, strict=True):
+            column |= {"weight": number, "first_tile": tile, "first_sum": sum_, "first_reduction": reduction}
         rows = [[column.get(name, 0) for name in TRITON_PART] for column in columns]
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.entries = sum(column["groups"] * column["rows"] * column["columns"] for column in columns)
@@ -64,12 +64,12 @@ class Launch:
         self._tables_of: Any = None  # the stream and the gradients that they were uploaded on and for
 
     def __len__(self) -> int:
-        return len(self.owners)
+        return len(self.weights)
 
     def tables(self, bucket: Bucket, gradients: list[int]) -> Tables:
         """Return the tables on the device, where those of these gradients are uploaded if they are not there."""
         device, stream = bucket.device, current_stream(bucket.device)
-        own = torch.tensor(gradients, dtype=torch.int64, device="cpu")[self.owners]
+        own = torch.tensor(gradients, dtype=torch.int64, device="cpu")[self.weights]
         if isinstance(bucket.steps[0], Tensor):
             return self._lasting(own, device)
         if self._tables is None or self._tables_of != (stream, gradients):
@@ -79,8 +79,8 @@ class Launch:
         return self._tables
 
     def _uploaded(self, rows: Tensor, device: torch.device, stream: int) -> Tables:
-        owners = [part_numbers(counts, device, stream) for counts in self._counts]
-        return Tables(uploaded(rows, device), *owners, *[None] * (3 - len(owners)))
+        part_tables = [part_numbers(counts, device, stream) for counts in self._counts]
+        return Tables(uploaded(rows, device), *part_tables, *[None] * (3 - len(part_tables)))
 
     def _lasting(self, gradients: Tensor, device: torch.device) -> Tables:
         """Return tables for good, which captured graphs may read: they hold their own gradients as arguments."""
@@ -105,14 +105,14 @@ class Launch:
         tables, variant = self.tables(bucket, gradients), self.variant._replace(clip=clip is not None)
         scale = scalars if clip is None else clip.scale  # not read where nothing is clipped
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)
-        if tables.sums is not None and tables.cells is not None and not averaged:
+        if tables.sums is not None and tables.reductions is not None and not averaged:
             stamp, found = (None, None) if clip is None else clip.partial_sums.pop(self, (None, None))
             if found is None or stamp != self._stamp(bucket, gradients):
                 found, _ = self.partial_sums(tables)
             shared = compiled_for(self.variant.sums._replace(clip=variant.clip))
             one_warp = options | dict(num_warps=1)
-            cells = (len(tables.cells),)
-            kernels.combine[cells](tables.parts, scalars, scale, found, tables.cells, v=shared, **one_warp)
+            reductions = (len(tables.reductions),)
+            kernels.combine[reductions](tables.parts, scalars, scale, found, tables.reductions, v=shared, **one_warp)
         tiles = (len(tables.tiles),)
         kernels.step[tiles](tables.parts, scalars, scale, tables.tiles, v=compiled_for(variant), **options)
 
@@ -132,7 +132,7 @@ class Launch:
         finite too."""
         variant, sums = self.variant.sums, tables.sums
         assert sums is not None
-        width = variant.line if variant.second == "column" else 1
+        width = variant.block if variant.second == "column" else 1
         found = torch.empty(len(sums) * width, dtype=torch.float32, device=sums.device)
         total = torch.empty(len(sums), dtype=torch.float32, device=sums.device) if totals else found
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)

@@ -1,6 +1,7 @@
 """How the Triton kernels address and read what a launch's table points to: tiles of weights, gradients and moments.
 
-A tile is some lines, and a line is some consecutive entries of one row: an 8-bit block where the moments are codes.
+A tile has (blocks, block) entries. A block is a run of consecutive entries of one row: an 8-bit block where the moments
+are codes.
 """
 
 import torch
@@ -25,11 +26,11 @@ KAHAN_COMP = tl.constexpr(TRITON_PART.index("kahan_comp"))
 EXP_AVG = tl.constexpr(TRITON_PART.index("exp_avg"))
 EXP_AVG_SQ = tl.constexpr(TRITON_PART.index("exp_avg_sq"))
 FIRST_TILE = tl.constexpr(TRITON_PART.index("first_tile"))
-CHUNKS = tl.constexpr(TRITON_PART.index("chunks"))
+TILES = tl.constexpr(TRITON_PART.index("tiles"))
 FIRST_SUM = tl.constexpr(TRITON_PART.index("first_sum"))
 SUMS = tl.constexpr(TRITON_PART.index("sums"))
-FIRST_CELL = tl.constexpr(TRITON_PART.index("first_cell"))
-CELLS = tl.constexpr(TRITON_PART.index("cells"))
+FIRST_REDUCTION = tl.constexpr(TRITON_PART.index("first_reduction"))
+REDUCTIONS = tl.constexpr(TRITON_PART.index("reductions"))
 GROUPS = tl.constexpr(TRITON_PART.index("groups"))
 INNER_GROUPS = tl.constexpr(TRITON_PART.index("inner_groups"))
 OUTER_GROUP_STRIDE = tl.constexpr(TRITON_PART.index("outer_group_stride"))
@@ -76,7 +77,7 @@ def scalar(scalars, INDEX: tl.constexpr):
 
 @triton.jit
 def widened(x):
-    """float32 of a narrow float; of bfloat16 by a shift, for which the compiler takes up to two instructions."""
+    """Return a narrow float as float32; a bfloat16 by a shift, for which the compiler takes up to two instructions."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -84,7 +85,7 @@ def widened(x):
 
 @triton.jit
 def as_index(codes):
-    """int32 of codes; the move costs nothing, but keeps the compiler from a 16-bit product that has to be masked."""
+    """Return codes as int32; the move costs nothing, but keeps the compiler from a 16-bit product that needs a mask."""
     index = codes.to(tl.int32)
     if PTX:
         index = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], tl.int32, is_pure=True, pack=1)
@@ -93,7 +94,7 @@ def as_index(codes):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in one instruction, where a quotient takes six; an x below the normal floats counts as zero."""
+    """Return 1 / x in one instruction, where a quotient takes six; an x below the normal floats counts as zero."""
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return 1.0 / x
@@ -101,16 +102,16 @@ def reciprocal(x):
 
 @triton.jit
 def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.constexpr, v: tl.constexpr):
-    """A tile of a full moment as float32; of codes with `SIGNED=False`, the square of what they stand for."""
-    at, inside, line, some = tile
+    """Return a tile of a full moment as float32; unsigned codes stand for a root, whose square is returned."""
+    at, mask, block, block_mask = tile
     CODE_OF_ZERO: tl.constexpr = 127 if SIGNED else 0
     if DTYPE != tl.uint8:
-        return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=0))
+        return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=0))
     # What is past the end of a row must not count in the scale that is stored.
-    found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=inside, other=CODE_OF_ZERO)
+    found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=CODE_OF_ZERO)
     # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
     values = decoded(tl.arange(0, 256), SIGNED)
-    scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, mask=some, other=0.0)
+    scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, mask=block_mask, other=0.0)
     if not SIGNED:
         values, scale = values * values, scale * scale
     values = tl.gather(values, tl.reshape(as_index(found), [at.numel]), 0)
@@ -119,16 +120,16 @@ def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.cons
 
 @triton.jit
 def store(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, value, SIGNED: tl.constexpr, v: tl.constexpr):
-    """Write what `loaded` gave. Of codes, NaN and Inf become zero, so that they never reach their line's scale."""
-    at, inside, line, some = tile
+    """Write what `loaded` gave; as codes, NaN and Inf become zero, so that they never reach their block's absmax."""
+    at, mask, block, block_mask = tile
     if DTYPE != tl.uint8:
-        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, value.to(DTYPE), mask=inside)
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, value.to(DTYPE), mask=mask)
     else:
         value = tl.where(tl.abs(value) < INFINITY, value, 0.0)
         scale = tl.max(tl.abs(value), 1)
-        tl.store(pointer(part, FIELD + ABSMAX, tl.float32, 4) + line, scale, mask=some)
+        tl.store(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, scale, mask=block_mask)
         codes = encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED)
-        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes.to(tl.uint8), mask=inside)
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def grad_of(part, tile, scale, v: tl.constexpr):
 
 @triton.jit
 def scale_of(grad_scale, v: tl.constexpr):
-    """What clipping multiplies each gradient by."""
+    """Return what clipping multiplies each gradient by."""
     return tl.load(grad_scale) if v.clip else 1.0
 
 
@@ -149,25 +150,26 @@ def means_of(part):
 
 
 @triton.jit
-def tile_of(part, cell, chunk, v: tl.constexpr):
-    """A tile's places in the weight and which of them are its own, (lines, line), then the same of its lines.
+def tile_of(part, reduction, at_tile, v: tl.constexpr):
+    """Return the offsets of a tile's entries and their mask, (blocks, block), and the numbers of its 8-bit blocks and
+    their mask, (blocks,).
 
-    A cell is what shares its means: a group, or `line` columns of one. Its lines are cut into chunks of `lines`; where
-    a tile holds several groups, those are a cell.
+    A reduction is the set of entries whose means one sum finds: a group, or `block` columns of one, or all groups of a
+    tile that holds several. It is cut into tiles, of which this is number `at_tile`.
     """
     rows, columns = tl.load(part + ROWS).to(tl.int32), size(part, COLUMNS, v.align)
-    across = ((columns + (v.line - 1)) // v.line).to(tl.int32)
-    LINES: tl.constexpr = v.lines // v.groups
-    number = chunk * LINES + tl.arange(0, v.lines) % LINES
+    across = ((columns + (v.block - 1)) // v.block).to(tl.int32)
+    BLOCKS: tl.constexpr = v.blocks // v.groups
+    number = at_tile * BLOCKS + tl.arange(0, v.blocks) % BLOCKS
     if v.second == "column":
-        group, row, column = cell // across, number, tl.full([v.lines], 0, tl.int32) + cell % across
+        group, row, column = reduction // across, number, tl.full([v.blocks], 0, tl.int32) + reduction % across
     elif v.nest == 0:
-        group, row, column = cell * v.groups, tl.full([v.lines], 0, tl.int32), number
+        group, row, column = reduction * v.groups, tl.full([v.blocks], 0, tl.int32), number
     else:
-        group, row, column = cell * v.groups, number // across, number % across
-    begin = tl.full([v.lines], 0, tl.int64) + size(part, START, v.align)
+        group, row, column = reduction * v.groups, number // across, number % across
+    begin = tl.full([v.blocks], 0, tl.int64) + size(part, START, v.align)
     if v.groups > 1:  # the groups of a tile are evenly spaced
-        group += tl.arange(0, v.lines) // LINES
+        group += tl.arange(0, v.blocks) // BLOCKS
         row = tl.where(group < tl.load(part + GROUPS), row, rows)
         begin += group * size(part, INNER_GROUP_STRIDE, v.align)
     else:
@@ -180,36 +182,36 @@ def tile_of(part, cell, chunk, v: tl.constexpr):
         inner = tl.load(part + INNER_ROWS).to(tl.int32)
         begin += (row // inner) * size(part, OUTER_ROW_STRIDE, v.align)
         begin += (row % inner) * size(part, INNER_ROW_STRIDE, v.align)
-    left = tl.minimum(columns - column.to(tl.int64) * v.line, v.line).to(tl.int32)
+    left = tl.minimum(columns - column.to(tl.int64) * v.block, v.block).to(tl.int32)
     left = tl.multiple_of(tl.where(row < rows, left, 0), v.align)
-    along = tl.arange(0, v.line)[None, :]
+    along = tl.arange(0, v.block)[None, :]
     if v.ragged:
-        line = begin // columns * across + column
-        begin += column.to(tl.int64) * v.line
+        block = begin // columns * across + column
+        begin += column.to(tl.int64) * v.block
     else:
-        begin += column.to(tl.int64) * v.line
-        line = begin // v.line
-    return begin[:, None] + along, along < left[:, None], line, left > 0
+        begin += column.to(tl.int64) * v.block
+        block = begin // v.block
+    return begin[:, None] + along, along < left[:, None], block, left > 0
 
 
 @triton.jit
-def cell_of(part, number, count, v: tl.constexpr):
-    """The cell of a program, and which of the cell's `count` programs it is.
+def reduction_of(part, number, count, v: tl.constexpr):
+    """Return the reduction that a program works for, and which of the reduction's `count` programs it is.
 
-    Consecutive programs read what lies side by side: the next lines of a group or, for columns, the columns beside
+    Consecutive programs read what lies side by side: the next blocks of a group or, for columns, the columns beside
     them.
     """
     if v.second == "column":
-        cells = tl.load(part + CELLS).to(tl.int32)
-        return number % cells, number // cells
+        reductions = tl.load(part + REDUCTIONS).to(tl.int32)
+        return number % reductions, number // reductions
     else:
         return number // count, number % count
 
 
 @triton.jit
-def columns_of(part, cell, v: tl.constexpr):
-    """The places of a cell's means, one per column, and which of them are its own."""
+def columns_of(part, reduction, v: tl.constexpr):
+    """Return the offsets of a reduction's means, one per column, and their mask."""
     columns = tl.load(part + COLUMNS).to(tl.int32)
-    across = tl.cdiv(columns, v.line)
-    column = cell % across * v.line + tl.arange(0, v.line)
-    return (cell // across).to(tl.int64) * columns + column, column < columns
+    across = tl.cdiv(columns, v.block)
+    column = reduction % across * v.block + tl.arange(0, v.block)
+    return (reduction // across).to(tl.int64) * columns + column, column < columns

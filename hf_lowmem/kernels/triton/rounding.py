@@ -11,27 +11,27 @@ WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, r
 
 
 @triton.jit
-def take(weights, comps, at, inside, decay, update, key, WEIGHT: tl.constexpr, ROUNDING: tl.constexpr):
+def take(weights, comps, at, mask, decay, update, key, WEIGHT: tl.constexpr, ROUNDING: tl.constexpr):
     """param <- decay * param + update, rounded as `rounding.StoredWeight` does."""
-    param = widened(tl.load(weights + at, mask=inside, other=0))
+    param = widened(tl.load(weights + at, mask=mask, other=0))
     if ROUNDING == "kahan":
-        fraction = tl.load(comps + at, mask=inside, other=0).to(tl.float32) * 2.0**-16
+        fraction = tl.load(comps + at, mask=mask, other=0).to(tl.float32) * 2.0**-16
         param = tl.fma(last_place(param, WEIGHT), fraction, param)
     param = tl.fma(param, decay, update)
     if ROUNDING == "stochastic":
         param = rounded_at_random(param, at, key, WEIGHT)
     narrow = param.to(WEIGHT)
-    tl.store(weights + at, narrow, mask=inside)
+    tl.store(weights + at, narrow, mask=mask)
     if ROUNDING == "kahan":
         held = narrow.to(tl.float32)
         fraction = (param - held) * inverse(last_place(held, WEIGHT)) * 2.0**16
         fraction = tl.minimum(tl.maximum(fraction, -(2.0**15)), 2.0**15 - 1)
-        tl.store(comps + at, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=inside)
+        tl.store(comps + at, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=mask)
 
 
 @triton.jit
 def last_place(value, WEIGHT: tl.constexpr):
-    """As `rounding.last_place`."""
+    """Return one unit in the last place of each value, as `rounding.last_place` does."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.maximum(
         power * (2.0**-7 if WEIGHT == tl.bfloat16 else 2.0**-10), TINY if WEIGHT == tl.bfloat16 else 2.0**-24
@@ -40,13 +40,13 @@ def last_place(value, WEIGHT: tl.constexpr):
 
 @triton.jit
 def inverse(power):
-    """1 / power of a power of two, exact, by its exponent."""
+    """Return 1 / power of a power of two, exact, by its exponent."""
     return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def rounded_at_random(value, at, key, WEIGHT: tl.constexpr):
-    """`value` on the grid of WEIGHT's dtype, by the noise of `rounding.hashed`."""
+    """Return `value` rounded at random to WEIGHT's dtype, by the noise of `rounding.hashed`."""
     BITS: tl.constexpr = 16 if WEIGHT == tl.bfloat16 else 13
     x = at.to(tl.uint32) * WEYL + key.to(tl.uint32)
     x = (x ^ (x >> 16)) * MIX_1

@@ -11,7 +11,7 @@ import triton.language as tl
 from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.memory import (
     BETA_2,
-    CHUNKS,
+    TILES,
     COLUMNS,
     DECAY,
     DTYPES,
@@ -19,7 +19,7 @@ from hf_lowmem.kernels.triton.memory import (
     EXP_AVG,
     EXP_AVG_SQ,
     FIELDS,
-    FIRST_CELL,
+    FIRST_REDUCTION,
     FIRST_SUM,
     FIRST_TILE,
     GRAD,
@@ -35,7 +35,7 @@ from hf_lowmem.kernels.triton.memory import (
     STEP_SIZE,
     SUMS,
     WEIGHT,
-    cell_of,
+    reduction_of,
     columns_of,
     grad_of,
     loaded,
@@ -53,24 +53,24 @@ __all__ = ["DTYPES", "add", "combine", "decoded", "encoded", "step", "sum_square
 
 
 @triton.jit
-def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
-    """Step a tile, or where the means are found by "loop" a group, of the part that `owners` names for the program."""
-    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
-    part = parts + owner * FIELDS
+def step(parts, all_scalars, grad_scale, part_numbers, v: tl.constexpr):
+    """Step one tile, or one group where its means are found by "loop", of the part that `part_numbers` has for it."""
+    part_number = tl.load(part_numbers + tl.program_id(0)).to(tl.int64)
+    part = parts + part_number * FIELDS
     scalars = all_scalars + tl.load(part + WEIGHT) * SCALARS
     number = tl.program_id(0) - tl.load(part + FIRST_TILE).to(tl.int32)
-    chunks, scale = tl.load(part + CHUNKS).to(tl.int32), scale_of(grad_scale, v)
+    tiles, scale = tl.load(part + TILES).to(tl.int32), scale_of(grad_scale, v)
     if v.means == "none":
         tile = tile_of(part, 0, number, v)
         step_tile(part, scalars, tile, grad_of(part, tile, scale, v), 0.0, v)
     elif v.means == "before":
-        cell, chunk = cell_of(part, number, chunks, v)
-        tile = tile_of(part, cell, chunk, v)
+        reduction, at_tile = reduction_of(part, number, tiles, v)
+        tile = tile_of(part, reduction, at_tile, v)
         if v.second == "column":
-            where, own = columns_of(part, cell, v)
+            where, own = columns_of(part, reduction, v)
             root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
         else:
-            root = tl.sqrt(tl.load(means_of(part) + cell))
+            root = tl.sqrt(tl.load(means_of(part) + reduction))
         step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
     else:
         groups = number * v.groups
@@ -83,14 +83,14 @@ def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
             grad = grad_of(part, tile, scale, v)
             total = squares(grad)
         else:
-            total = tl.zeros([v.lines, v.line], tl.float32)
-            for chunk in range(chunks):
-                total += squares(grad_of(part, tile_of(part, number, chunk, v), scale, v))
+            total = tl.zeros([v.blocks, v.block], tl.float32)
+            for at_tile in range(tiles):
+                total += squares(grad_of(part, tile_of(part, number, at_tile, v), scale, v))
         if v.groups > 1:
-            total = tl.reshape(total, [v.groups, v.lines // v.groups * v.line])
+            total = tl.reshape(total, [v.groups, v.blocks // v.groups * v.block])
             mean = averaged(part, scalars, mean, tl.sum(total, 1), v)
-            root = tl.broadcast_to(tl.sqrt(mean)[:, None], [v.groups, v.lines // v.groups])
-            root = tl.reshape(root, [v.lines, 1])
+            root = tl.broadcast_to(tl.sqrt(mean)[:, None], [v.groups, v.blocks // v.groups])
+            root = tl.reshape(root, [v.blocks, 1])
         else:
             mean = averaged(part, scalars, mean, tl.sum(total), v)
             root = tl.sqrt(mean)
@@ -98,8 +98,8 @@ def step(parts, all_scalars, grad_scale, owners, v: tl.constexpr):
         if v.means == "tile":
             step_tile(part, scalars, tile, grad, root, v)
         else:
-            for chunk in range(chunks):
-                tile = tile_of(part, number, chunk, v)
+            for at_tile in range(tiles):
+                tile = tile_of(part, number, at_tile, v)
                 step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
 
 
@@ -127,7 +127,7 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
 
 @triton.jit
 def averaged(part, scalars, mean, total, v: tl.constexpr):
-    """The new means, of the old ones and the sums of squares."""
+    """Return the new means, from the old ones and the sums of squares."""
     count = tl.load(part + ROWS)
     if v.second == "group":
         count *= tl.load(part + COLUMNS)
@@ -136,50 +136,51 @@ def averaged(part, scalars, mean, total, v: tl.constexpr):
 
 @triton.jit
 def squares(grad):
-    """A square that is not finite counts as zero: it concerns its own entry only."""
+    """Return the squares; one that is not finite counts as zero, as it concerns its own entry only."""
     square = grad * grad
     return tl.where(square < INFINITY, square, 0.0)
 
 
 @triton.jit
-def sum_squares(parts, sums, totals, owners, TOTALS: tl.constexpr, v: tl.constexpr):
-    """The sum of squares, or the sums per column, of some chunks of a cell; `totals` have those not finite in them."""
-    part = parts + tl.load(owners + tl.program_id(0)).to(tl.int64) * FIELDS
+def sum_squares(parts, sums, totals, part_numbers, TOTALS: tl.constexpr, v: tl.constexpr):
+    """Write a partial sum of a reduction's squares, or those per column; `totals` get the sums that count what is not
+    finite too."""
+    part = parts + tl.load(part_numbers + tl.program_id(0)).to(tl.int64) * FIELDS
     first, count = tl.load(part + FIRST_SUM), tl.load(part + SUMS).to(tl.int32)
-    cell, number = cell_of(part, tl.program_id(0) - first.to(tl.int32), count, v)
-    total = tl.zeros([v.lines, v.line], tl.float32)
-    every = tl.zeros([v.lines, v.line], tl.float32)
-    chunks = tl.load(part + CHUNKS).to(tl.int32)
-    span = tl.cdiv(chunks, count)
-    for chunk in range(number * span, tl.minimum(number * span + span, chunks)):
-        grad = grad_of(part, tile_of(part, cell, chunk, v), 1.0, v)
+    reduction, number = reduction_of(part, tl.program_id(0) - first.to(tl.int32), count, v)
+    total = tl.zeros([v.blocks, v.block], tl.float32)
+    every = tl.zeros([v.blocks, v.block], tl.float32)
+    tiles = tl.load(part + TILES).to(tl.int32)
+    span = tl.cdiv(tiles, count)
+    for at_tile in range(number * span, tl.minimum(number * span + span, tiles)):
+        grad = grad_of(part, tile_of(part, reduction, at_tile, v), 1.0, v)
         total += squares(grad)
         if TOTALS:
             every += grad * grad
-    place = first + cell * count + number
+    place = first + reduction * count + number
     if TOTALS:
         tl.store(totals + place, tl.sum(tl.sum(every, 1), 0))
     if v.second == "column":
-        tl.store(sums + place * v.line + tl.arange(0, v.line), tl.sum(total, 0))
+        tl.store(sums + place * v.block + tl.arange(0, v.block), tl.sum(total, 0))
     else:
         tl.store(sums + place, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
-def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
-    """Average into the means of a cell what `sum_squares` has found of it; for one warp, so that no barrier is needed
-    between loading and storing them."""
-    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
-    part = parts + owner * FIELDS
-    cell = tl.program_id(0) - tl.load(part + FIRST_CELL).to(tl.int32)
-    WIDTH: tl.constexpr = v.line if v.second == "column" else 1
+def combine(parts, all_scalars, grad_scale, sums, part_numbers, v: tl.constexpr):
+    """Average the partial sums of a reduction into its means; one warp does it, so that no barrier is needed between
+    loading and storing them."""
+    part_number = tl.load(part_numbers + tl.program_id(0)).to(tl.int64)
+    part = parts + part_number * FIELDS
+    reduction = tl.program_id(0) - tl.load(part + FIRST_REDUCTION).to(tl.int32)
+    WIDTH: tl.constexpr = v.block if v.second == "column" else 1
     if v.second == "column":
-        where, own = columns_of(part, cell, v)
+        where, own = columns_of(part, reduction, v)
     else:
-        where, own = cell + tl.arange(0, 1), tl.full([1], True, tl.int1)
+        where, own = reduction + tl.arange(0, 1), tl.full([1], True, tl.int1)
     mean = tl.load(means_of(part) + where, mask=own, other=0.0)
     count = tl.load(part + SUMS).to(tl.int32)
-    first = tl.load(part + FIRST_SUM) + cell * count
+    first = tl.load(part + FIRST_SUM) + reduction * count
     total = tl.zeros([4, WIDTH], tl.float32)
     for number in range(0, count, 4):
         each = number + tl.arange(0, 4)[:, None]
@@ -197,15 +198,16 @@ def combine(parts, all_scalars, grad_scale, sums, owners, v: tl.constexpr):
 def add(weights, comps, updates, decays, scale, key, entries, ROUNDING: tl.constexpr, TILE: tl.constexpr):
     """param <- decay * param + scale * update, for matrices of `entries` entries that have a decay each."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = at < entries
+    mask = at < entries
     at += tl.program_id(1).to(tl.int64) * entries
-    update = scale * tl.load(updates + at, mask=inside, other=0.0)
+    update = scale * tl.load(updates + at, mask=mask, other=0.0)
     decay = tl.load(decays + tl.program_id(1))
-    take(weights, comps, at, inside, decay, update, key, weights.dtype.element_ty, ROUNDING)
+    take(weights, comps, at, mask, decay, update, key, weights.dtype.element_ty, ROUNDING)
 
 
 @triton.jit(do_not_specialize=["first", "last"])
 def write_grads(parts, first, last, grads):
-    """The addresses of some gradients, each plus one, into their rows from row `first`; those too many are the last"""
+    """Write the addresses of some gradients, each of which comes with one added, into the rows from `first` on; what is
+    beyond the last row is the last gradient again."""
     for number in tl.static_range(len(grads)):
         tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number] - 1)

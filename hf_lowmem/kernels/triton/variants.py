@@ -17,7 +17,7 @@ from hf_lowmem.state import StatePlan
 
 logger = get_logger(__name__)
 
-LINE = 256  # entries of a line of floats, at most
+BLOCK = 256  # entries of a block of floats, at most
 ALIGN = 16
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_ARCH = 75
@@ -33,12 +33,12 @@ class Variant(NamedTuple):
         means: when the means are found, if there are any: in a "tile" of whole groups, which is read once; in a "loop"
             of one program over its group, which it reads twice; or "before", by kernels of their own.
         nest: 0 where a group is one row, 1 where its rows are evenly spaced, 2 where they are two loops.
-        line, lines: the size of a tile.
-        groups: how many groups a tile holds, each of `lines / groups` lines; 1 where a tile is part of a group.
+        block, blocks: the size of a tile.
+        groups: how many groups a tile holds, each of `blocks / groups` blocks; 1 where a tile is part of a group.
         per_thread: how many entries of a tile each thread takes.
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
         clip: whether a scale multiplies the gradients.
-        ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a line.
+        ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a block.
     """
 
     weight: Any
@@ -47,8 +47,8 @@ class Variant(NamedTuple):
     second: str
     means: str
     nest: int
-    line: int
-    lines: int
+    block: int
+    blocks: int
     groups: int
     per_thread: int
     align: int
@@ -66,41 +66,41 @@ class Layout(NamedTuple):
 
     means: str
     nest: int
-    line: int
-    lines: int
+    block: int
+    blocks: int
     groups: int
-    cells: int
-    chunks: int
+    reductions: int
+    tiles: int
     sums: int
     aligned: bool
 
 
 @cache
-def layout_of(found: Geometry, second: str, block: int | None, tile: Tile) -> Layout:
-    """Return the tiles of a part, whose lines have room for an 8-bit `block` or for a run of at most LINE entries."""
-    line = _power_of_two(min(block or LINE, found.columns))
-    if block:
-        line = max(line, min(BLOCK_SIZES))  # the scales of more lines to a tile would not fit into registers
-    across = -(-found.columns // line)
-    lines, means, groups = max(tile.entries // line, 1), "before" if second in ("group", "column") else "none", 1
+def layout_of(found: Geometry, second: str, code_block: int | None, tile: Tile) -> Layout:
+    """Return the tiles of a part, whose blocks have room for an 8-bit block or for a run of at most BLOCK entries."""
+    block = _power_of_two(min(code_block or BLOCK, found.columns))
+    if code_block:
+        block = max(block, min(BLOCK_SIZES))  # the scales of more blocks to a tile would not fit into registers
+    across = -(-found.columns // block)
+    blocks, means, groups = max(tile.entries // block, 1), "before" if second in ("group", "column") else "none", 1
     if second == "column":
-        cells, lines_of_cell = found.groups * across, found.rows
+        reductions, blocks_of_reduction = found.groups * across, found.rows
     else:
-        cells, lines_of_cell = found.groups, found.rows * across
-    whole = _power_of_two(lines_of_cell)
-    if second == "group" and whole * line <= tile.one_tile:
+        reductions, blocks_of_reduction = found.groups, found.rows * across
+    whole = _power_of_two(blocks_of_reduction)
+    if second == "group" and whole * block <= tile.one_tile:
         means = "tile"
         if found.groups == found.inner_groups:  # or the groups of a tile would not be evenly spaced
-            groups = max(lines // whole, 1)
-        lines, cells = whole * groups, -(-cells // groups)
-    elif second == "group" and lines_of_cell * line <= tile.one_program:
+            groups = max(blocks // whole, 1)
+        blocks, reductions = whole * groups, -(-reductions // groups)
+    elif second == "group" and blocks_of_reduction * block <= tile.one_program:
         means = "loop"
-    chunks = -(-lines_of_cell // lines)
-    sums = -(-chunks // max(tile.partial_sum // (line * lines), 1))
+    tiles = -(-blocks_of_reduction // blocks)
+    sums = -(-tiles // max(tile.partial_sum // (block * blocks), 1))
     nest = 0 if found.rows == 1 else 1 if found.rows == found.inner_rows else 2
     sizes = (found.outer_group_stride, found.inner_group_stride, found.outer_row_stride, found.inner_row_stride)
     aligned = not any(size % ALIGN for size in (*sizes, found.columns, found.start))
-    return Layout(means, nest, line, lines, groups, cells, chunks, sums, aligned)
+    return Layout(means, nest, block, blocks, groups, reductions, tiles, sums, aligned)
 
 
 def _power_of_two(at_least: int) -> int:
@@ -112,7 +112,7 @@ def warps(variant: Variant) -> int:
     many = variant.rounding == "kahan" and variant.second == "full" and variant.moment.primitive_bitwidth > 8
     many |= variant.ragged and variant.align == 1  # an address for each entry
     per_thread = min(variant.per_thread, 16) if many else variant.per_thread
-    return warps_of(variant.line * variant.lines, per_thread)
+    return warps_of(variant.block * variant.blocks, per_thread)
 
 
 class Piece(NamedTuple):
@@ -150,7 +150,7 @@ def is_covered(rule: str, step: ParamStep) -> bool:
 
 
 def has_odd_blocks(plan: StatePlan) -> bool:
-    """Return whether 8-bit blocks are whole rows of a size that no tile has, so that each fills a part of a line."""
+    """Return whether 8-bit blocks are whole rows of a size that no tile has, so that each fills a part of a block."""
     return isinstance(plan.codec, Int8Blockwise) and plan.codec.block_size not in BLOCK_SIZES
 
 
@@ -172,9 +172,9 @@ def _planned(
     found = geometries_of(plan, shape, odd)
     assert kind is not None
     assert found is not None
-    block = row = None
+    code_block = row = None
     if isinstance(codec, Int8Blockwise):
-        block, row = codec.block_size, codec.row(shape) if odd else codec.ragged_row(shape)
+        code_block, row = codec.block_size, codec.row(shape) if odd else codec.ragged_row(shape)
     kernels = triton_kernels()
     weight, first = (kernels.DTYPES[dtype] for dtype in dtypes)
     # A projected update is float32 whatever its weight is, whose rounding is not its own.
@@ -182,13 +182,13 @@ def _planned(
     parts = []
     for geometry in found:
         second = kind if kind != "mean" else "column" if geometry.per_column else "group"
-        tile = tile_for(f"{second} 8-bit" if block else second, tuning[0])
+        tile = tile_for(f"{second} 8-bit" if code_block else second, tuning[0])
         if averaged:
             tile = tile._replace(one_tile=0, one_program=0)  # so that the means are taken as they are
-        layout = layout_of(geometry, second, block, tile)
-        cut = (layout.means, layout.nest, layout.line, layout.lines, layout.groups, tile.per_thread)
+        layout = layout_of(geometry, second, code_block, tile)
+        cut = (layout.means, layout.nest, layout.block, layout.blocks, layout.groups, tile.per_thread)
         variant = Variant(weight, first, rounding, second, *cut, ALIGN, False, row is not None)
-        columns = geometry._asdict() | {"chunks": layout.chunks, "sums": layout.sums, "cells": layout.cells}
+        columns = geometry._asdict() | {"tiles": layout.tiles, "sums": layout.sums, "reductions": layout.reductions}
         parts.append((variant, layout.aligned, columns))
     return parts
 
