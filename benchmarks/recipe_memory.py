@@ -7,9 +7,9 @@ are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 mod
 and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
 instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
 declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of
-addresses, the part of each tile, partial sum and reduction, and of the largest launch the partial sums and its bucket's
-scalars. Where a weight is projected, or not covered by these kernels, they are the float32 temporaries by which plain
-torch steps one tile of up to 2^24 entries.
+addresses, the part of each tile, partial sum and reduction, and of the largest launch the partial sums and its
+bucket's scalars. Where a weight is projected, or not covered by these kernels, they are the float32 temporaries by
+which plain torch steps one tile of up to 2^24 entries.
 
 The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
 is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the

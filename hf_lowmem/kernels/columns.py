@@ -38,9 +38,9 @@ CPU_PART = (
     *("dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "rule", "rounding", "block_size", "row"),
 )
 
-# What the Triton kernels need beside: a part has `reductions`, which share no mean, and each of those has `tiles` tiles
-# and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on. `weight` is
-# the row of its scalars.
+# What the Triton kernels need beside: a part has `reductions`, which share no mean, and each of those has `tiles`
+# tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on.
+# `weight` is the row of its scalars.
 TRITON_PART = (
     *ADDRESSES,
     *Geometry._fields,

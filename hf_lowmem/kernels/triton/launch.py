@@ -30,7 +30,7 @@ GRAD = TRITON_PART.index("grad")
 
 
 class Tables(NamedTuple):
-    """The rows of a launch, and the part of each tile, partial sum and reduction; the last two where they are needed."""
+    """The rows of a launch, and the part of each tile and, where they are needed, each partial sum and reduction."""
 
     parts: Tensor
     tiles: Tensor

@@ -1,7 +1,7 @@
 """How the Triton kernels address and read what a launch's table points to: tiles of weights, gradients and moments.
 
-A tile has (blocks, block) entries. A block is a run of consecutive entries of one row: an 8-bit block where the moments
-are codes.
+A tile has (blocks, block) entries. A block is a run of consecutive entries of one row, and an 8-bit block where the
+moments are codes.
 """
 
 import torch
@@ -85,7 +85,7 @@ def widened(x):
 
 @triton.jit
 def as_index(codes):
-    """Return codes as int32; the move costs nothing, but keeps the compiler from a 16-bit product that needs a mask."""
+    """Return codes as int32; the move costs nothing, but it keeps the compiler from a 16-bit product with a mask."""
     index = codes.to(tl.int32)
     if PTX:
         index = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], tl.int32, is_pure=True, pack=1)

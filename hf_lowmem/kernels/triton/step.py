@@ -11,7 +11,6 @@ import triton.language as tl
 from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.memory import (
     BETA_2,
-    TILES,
     COLUMNS,
     DECAY,
     DTYPES,
@@ -34,14 +33,15 @@ from hf_lowmem.kernels.triton.memory import (
     SCALARS,
     STEP_SIZE,
     SUMS,
+    TILES,
     WEIGHT,
-    reduction_of,
     columns_of,
     grad_of,
     loaded,
     means_of,
     pointer,
     reciprocal,
+    reduction_of,
     scalar,
     scale_of,
     store,
@@ -207,7 +207,9 @@ def add(weights, comps, updates, decays, scale, key, entries, ROUNDING: tl.const
 
 @triton.jit(do_not_specialize=["first", "last"])
 def write_grads(parts, first, last, grads):
-    """Write the addresses of some gradients, each of which comes with one added, into the rows from `first` on; what is
-    beyond the last row is the last gradient again."""
+    """Write the addresses of some gradients, each of which comes with one added, into the rows from `first` on.
+
+    What is beyond the last row is the last gradient again.
+    """
     for number in tl.static_range(len(grads)):
         tl.store(parts + tl.minimum(first + number, last) * FIELDS + GRAD, grads[number] - 1)
