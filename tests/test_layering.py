@@ -16,6 +16,7 @@ LAYERS = [
     {"param_groups"},
     {"rules", "roles"},
     {"optimizer"},
+    {"planned_optimizer"},
     {"buckets", "checkpoint", "clipping", "stepping"},
     {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},
     {"kernels"},
