@@ -1,14 +1,14 @@
-"""What COAP and SOAP lose by products in bfloat16 with a bfloat16 basis, as CUDA takes them, against float32.
+"""Measures what COAP and SOAP lose by bfloat16 products with a bfloat16 basis, as on CUDA, compared with float32.
 
     python benchmarks/bfloat16_products.py
 
-It runs on a CPU: the product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
-rounded to bfloat16 is what the tensor cores compute, but for the order of the sums. Three measurements:
+It runs on a CPU. The product of two bfloat16 numbers is exact in float32, so a float32 product of operands that are
+rounded to bfloat16 is what the tensor cores compute, except for the order of the sums. It measures
 
-- one step after 100 others, with the same state: how far the update is from that in float32;
-- the hundredth step of SOAP by the bits of its moments and of its bases, against 32 and 32, for gradients whose
-  standard deviations along the eigenvectors span so many decades: small ones are magnified;
-- how far SOAP's bases are from orthogonal as they are refreshed again and again.
+- how far the update of one step, after 100 others, is from that in float32 with the same state;
+- how far the hundredth step of SOAP, by the bits of its moments and of its bases, is from that with 32 bits for both,
+  for gradients whose standard deviations along the eigenvectors span some decades, of which SOAP magnifies the small;
+- how far SOAP's bases are from orthogonal after many refreshes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ CASES: dict[str, tuple[type, tuple[int, ...]]] = {
 }
 REFRESHES = (1, 10, 100)
 DECADES = (1, 2, 3)
-BITS = ((32, 16), (16, 32), (16, 16), (8, 32), (8, 16))  # of moments and bases
+BITS = ((32, 16), (16, 32), (16, 16), (8, 32), (8, 16))  # the bits of the moments and of the bases
 
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Products with a bfloat16 basis are taken on the CPU as CUDA takes them."""
+    """Compute products with a bfloat16 basis on the CPU as CUDA does, inside the context."""
     with (
         patch.object(precision, "multiplies_bfloat16", lambda device: True),
         patch.object(precision, "bfloat16_product", lambda left, right: left.float() @ right.float()),
@@ -58,7 +58,7 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def gradients(shape: tuple[int, ...], seed: int = 0) -> Iterator[Tensor]:
-    """Noise around a mean of low rank, as gradients of layers are."""
+    """Return noise around a mean of low rank, which gradients of layers resemble."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
@@ -79,7 +79,7 @@ def take_steps(cls: type, shape: tuple[int, ...], steps: int, **options: Any) ->
 
 
 def update_error(cls: type, shape: tuple[int, ...]) -> float:
-    """|difference| / |update| of one step from the same state."""
+    """Return |difference| / |update| for one step from the same state."""
     options = {"proj_bits": 32} if cls is Soap else {}
     param, optimizer, grads = take_steps(cls, shape, 100, **options)
     rounded = nn.Parameter(param.detach().clone())
@@ -122,7 +122,7 @@ def errors_by_bits(decades: int) -> list[float]:
 
 
 def orthogonality(bits: int) -> list[float]:
-    """The largest |singular value of Q^T Q - I| after each number of refreshes."""
+    """Return the largest singular value of Q^T Q - I after each number of refreshes."""
     found = []
     for refreshes in REFRESHES:
         options = {"proj_bits": bits, "precondition_frequency": 1}

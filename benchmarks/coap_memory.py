@@ -1,9 +1,9 @@
-"""COAP's optimizer memory for the paper's two LLaMA shapes, beside the figures that its authors print.
+"""Counts COAP's optimizer memory for the paper's two LLaMA shapes, and compares it with the authors' figures.
 
     python benchmarks/coap_memory.py
 
-From declared state alone, nothing is allocated. The authors count bfloat16 moments and no 8-bit scales. Ours keep
-second moments in float32 under `state_bits=16` and count every tensor, so both sums are shown.
+The counts come from the declared state, and nothing is allocated. The authors count bfloat16 moments, and no scales of
+8-bit codes. Ours keep second moments in float32 under `state_bits=16` and count every tensor, so both sums are shown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SHAPES = {
     "LLaMA-7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
 }
 EIGHT_BITS = {"embedding_bits": 8, "min_8bit_size": 0, "proj_bits": 16}
-CASES: list[tuple[str, str, dict[str, Any], int, float]] = [  # bytes per number as the authors count, their MiB
+# Each case ends with the bytes per number that the authors count, and their figure in MiB.
+CASES: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("LLaMA-1B", "coap_adamw", {"rank": 512, "state_bits": 16}, 2, 1988.34),
     ("LLaMA-7B", "coap_adamw_8bit", {"rank": 1024, **EIGHT_BITS}, 1, 5380.51),
 ]

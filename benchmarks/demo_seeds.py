@@ -1,4 +1,4 @@
-"""The demo's held-out loss over several seeds: is a difference between optimizers larger than that between seeds?
+"""Merges runs of the demo with several seeds, to compare differences between optimizers with those between seeds.
 
     for seed in 0 1 2; do
         hf-lowmem demo --seed $seed --output-dir runs/$seed --optims "adamw_torch,coap_adamw_8bit,soap_8bit,\\

@@ -1,17 +1,17 @@
-"""Everything that a short visit to a GPU is for, in one command that never runs over its time.
+"""Measures everything that needs a GPU, in one command that never exceeds its time.
 
     python benchmarks/gpu_session.py --part 1 --minutes 6.5 --out results --commit HASH
     python benchmarks/gpu_session.py --part 2 --minutes 6.5 --out results --commit HASH
     python benchmarks/gpu_session.py --part 1 --minutes 1 --device cpu --preset tiny --out tried
 
-Part 1 says whether the kernels are right and how fast they are, part 2 how whole trainings do. Each stage runs in a
-process of its own, for its share of the time that is left; what it does not need goes to the later ones. A stage that
-fails, hangs or dies stops no other. Where `smoke` fails, later figures are marked unverified.
+Part 1 checks the kernels and times them, and part 2 measures whole trainings. Each stage runs in a process of its own
+for its share of the remaining time, and leaves the time that it does not need to later stages. A stage that fails,
+hangs or dies does not stop the others. If `smoke` fails, all later figures are marked as unverified.
 
-Each figure is appended to results.jsonl as soon as it is known. summary.md is written anew after every stage, and
-printed at the end, also after a SIGTERM. log.txt has what the stages print. This process never touches CUDA, and
-neither git nor trl, datasets or other packages' optimizers are needed: what is not there is left out, and said. The
-exit status is 0 where every stage has done all it had to.
+Each figure is appended to results.jsonl as soon as it is known. summary.md is written again after every stage, and
+printed at the end, even after a SIGTERM. log.txt has the output of the stages. This process never initializes CUDA.
+Git, trl, datasets and other packages' optimizers are optional; the summary says what was left out. The exit status is
+0 if every stage has done all of its work.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from gpu_stages.session import Session
 from gpu_stages.summary import render
 from processes import Job, seconds_since_boot, start_server
 
-LAST_SECONDS = 2  # of the whole time, for the summary
-OWN_SHARE = 0.93  # of its time that a stage plans with, before it is killed
+LAST_SECONDS = 2  # time that is reserved for the summary
+OWN_SHARE = 0.93  # the share of its time that a stage plans with; it is killed at the end of its time
 UNTIMED = ("smoke", "tests")
 DONE = "done"
-TRIED = 2  # calls of a target in a stage, on a CPU
-SHORTEST = 1.0  # seconds that a call is worth starting for
+TRIED = 2  # the most calls of one target in a stage on a CPU
+SHORTEST = 1.0  # seconds; a call with less time is not started
 TRAINED = ("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit", "slim_adamw_8bit fused_clip=true", "adam_mini_8bit")
 REINFORCED = ("slim_adamw_8bit offload_state=true", "adamw_torch_fused")
 QUALITY = ("adamw_torch_fused", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
 ON_8B_SHAPES = {
     "preset": "8b-8layers",
     "names": ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "lowmem_adamw_8bit"),
-    "baselines": ("bf16",),  # one in float32 would not fit beside it
+    "baselines": ("bf16",),  # a float32 baseline would not fit into memory beside the bfloat16 one
 }
 TRAINED_1B = ("adamw_torch_fused", "coap_adamw_8bit")
-# Other packages may hang: they come early, but after the two that matter most, and not in the process of all the rest.
+# Optimizers of other packages may hang. They come early, but after the two that matter most, and in their own process.
 FIRST = ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "flashoptim")
 
 
 class Call(NamedTuple):
-    """A process of its own, in which `target` is called with the session and the arguments.
+    """A call of `target` with the session and the arguments, in a process of its own.
 
-    Its share of the time is in seconds of a whole part on a GPU. Where a part is only tried out on a CPU, it is
-    `on_cpu`, and a stage has two calls of a target at most.
+    Its share of the time is given in seconds of a whole part on a GPU. On a CPU, where a part is only tried out, the
+    share is `on_cpu`, and a stage has at most two calls of one target.
     """
 
     target: str
@@ -87,7 +87,7 @@ PARTS: dict[int, Stages] = {
         "coap": (
             Call("gpu_stages.core:run", 20, {"names": ("coap_adamw_8bit", "coap_adafactor_8bit")}, on_cpu=2),
             *(Call("gpu_stages.training:run", 8, {"optim": optim, "preset": "1b"}) for optim in TRAINED_1B),
-            Call("gpu_stages.core:run", 25, {"names": ("soap_8bit",)}),  # whose first step decomposes every weight
+            Call("gpu_stages.core:run", 25, {"names": ("soap_8bit",)}),  # its first step decomposes every weight
         ),
         "graphs": (Call("gpu_stages.graphs:run", 12),),
         "rlhf": tuple(
@@ -108,7 +108,7 @@ PRELOADED = {
 
 
 class Runner:
-    """Runs the calls of the stages one after the other, each for its share of the time that is left."""
+    """Runs the calls of the stages one after the other, each for its share of the remaining time."""
 
     def __init__(self, stages: Stages, session: Session, ends: float) -> None:
         self.stages, self.session, self.ends = stages, session, ends
@@ -118,7 +118,7 @@ class Runner:
         self.compiling: list[Job] = []
 
     def run(self) -> None:
-        """Run all calls. Kernels are compiled beside those that time nothing."""
+        """Run all calls. Kernels are compiled in the background while stages run that do not measure time."""
         calls = [(stage, call) for stage, calls in self.stages.items() for call in self.calls_of(calls)]
         shares = [call.seconds if self.session.on_gpu else call.on_cpu for _, call in calls]
         for number, (stage, call) in enumerate(calls):
@@ -141,7 +141,7 @@ class Runner:
                 yield call
 
     def run_call(self, stage: str, call: Call, limit: float) -> str:
-        """Run one call for `limit` seconds at most, and note how it ended."""
+        """Run one call for at most `limit` seconds, and record how it ended."""
         if limit < SHORTEST:
             return self.note(stage, call, "left out: no time was left", 0.0)
         started = seconds_since_boot()
@@ -161,14 +161,14 @@ class Runner:
         return job
 
     def compile_beside(self) -> None:
-        """Start niced processes that compile what will be timed, unless they have been started."""
+        """Start background processes that compile what will be timed, unless they have been started already."""
         processes = 0 if self.compiling else max((os.cpu_count() or 1) // 4, 1)
         for first in range(processes):
             call = Call("gpu_stages.compilation:run", 0, {"first": first, "every": processes})
             self.compiling.append(self.start(call, self.session._replace(stage="compilation"), nice=10))
 
     def stop_compiling(self) -> None:
-        """End what would share the cores and the GPU with stages that are timed, and note how it went."""
+        """Stop the background processes, which would disturb stages that measure time, and record how they ended."""
         for job in self.compiling:
             try:
                 job.result(limit=0.1)
@@ -179,7 +179,7 @@ class Runner:
         self.compiling = []
 
     def note(self, stage: str, call: Call, status: str, seconds: float) -> str:
-        """Write a row of how a call ended."""
+        """Write a row that says how a call ended."""
         values = (value for value in call.arguments.values() if value and isinstance(value, (str, tuple)))
         what = " ".join(value if isinstance(value, str) else ", ".join(value) for value in values)
         self.session._replace(stage=stage).row(what or "all", status=status, seconds=seconds)
@@ -188,7 +188,7 @@ class Runner:
 
     def summarize(self) -> str:
         text = render(self.session.rows())
-        with suppress(OSError):  # a full disk does not stop what is still to come
+        with suppress(OSError):  # a full disk must not stop the session
             (self.session.out / "summary.md").write_text(text)
         return text
 
@@ -199,7 +199,7 @@ class Runner:
 
 @contextmanager
 def ended_as_exit(ends: float) -> Iterator[None]:
-    """SIGTERM, Ctrl-C and the end of the time raise SystemExit, so that what has been measured is summed up."""
+    """Make SIGTERM, Ctrl-C and the end of the time raise SystemExit, so that the summary is written in any case."""
 
     def leave(signum: int, frame: Any) -> None:
         sys.exit(128 + signum)
@@ -216,7 +216,7 @@ def ended_as_exit(ends: float) -> Iterator[None]:
 
 
 def chosen_stages(part: int, names: str | None) -> Stages:
-    """The stages of a part, or those of it that are named.
+    """Return the stages of a part, or those of them that are named.
 
     Raises:
         ValueError: the part has no stage of that name.
@@ -252,7 +252,7 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors as small as these are slower on more
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small tensors are slower with more threads
     ends = started + 60 * args.minutes - LAST_SECONDS
     with tempfile.TemporaryDirectory() as scratch:
         told = (args.device, args.preset, args.commit, f"part {args.part}")

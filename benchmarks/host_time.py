@@ -1,12 +1,11 @@
-"""The host's work of a step on a GPU, measured without one: all of it but the launches themselves.
+"""Measures the host's work in a step on a GPU, without a GPU: all of it except the launches themselves.
 
-    python benchmarks/host_time.py                  # 16 layers: 146 tensors, as Llama 3.2 1B has, of few entries
+    python benchmarks/host_time.py                  # 16 layers: 146 small tensors, as many as in Llama 3.2 1B
     python benchmarks/host_time.py --layers 32
 
-Plain CPU tensors are stepped by the code that launches the Triton kernels, with launches that do nothing. It is what
-the GPU waits for where weights are small. Each figure is the CPU time of this process, the least of the repeats,
-since whatever else runs on the machine only adds to it. torch's fused AdamW, which does its arithmetic as well here,
-is the scale.
+The code that launches the Triton kernels steps CPU tensors, with launches that do nothing. A GPU waits for this work
+where weights are small. Each figure is the smallest CPU time of this process over the repeats, because anything else
+that runs on the machine can only add to it. torch's fused AdamW is the scale; its times include its arithmetic.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ REPEATS = 60
 
 
 class NoLaunch:
-    """A kernel that takes any grid and any arguments, and does nothing."""
+    """A kernel that accepts any grid and any arguments, and does nothing."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **options: None
@@ -66,7 +65,7 @@ def small_model(layers: int) -> Any:
 
 
 def measure(name: str, layers: int) -> dict[str, Any]:
-    """Milliseconds of a step, of clipping and a step, and of a step whose gradients are all new."""
+    """Return the milliseconds of a step, of clipping and a step, and of a step in which all gradients are new."""
     model = small_model(layers)
     params = list(model.parameters())
     if name == "adamw_fused":
@@ -97,7 +96,7 @@ def measure(name: str, layers: int) -> dict[str, Any]:
 
 
 def options_of(name: str) -> str:
-    """So that every weight is stepped as the large ones of a model are."""
+    """Return options with which the small weights are stepped as the large ones of a model are."""
     return "min_8bit_size=0" if name.endswith("_8bit") else ""
 
 

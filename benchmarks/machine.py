@@ -1,4 +1,4 @@
-"""Describes what a result was measured on: the machine, the versions, the commit and the command."""
+"""Describes the circumstances of a result: the machine, the versions, the commit and the command."""
 
 from __future__ import annotations
 

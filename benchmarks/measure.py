@@ -1,4 +1,4 @@
-"""One row of `step_time.py`: an optimizer against fused AdamW, in this process. Times, bytes of state, peak memory."""
+"""Measures one row of `step_time.py` in this process: the times, state and peak memory of an optimizer and AdamW."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peers import BASELINE, PEERS, build
 from presets import PRESETS, build_model, copy_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HORIZON = 200  # steps that a change of basis is spread over
+HORIZON = 200  # the number of first steps over which the changes of basis are averaged
 FEWEST_PAIRS = 2
-SLOW = 5  # times the baseline: no more pairs than the fewest
+SLOW = 5  # an optimizer that is slower than the baseline by this factor gets the fewest pairs
 CLIPPED = (BASELINE, "adamw_foreach", "bnb_adamw8bit")  # the peers that are timed with clipping
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 Times = tuple[float, float]
@@ -27,7 +27,7 @@ Times = tuple[float, float]
 def measure(
     name: str, preset: str, dtype: str, baseline_dtype: str, threads: int, device: str, pairs: int, limit: float
 ) -> dict[str, Any]:
-    """One row. No further pair is started once a quarter of `limit` (seconds) has passed since the first step."""
+    """Return one row. No pair is started once a quarter of `limit` (seconds) has passed since the first step."""
     torch.set_num_threads(threads)
     baseline_model = build_model(PRESETS[preset], DTYPES[baseline_dtype], device)
     model = copy_of(baseline_model, DTYPES[dtype])
@@ -36,7 +36,7 @@ def measure(
     for warm in (baseline.step, baseline.step, copy):
         warm()
     first = timed(contender.step, device)
-    ends = time.perf_counter() + limit / 4  # a first step may compile for longer than that
+    ends = time.perf_counter() + limit / 4  # starts after the first step, which may compile for longer than that
     extra = extra_bytes(contender.step, device)
 
     machine_before, own_before = machine_cpu_seconds(), time.process_time()
@@ -65,7 +65,7 @@ def measure(
 
 
 def copying(device: str) -> Callable[[], Any]:
-    """A copy of a large tensor, whose speed is what a step can reach at most."""
+    """Return a function that copies a large tensor, which is as fast as a step can be."""
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -74,7 +74,7 @@ def copying(device: str) -> Callable[[], Any]:
 def timed_pairs(
     *functions: Callable[[], Any], device: str, pairs: int, ends: float, last: Callable[[], Any] | None = None
 ) -> list[list[Times]]:
-    """Times of each function: contender and baselines, whose order turns from pair to pair, then `last`."""
+    """Return the times of each function: the contender and the baselines in alternating order, and then `last`."""
     every = (*functions, last) if last else functions
     hosts = [host_seconds(function) if device == "cuda" else 0.0 for function in every]
     times: list[list[Times]] = [[] for _ in every]
@@ -90,7 +90,7 @@ def timed_pairs(
 
 
 def compared(times: list[Times], baseline_times: list[Times]) -> dict[str, Any]:
-    """Medians of both, and of the ratios of pairs with their quartiles."""
+    """Return the medians of both, and the median and the quartiles of the ratios of the pairs."""
     found: dict[str, Any] = {"pairs": len(times)}
     for index, clock in enumerate(("cpu", "wall")):
         mine, theirs = ([each[index] for each in one] for one in (times, baseline_times))
@@ -102,10 +102,10 @@ def compared(times: list[Times], baseline_times: list[Times]) -> dict[str, Any]:
 
 
 def clipped_step(optimizer: Any) -> Callable[[], None]:
-    """A step that first clips to half the norm that the gradients have now, as the Trainer clips.
+    """Return a step that first clips, as the Trainer does, to half the norm that the gradients have now.
 
-    Torch's clipping halves the gradients once, in place, and from then on multiplies them by one, which takes as long;
-    ours leaves them and halves what each step reads. So both sides step by the same gradients every time.
+    torch's clipping halves the gradients once, in place, and multiplies them by one from then on, which takes as long.
+    Ours does not change the gradients, and each step reads them halved. So both step by the same gradients every time.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     max_norm = 0.5 * float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
@@ -119,11 +119,11 @@ def clipped_step(optimizer: Any) -> Callable[[], None]:
 
 
 def timed(function: Callable[[], Any], device: str, host_s: float = 0.0) -> Times:
-    """(CPU, wall) milliseconds; on CUDA the device's milliseconds twice.
+    """Return the milliseconds of CPU and wall time, or on CUDA twice the device's time.
 
     Args:
-        host_s: how long the host takes to launch it all. The device is kept busy for longer than that first, so that
-            its time has none of the host's.
+        host_s: how long the host takes to launch the step. The device is first kept busy for longer than that, so that
+            its time does not include waiting for the host.
     """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -141,7 +141,7 @@ def timed(function: Callable[[], Any], device: str, host_s: float = 0.0) -> Time
 
 @cache
 def cycles_per_second() -> float:
-    """Of the clock that `torch.cuda._sleep` counts."""
+    """Return the cycles per second of the clock that `torch.cuda._sleep` counts."""
     cycles, start, end = 1 << 24, *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(2):
         start.record()
@@ -155,7 +155,7 @@ def cycles_per_second() -> float:
 
 
 def launch_times(optimizer: Any, pairs: int) -> dict[str, float]:
-    """The host's time of a step and, where it can be captured, the device's of its replay as a CUDA graph."""
+    """Return the host's time of a step and, if it can be captured, the device's time of its CUDA graph."""
     found = {"host_ms": 1e3 * host_seconds(optimizer.step, pairs)}
     if optimizer.param_groups[0].get("capturable"):
         replay = captured(optimizer.step).replay
@@ -165,7 +165,7 @@ def launch_times(optimizer: Any, pairs: int) -> dict[str, float]:
 
 
 def host_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    """Until the call returns, with an idle device before it: the median of the repeats."""
+    """Return the median time until the call returns, starting with an idle device."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -193,7 +193,7 @@ def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def storages(value: Any) -> Iterator[tuple[int, int]]:
-    """Yield (address, bytes) of every storage in a nest of state; tensor subclasses by what they are made of."""
+    """Yield (address, bytes) of every storage in nested state, and of the inner tensors of tensor subclasses."""
     if isinstance(value, dict):
         for item in value.values():
             yield from storages(item)
@@ -209,14 +209,14 @@ def storages(value: Any) -> Iterator[tuple[int, int]]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """(bytes of all state, bytes of bases), each storage once. All that have bases call them `proj...`."""
+    """Return the bytes of all state, and of the bases in it, whose names begin with `proj`; storage counts once."""
     states = list(optimizer.state.values())
     bases = [item for state in states for name, item in state.items() if str(name).startswith("proj")]
     return sum(dict(storages(states)).values()), sum(dict(storages(bases)).values())
 
 
 def memory(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The state's bytes, and those that a step cannot but move, in all and for each parameter."""
+    """Return the bytes of the state, and the bytes that a step must move, in all and per parameter."""
     parameters, weights = (
         sum(sizes) for sizes in zip(*((p.numel(), p.nbytes) for p in model.parameters()), strict=True)
     )
@@ -231,7 +231,7 @@ def memory(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def bandwidth(moved: float, times: list[Times], copy_times: list[Times], device: str) -> dict[str, float]:
-    """What the copies reach, and the share of it that the steps do."""
+    """Return the bandwidth of the copies, and the share of it that the steps reach."""
     copied = 2 * COPY_BYTES[device]
     shares = [moved / c[1] / (copied / seconds[1]) for c, seconds in zip(times, copy_times, strict=True)]
     return {
@@ -241,20 +241,20 @@ def bandwidth(moved: float, times: list[Times], copy_times: list[Times], device:
 
 
 def bytes_moved(weights: int, state: int, bases: int) -> int:
-    """What a step cannot but move: weights and state in and out, gradients in, bases in (between two changes)."""
+    """Return the bytes that a step must move: weights and state in and out, gradients and bases in."""
     return 3 * weights + 2 * state - bases
 
 
 def extra_bytes(step: Callable[[], Any], device: str) -> int | None:
-    """The most that a step holds beyond what is held before it; None where the system does not tell."""
+    """Return the peak memory of a step beyond what is held before it, or None if the system does not report it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that malloc keeps would hide the step's
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise the step might reuse freed memory that malloc has kept
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError):
         step()
         return None
@@ -264,13 +264,13 @@ def extra_bytes(step: Callable[[], Any], device: str) -> int | None:
 
 
 def resident_bytes(name: str) -> int:
-    """VmRSS (now) or VmHWM (peak)."""
+    """Return VmRSS (the current memory) or VmHWM (the peak) in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def machine_cpu_seconds() -> float:
-    """CPU seconds that the whole machine has worked since it started (0 where /proc is missing)."""
+    """Return the CPU seconds that the machine has worked since it started, or 0 if /proc is missing."""
     try:
         user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
     except OSError:
@@ -282,7 +282,7 @@ def machine_cpu_seconds() -> float:
 
 
 def changes_of_basis(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
-    """Kind of change -> the numbers of completed steps at which it is due among the first `HORIZON`."""
+    """Return for each kind of change after how many of the first `HORIZON` steps it is due."""
     group = optimizer.param_groups[0]
     if interval := group.get("update_interval"):
         recomputed = interval * group["reproject_factor"]
@@ -296,14 +296,14 @@ def changes_of_basis(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
 def amortise(
     optimizer: Any, changes: dict[str, list[int]], row: dict[str, Any], first: Times, device: str
 ) -> dict[str, Any]:
-    """The time of a step with each kind of change, and of the first `HORIZON` steps over fused AdamW's."""
+    """Return the time of a step with each kind of change, and of the first `HORIZON` steps over fused AdamW's."""
     clocks = ("cpu", "wall")
     times: dict[str, dict[str, float]] = {}
     total = {clock: row[f"{clock}_ms"] * (HORIZON - 1) + ms for clock, ms in zip(clocks, first, strict=True)}
     for kind, steps in changes.items():
         for state in optimizer.state.values():
             state["step"].fill_(steps[0])
-        if device == "cuda":  # libraries that a first change loads, and plans that it makes
+        if device == "cuda":  # the first change also loads libraries and makes plans
             optimizer.step()
             for state in optimizer.state.values():
                 state["step"].fill_(steps[0])

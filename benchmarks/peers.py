@@ -1,4 +1,4 @@
-"""The optimizers of other packages, at the settings that their authors give, and ours by name."""
+"""The optimizers of other packages with the settings of their authors, and ours by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package beside this file, installed or not
+sys.path.insert(0, str(ROOT))  # prefers the package in this tree to an installed one
 
 import hf_lowmem  # noqa: E402
 
@@ -23,7 +23,7 @@ ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_
 
 @dataclass(frozen=True)
 class Peer:
-    """`distribution` is the name on PyPI."""
+    """An optimizer of another package, whose name on PyPI is `distribution`."""
 
     title: str
     distribution: str
@@ -42,7 +42,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def adamw_fused(model: Any) -> torch.optim.Optimizer:
-    capturable = model.device.type == "cuda"  # for a CUDA graph; the fused step is the same without
+    capturable = model.device.type == "cuda"  # for a CUDA graph; it does not change the fused step
     return torch.optim.AdamW(model.parameters(), **ADAM, fused=True, capturable=capturable)
 
 
@@ -105,7 +105,7 @@ def apollo(model: Any) -> torch.optim.Optimizer:
 
 
 def low_rank_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The weights of the body's linear layers at a quarter of their smaller side, as under COAP; the rest plain."""
+    """Return groups that project the body's linear layers to a quarter of their smaller side, as COAP does."""
     by_rank: dict[int, list[Any]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
@@ -133,7 +133,7 @@ PEERS: dict[str, Peer] = {
 
 
 def build(name: str, model: Any) -> torch.optim.Optimizer:
-    """The optimizer of one row: a peer's, or an optim name of ours with its optim_args after a space."""
+    """Return the optimizer of one row: a peer, or an optim name of ours followed by a space and its optim_args."""
     if peer := PEERS.get(name):
         return peer.build(model)
     optim, _, optim_args = name.partition(" ")

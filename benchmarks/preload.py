@@ -1,4 +1,4 @@
-"""Imports what the environment variable PRELOAD names, in the server of `processes.py`; what fails is left out."""
+"""Imports the modules in the environment variable PRELOAD in the server of `processes.py`, except those that fail."""
 
 import importlib
 import os
@@ -6,13 +6,13 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# peft imports bitsandbytes, which asks CUDA for its devices: the server's children could not use CUDA after that.
+# peft imports bitsandbytes, which asks CUDA for its devices. After that the server's children could not use CUDA.
 sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 for name in filter(None, os.environ.get("PRELOAD", "").split(",")):
     with suppress(Exception):
         importlib.import_module(name)
 del sys.modules["bitsandbytes"]
-# The children find it installed, whatever was found here.
+# The children must find bitsandbytes installed, so what was cached here is removed.
 utils: Any = sys.modules.get("transformers.utils")
 with suppress(AttributeError):
     utils.is_bitsandbytes_available.cache_clear()

@@ -1,4 +1,4 @@
-"""The parameter sets that steps are timed on: shapes of real models, random values."""
+"""The models whose steps are timed: shapes of real models with random values."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ PRESETS: dict[str, Config] = {
         **HEADS_32,
     ),
     "8b": LlamaConfig(num_hidden_layers=32, **SIZES_8B),  # Llama 3.1 8B
-    "8b-8layers": LlamaConfig(num_hidden_layers=8, **SIZES_8B),  # its shapes, on a GPU that holds several optimizers
-    "mixtral": MixtralConfig(  # one block of Mixtral 8x7B, next to no embeddings
+    "8b-8layers": LlamaConfig(num_hidden_layers=8, **SIZES_8B),  # so that several optimizers fit on one GPU
+    "mixtral": MixtralConfig(  # one block of Mixtral 8x7B with small embeddings
         vocab_size=256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -51,14 +51,14 @@ PRESETS: dict[str, Config] = {
 
 
 def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a configuration, without memory."""
+    """Return the model of a configuration on the meta device."""
     make = MixtralForCausalLM if isinstance(config, MixtralConfig) else LlamaForCausalLM
     with torch.device("meta"):
         return make(config).to(dtype)
 
 
 def build_model(config: Config, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The model with normal weights and gradients, proportional to each other."""
+    """Return the model with normal weights, and gradients that are proportional to them."""
     model = meta_model(config, dtype).to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(0)
@@ -70,21 +70,21 @@ def build_model(config: Config, dtype: torch.dtype, device: str) -> PreTrainedMo
 
 
 def copy_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with weights of its own that are equal; it shares the gradients where they have the same dtype."""
+    """Return a copy of the model with its own weights, which shares the gradients if they have the same dtype."""
     copied = deepcopy(model).to(dtype)
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
-        mine.grad = theirs.grad.to(dtype)  # deepcopy leaves them out
+        mine.grad = theirs.grad.to(dtype)  # deepcopy does not copy gradients
     return copied
 
 
 def one_layer(preset: str, vocab_size: int = 1024) -> Config:
-    """The configuration of a preset with one layer and few tokens: the same widths, in little memory."""
+    """Return the configuration of a preset with the same widths, but one layer and few tokens to save memory."""
     config = deepcopy(PRESETS[preset])
     config.num_hidden_layers, config.vocab_size = 1, vocab_size
     return config
 
 
 def size(preset: str) -> tuple[int, int]:
-    """(parameters, tensors)"""
+    """Return the number of parameters and of tensors."""
     sizes = [parameter.numel() for parameter in meta_model(PRESETS[preset]).parameters()]
     return sum(sizes), len(sizes)

@@ -1,7 +1,7 @@
-"""Runs measurements in processes of their own, which are stopped when their time is over.
+"""Runs measurements in separate processes, which are stopped when their time is over.
 
-The processes are forked from a server that has imported what takes long and has not touched CUDA, so they start at
-once. This module imports nothing that does.
+The processes start at once, because they are forked from a server that has done the slow imports without initializing
+CUDA. This module imports nothing that initializes CUDA.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any, ClassVar
 
 BENCHMARKS = Path(__file__).resolve().parent
 LONGEST_ERROR = 200
-LAST_WORDS = 2  # seconds that a process has to clean up after it has answered
+LAST_WORDS = 2  # seconds that a process has to exit after it has sent its result
 
 
 def start_server(preload: Iterable[str], device: str, limit: float = 120) -> str:
-    """Start the server, which imports these modules as far as it can, and wait until a child of it uses the device.
+    """Start the server, which imports these modules as far as it can, and check that a child of it can use the device.
 
-    Where a child cannot, processes are started anew instead, and import everything themselves.
+    If a child cannot, later processes are spawned instead and import everything themselves.
 
     Args:
-        limit: seconds for each of the two.
+        limit: the most seconds for each of the two ways.
 
     Returns:
         "forkserver" or "spawn".
@@ -39,7 +39,7 @@ def start_server(preload: Iterable[str], device: str, limit: float = 120) -> str
     """
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    # A server that had asked CUDA itself for its devices would leave its children without them.
+    # If the server itself asked CUDA for its devices, its children could not use them.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["PRELOAD"] = ",".join(preload)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
@@ -54,12 +54,12 @@ def start_server(preload: Iterable[str], device: str, limit: float = 120) -> str
 
 
 class Job:
-    """A call of `module:function`, already running in a process group of its own."""
+    """A call of `module:function` that runs in a process group of its own."""
 
     start_method: ClassVar[str] = "forkserver"
 
     def __init__(self, target: str, arguments: dict[str, Any], log: Path | None = None, nice: int = 0) -> None:
-        """The process's output is appended to `log`, or dropped."""
+        """Start the process; its output is appended to `log`, or dropped if there is none."""
         context: Any = multiprocessing.get_context(self.start_method)
         self._here, there = context.Pipe(duplex=False)
         self._process = context.Process(target=call, args=(there, target, arguments, log, nice), daemon=True)
@@ -67,11 +67,11 @@ class Job:
         there.close()
 
     def result(self, limit: float) -> Any:
-        """What the function returns; waits for `limit` seconds at most, and ends the process group.
+        """Wait for at most `limit` seconds, end the process group, and return the function's result.
 
         Raises:
-            TimeoutError: it was still running.
-            RuntimeError: it raised something, whose first line this is, or died.
+            TimeoutError: the function was still running.
+            RuntimeError: the function raised an exception, whose first line is the message, or the process died.
         """
         try:
             if not self._here.poll(max(limit, 0)):
@@ -91,16 +91,16 @@ class Job:
         return bool(self._process.is_alive())
 
     def kill(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all processes that it has started."""
         assert self._process.pid
-        with suppress(ProcessLookupError, PermissionError):  # it leads a group unless it has only just begun
+        with suppress(ProcessLookupError, PermissionError):  # a process that has just started may not lead a group yet
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        self._process.join(5)  # what a GPU has under way is waited for, but not for ever
+        self._process.join(5)  # the kernel waits for work on the GPU, which may never finish
 
 
 def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | None, nice: int) -> None:
-    """Run `target` and send (True, what it returns) or (False, the first line of what it raised)."""
+    """Run `target` and send (True, its result) or (False, the first line of the exception)."""
     os.setsid()
     os.nice(nice)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -123,7 +123,7 @@ def call(pipe: Connection, target: str, arguments: dict[str, Any], log: Path | N
 
 
 def touch(device: str) -> None:
-    """Use the device, unless it is the CPU."""
+    """Allocate on the device, unless it is the CPU."""
     if device != "cpu":
         import torch
 
@@ -131,5 +131,5 @@ def touch(device: str) -> None:
 
 
 def seconds_since_boot() -> float:
-    """A clock that all processes share."""
+    """Return the time of a clock that all processes share."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)

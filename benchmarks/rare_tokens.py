@@ -1,11 +1,11 @@
-"""Are 8-bit moments of an embedding worse than float32's for tokens that come every few hundred steps?
+"""Tests whether 8-bit moments of an embedding are worse than float32 for tokens that occur every few hundred steps.
 
     python benchmarks/rare_tokens.py
 
-Pairs of tokens from Zipf's distribution have one of 64 labels, by a fixed random network over random vectors of the
-tokens. A network with an embedding of its own learns that, so that what it knows of a token comes from the steps in
-which the token occurs. Held-out losses are over pairs of the same distribution, and over pairs whose first token is
-one of those that a step sees less than once in 200.
+A fixed random network over random vectors of the tokens gives each pair of tokens one of 64 labels; the tokens follow
+Zipf's distribution. A network with its own embedding learns the labels, so that it learns about a token only in the
+steps in which the token occurs. The held-out losses are over pairs of the same distribution, and over pairs whose
+first token occurs in fewer than one of 200 steps.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.nn import functional
 import hf_lowmem
 
 TOKENS, WIDTH, LABELS, BATCH = 8192, 256, 64, 128
-RARE = 200  # steps between two occurrences, on average
+RARE = 200  # a rare token occurs less than once in so many steps, on average
 CASES = (("lowmem_adamw", ""), ("lowmem_adamw_8bit", "embedding_bits=32"), ("lowmem_adamw_8bit", "embedding_bits=8"))
 
 Sample = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Network(nn.Module):
-    """Labels of pairs of tokens."""
+    """A network that labels pairs of tokens."""
 
     def __init__(self, generator: torch.Generator, scale: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Network(nn.Module):
 
 
 def make_sampler(seed: int) -> Sample:
-    """Labelled pairs, of which the first token is drawn with the given weights and the second by Zipf's."""
+    """Return labelled pairs, whose first token has the given distribution and whose second token has Zipf's."""
     generator = torch.Generator().manual_seed(seed)
     teacher, zipf = Network(generator, 4.0), zipf_weights()
 
@@ -68,7 +68,7 @@ def zipf_weights() -> Tensor:
 
 
 def rare_weights() -> Tensor:
-    """The rare tokens, all alike."""
+    """Return weights with which all rare tokens are equally likely."""
     return (2 * BATCH * zipf_weights() < 1 / RARE).float()
 
 

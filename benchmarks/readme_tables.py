@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed results and from the package; a test fails when they differ.
+"""Writes the tables of README.md from the committed results and from the package. A test fails if they differ.
 
     python benchmarks/readme_tables.py
 
@@ -31,7 +31,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def optimizers(current: str) -> str:
-    """The table as it stands, with the bytes of the names in its first column."""
+    """Return the current table, with the bytes of the names in its first column."""
     head, rule, *rows = current.strip().splitlines()
     lines, seen = [head, rule], []
     for row in rows:
@@ -45,7 +45,7 @@ def optimizers(current: str) -> str:
 
 
 def options(_: str) -> str:
-    """The options that `optim_args` take, with the algorithms that have them."""
+    """Return the table of the options in `optim_args`, with the algorithms that have them."""
     owners: dict[tuple[str, str, str], list[str]] = {}
     for algorithm, recipe in RECIPES.items():
         for name, option in recipe.arguments().items():
@@ -71,7 +71,7 @@ def demo_seeds(_: str) -> str:
 
 
 def losses(what: str, rows: list[tuple[str, float, float]]) -> str:
-    """`rows` of (optim, state, loss)."""
+    """Return a table of losses from rows of (optim, state, loss)."""
     against = next(loss for optim, _, loss in rows if optim == ADAMW)
     lines = [f"| `optim` | state | {what} | against `{ADAMW}` |", "|---|---:|---:|---:|"]
     for optim, state, loss in rows:
@@ -117,7 +117,7 @@ def step_time(_: str) -> str:
 
 
 def step_time_epyc(_: str) -> str:
-    """The rows that were measured with clipping."""
+    """Return the table of the rows that were measured with clipping."""
     return step_times("step_time_100m_cpu_epyc", lambda row: "clipped" in row)
 
 
@@ -152,7 +152,7 @@ TABLES: dict[str, Callable[[str], str]] = {
 
 
 def regenerate(text: str) -> str:
-    """The README with every table written anew."""
+    """Return the README with all tables written again."""
     found: list[str] = []
 
     def rewrite(match: re.Match[str]) -> str:

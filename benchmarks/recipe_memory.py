@@ -1,19 +1,19 @@
-"""The GPU memory that each recipe of scripts/recipes/ is planned to take. Computed, not measured: no GPU is used.
+"""Computes the GPU memory that each recipe of scripts/recipes/ needs. Nothing is measured, and no GPU is used.
 
-    python benchmarks/recipe_memory.py            # writes the results, and the head of every recipe
+    python benchmarks/recipe_memory.py            # writes the results and the head of every recipe
 
-The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. Exact
-are the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model (DPO, KTO,
-and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
-instead), the reward model, the gradients (one per trainable weight, of its dtype), the optimizer state (from its
-declared tensors) and the step's temporaries. Those are what the Triton kernels' launches hold: the tables of
-addresses, the part of each tile, partial sum and reduction, and of the largest launch the partial sums and its
-bucket's scalars. Where a weight is projected, or not covered by these kernels, they are the float32 temporaries by
-which plain torch steps one tile of up to 2^24 entries.
+The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. These
+parts are exact: the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model
+(DPO, KTO, and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
+instead), the reward model, the gradients (one per trainable weight, in its dtype), the optimizer state (from its
+declared tensors) and the step's temporaries. The temporaries are what the launches of the Triton kernels hold: tables
+of addresses, and tables that say to which part each tile, partial sum and reduction belongs, and the partial sums and
+scalars of the largest launch. For a weight that is projected, or not covered by these kernels, they are the float32
+temporaries with which plain torch steps one tile of up to 2^24 entries.
 
-The rest are formulas, for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores no scores. T
-is the number of tokens in a batch with every row full, h the hidden size, i the intermediate size, q and k the
-widths of queries and keys, v the vocabulary, L the layers; all in bytes:
+The other parts follow from formulas for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores
+no scores. T is the number of tokens in a batch of full rows, h the hidden size, i the intermediate size, q and k the
+widths of queries and keys, v the vocabulary, and L the number of layers. All sizes are in bytes:
 
 - checkpoints: the input of every layer, 2 T h L;
 - one layer, recomputed in the backward pass: what autograd saves, T (16 h + 4 q + 4 k + 8 i), or with LoRA
@@ -24,10 +24,10 @@ widths of queries and keys, v the vocabulary, L the layers; all in bytes:
 - rollout: keys and values of all completions of one generation batch, 4 k L for each token; plus one layer's forward
   pass of the reward model, if any, over all of them: T (2 h + 6 i) with that model's sizes.
 
-A prompt of a rollout is taken as PROMPT_TOKENS long. The planned peak is what is always there (weights to optimizer
-state) and the largest of three moments: the backward pass (gradients, checkpoints, and one layer or the LM head),
-the update (gradients and temporaries) and the rollout, before which the gradients are freed. Not counted: the CUDA
-context, fragmentation, the data, and the workspace of matrix products.
+A prompt of a rollout is assumed to have PROMPT_TOKENS tokens. The planned peak is what is always in memory (the
+weights to the optimizer state) and the largest of three moments: the backward pass (gradients, checkpoints, and one
+layer or the LM head), the update (gradients and temporaries), and the rollout, before which the gradients are freed.
+The CUDA context, fragmentation, the data, and the workspace of matrix products are not counted.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ MODELS = {  # from their public config.json
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of one recipe's memory, in bytes: what is always there, and the moments that come and go."""
+    """The parts of one recipe's memory in bytes: what is always there, and what is there at some moments."""
 
     task: str
     model: str
@@ -116,7 +116,7 @@ class Plan:
 
 
 def plan(recipe: Path) -> Plan:
-    """The plan of one YAML file, read by the parser of its task."""
+    """Return the plan of one YAML file, which is read by the parser of its task."""
     task = recipe.stem.split("_")[0]
     parser = make_parser(task)
     script, training, model_args, _ = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True"])
@@ -165,14 +165,14 @@ def plan(recipe: Path) -> Plan:
 
 
 def batch(task: str, training: Any) -> tuple[int, int]:
-    """Rows of one forward pass and their length in tokens, when all are full."""
+    """Return the number of rows in one forward pass and their length in tokens if all are full."""
     rows = training.per_device_train_batch_size * (2 if task in ("reward", "dpo") else 1)  # chosen and rejected
     rollout = task in ("grpo", "rloo")
     return rows, PROMPT_TOKENS + training.max_completion_length if rollout else training.max_length
 
 
 def activations(task: str, config: Any, tokens: int, adapters: bool) -> dict[str, int]:
-    """The backward pass beside the gradients, by the formulas above."""
+    """Return the bytes of the backward pass without the gradients, by the formulas above."""
     hidden, layer_bytes = config.hidden_size, layer_saved(config, adapters) + 4 * config.intermediate_size
     peaks = {"one layer": tokens * layer_bytes}
     if task != "reward":
@@ -183,7 +183,7 @@ def activations(task: str, config: Any, tokens: int, adapters: bool) -> dict[str
 
 
 def layer_saved(config: Any, adapters: bool) -> int:
-    """Bytes for each token that autograd saves in one decoder layer."""
+    """Return the bytes per token that autograd saves in one decoder layer."""
     hidden, queries = (18, 6) if adapters else (16, 4)
     # the queries are as wide as the hidden state in these models
     return (hidden + queries) * config.hidden_size + 4 * key_width(config) + 8 * config.intermediate_size
@@ -194,7 +194,7 @@ def key_width(config: Any) -> int:
 
 
 def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
-    """Bytes that a step on a GPU takes for a while, beside weights, gradients and state."""
+    """Return the bytes of a step's temporaries on a GPU."""
     optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-3, optim_args=optim_args)
     tables, passing = dict[int, torch.Tensor](), 0
     for group in optimizer.param_groups:
@@ -218,9 +218,9 @@ def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
 
 
 def launches_of(bucket: Bucket) -> list[launch.Launch]:
-    """As on a GPU with Triton, whose names for dtypes are of no concern."""
+    """Return the launches for a bucket as on a GPU with Triton, whose dtypes do not matter here."""
     dtypes = {dtype: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)}
-    variants._planned.cache_clear()  # what is planned by other names must not be found
+    variants._planned.cache_clear()  # plans with other dtypes must not be reused
     try:
         with patch.object(variants, "triton_kernels", lambda: SimpleNamespace(DTYPES=dtypes)):
             return launch.launches_of(bucket, averaged=False)
@@ -229,7 +229,7 @@ def launches_of(bucket: Bucket) -> list[launch.Launch]:
 
 
 class Temporaries(TorchDispatchMode):
-    """The most bytes of new tensors that were there at one time."""
+    """Finds the most bytes of new tensors that exist at one time inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def torch_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
-    """Bytes of the temporaries of one tile on a GPU, in whole tiles, from those of one tile on the CPU."""
+    """Return the bytes of the temporaries of one tile on a GPU, from those of one tile on the CPU."""
     sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
     trainable = [param for param in model.parameters() if param.requires_grad]
     small = LlamaForCausalLM(LlamaConfig(**sizes)).to(trainable[0].dtype)  # every matrix is one tile of 256 x 256
@@ -261,7 +261,7 @@ def torch_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
         param.grad = torch.ones_like(param)
     optimizer = hf_lowmem.build_optimizer(small, optim, lr=1e-3, optim_args=optim_args)
     with forced("in_place", "tiles"):
-        optimizer.step()  # which makes the state
+        optimizer.step()  # creates the state
         with Temporaries() as temporaries:
             optimizer.step()
     tile = min(tile_size(torch.device("cuda")), max(param.numel() for param in trainable))
@@ -269,7 +269,7 @@ def torch_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
 
 
 def facts(name_or_path: str) -> tuple[str, Any]:
-    """The model's short name and its config; a folder is named after the model that it was made from."""
+    """Return the model's short name and its config; a folder has the name of the model that it was made from."""
     return next((name, config) for name, config in MODELS.items() if Path(name_or_path).name.startswith(name))
 
 
@@ -296,7 +296,7 @@ def nbytes(params: Any) -> int:
 
 
 def head(recipe: Path, planned: Plan) -> str:
-    """The comment that the recipe opens with."""
+    """Return the comment at the head of the recipe."""
     command = f"hf-lowmem {planned.task} --config {recipe.relative_to(ROOT)}"
     lines = [
         command,
@@ -320,7 +320,7 @@ def line(part: str, size: int, note: str | None) -> str:
 
 
 def body(recipe: Path) -> str:
-    """The file without the comment that it opens with."""
+    """Return the file without the comment at its head."""
     lines = recipe.read_text().splitlines(keepends=True)
     first = next(i for i, text in enumerate(lines) if not text.startswith("#") and text.strip())
     return "".join(lines[first:])

@@ -1,12 +1,12 @@
-"""What a new basis costs: COAP's recomputation and correction, SOAP's power step, and the full SVD that GaLore takes.
+"""Times a new basis: COAP's recomputation and correction, SOAP's power step, and the full SVD that GaLore computes.
 
     python benchmarks/refresh.py                     # the weights of a 100-million Llama, one thread
     python benchmarks/refresh.py --hidden 2048 --intermediate 5461 --repeats 1
     python benchmarks/refresh.py --device cuda
 
-One random gradient per shape, rank a quarter of the smaller side, all in one process; each time is the fastest of the
-repeats. The floor is the time of the two products that a low-rank step cannot do without: projecting the gradient and
-the update back.
+Each shape has one random gradient, and a rank of a quarter of its smaller side. Everything runs in one process, and
+each time is that of the fastest repeat. The floor is the time of the two products that every low-rank step needs:
+projecting the gradient, and projecting the update back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_lowmem.projections import eigenbasis, low_rank  # noqa: E402
 
 
 def seconds(function: Callable[[], Any], repeats: int, device: str) -> float:
-    """CPU seconds of the whole process, or the device's seconds, of the fastest run."""
+    """Return the CPU seconds of the process, or the seconds of the device, in the fastest run."""
     best = float("inf")
     for _ in range(repeats):
         if device == "cuda":
@@ -45,7 +45,7 @@ def seconds(function: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def measure(m: int, n: int, repeats: int, device: str) -> dict[str, float]:
-    """Milliseconds for a gradient (m, n)."""
+    """Return the milliseconds for a gradient (m, n)."""
     torch.manual_seed(0)
     grad = torch.randn(m, n, device=device)
     x = low_rank.long_side_first(grad)

@@ -1,4 +1,4 @@
-"""The RLHF demo over several seeds: does each stage learn, and do the optimizers differ by more than the seeds do?
+"""Merges runs of the RLHF demo with several seeds: does each stage learn, and do optimizers differ more than seeds?
 
     for seed in 0 1 2; do
         hf-lowmem demo --rlhf --scale small --seed $seed --output-dir runs/$seed

@@ -1,37 +1,36 @@
-"""Time of one optimizer step against torch.optim.AdamW(fused=True), its memory, and the bytes that it must move.
+"""Compares an optimizer step with torch.optim.AdamW(fused=True): its time, its memory, and the bytes that it moves.
 
     python benchmarks/step_time.py                          # the 100m preset on the CPU, with the peers installed
     python benchmarks/step_time.py --optims slim_adamw,bnb_adamw8bit --dtype fp32 --threads 1 --pairs 5
     python benchmarks/step_time.py --device cuda --preset 1b
 
-The parameters are those of a model of `presets.py`, with random normal gradients that are set once. Each optimizer
-runs in a process of its own beside fused AdamW, each on its own copy of the model. Their steps are timed in pairs
-whose order alternates (A B, B A, ...). A ratio is the median over the pairs, with its quartiles. The row that pairs
-fused AdamW with itself shows the noise: differences within it mean nothing. A row that fails says why; one that has
-not ended after `--limit` seconds is stopped; once a quarter of that has passed since its first step, no further pair
-is started. A row that takes more than five times fused AdamW's time gets two pairs.
+The parameters are those of a model in `presets.py`, with random normal gradients that are set once. Each optimizer
+runs in a process of its own together with fused AdamW, each on its own copy of the model. Their steps are timed in
+pairs of alternating order (A B, B A, ...). A ratio is the median over the pairs, with its quartiles. The row that
+pairs fused AdamW with itself shows the noise, within which differences mean nothing. A row that fails says why, and a
+row that takes more than `--limit` seconds is stopped. No pair is started once a quarter of the limit has passed since
+the first step. A row that is more than five times as slow as fused AdamW gets two pairs.
 
-- CPU ms: time of the whole process, all threads together, so it does not depend on what else the machine runs as much
-  as wall time does. On CUDA the time is the device's, by events.
-- state B/param: of all storages that the state holds, each counted once, over the number of weights.
-- moved B/param: what a step cannot but move. Weights and state are read and written, gradients and the bases of
-  projections read.
-- of copy bandwidth: moved bytes over the step's wall time, against `Tensor.copy_` of a large tensor that follows each
-  pair, on the same threads. A copy counts as bytes read and written; on most CPUs it also reads the lines that it
-  overwrites, which a step in place does not, so a step can exceed 100 %.
-- extra MiB: the most that a step holds beyond what is held before it, by peak resident memory or, on CUDA, by torch's
-  allocator.
-- first step: allocates the state, compiles what is compiled.
-- clipped: pairs in which both clip the gradients before they step, as the Trainer does by default: by the optimizer's
-  own `clip_grad_norm_` where it has one, else by torch's. For torch's optimizers, bitsandbytes and ours that do not
-  project.
-- host ms, on CUDA: until `step()` returns, with an idle device before it.
-- graph ms, on CUDA: the device's time of the step replayed as a CUDA graph, for optimizers with `capturable=True`.
+- CPU ms: the CPU time of the process over all threads, which depends less on other programs than wall time does. On
+  CUDA it is the device's time, measured by events.
+- state B/param: the bytes of all storages in the state, each counted once, over the number of weights.
+- moved B/param: the bytes that a step must move. Weights and state are read and written, gradients and the bases of
+  projections are read.
+- of copy bandwidth: the moved bytes over the step's wall time, relative to `Tensor.copy_` of a large tensor that
+  follows each pair on the same threads. A copy counts the bytes that it reads and writes. On most CPUs it also reads
+  the cache lines that it overwrites, which a step in place does not, so a step can exceed 100 %.
+- extra MiB: the most memory that a step holds beyond what is held before it, from the peak resident memory or, on
+  CUDA, from torch's allocator.
+- first step: the step that allocates the state and compiles kernels.
+- clipped: pairs in which both clip the gradients before they step, as the Trainer does by default, by the optimizer's
+  own `clip_grad_norm_` if it has one, or else by torch's. It is measured for torch's optimizers, bitsandbytes, and
+  those of ours that do not project.
+- host ms, on CUDA: the time until `step()` returns, starting with an idle device.
+- graph ms, on CUDA: the device's time of the step as a CUDA graph, for optimizers with `capturable=True`.
 
-Where a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes (or most of them, which
-the median tells). Each kind of change is
-timed too, by setting the step counters to where it is due, and `amortised` is the time of all of the first 200 steps,
-the first one included, over that of 200 of fused AdamW's.
+If a basis changes on a schedule (COAP, SOAP), the timed steps are those between two changes, or most of them, which is
+what the median shows. Each kind of change is also timed, by setting the step counters to where it is due. `amortised`
+is the time of the first 200 steps, including the first one, over that of 200 steps of fused AdamW.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ MAIN = (BASELINE, *(f"{name}{bits}" for name in ("lowmem_adamw", "slim_adamw", "
 
 
 def planned_rows(args: argparse.Namespace) -> list[tuple[str, int, str]]:
-    """(dtype, threads, name): on the CPU every name in the first section, the main ones in the others."""
+    """Return (dtype, threads, name) of all rows; on the CPU all sections but the first have the main names only."""
     threads = [int(count) for count in args.threads.split(",")] if args.device == "cpu" else [1]
     combinations = [(dtype, count) for dtype in args.dtype.split(",") for count in threads]
     given = tuple(filter(None, args.optims.split(",")))
@@ -71,7 +70,7 @@ def planned_rows(args: argparse.Namespace) -> list[tuple[str, int, str]]:
 
 
 def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong there comes back as `error`."""
+    """Run `measure` in a process of its own and return its row, or a row with an `error`."""
     job = Job("measure:measure", row | {"limit": limit})
     try:
         found = job.result(limit)
@@ -119,7 +118,7 @@ def main() -> None:
         "not_installed": sorted({peer.distribution for peer in PEERS.values() if not peer.installed}),
         "rows": [],
     }
-    # A first step compiles, whatever ran before.
+    # Without a cache the first step compiles, whatever ran before.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     start_server(["hf_lowmem.trainer.build", "measure"], args.device)
     rows, started = planned_rows(args), time.monotonic()

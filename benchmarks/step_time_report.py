@@ -16,7 +16,7 @@ Cell = Callable[[Row], str]
 
 
 def title(name: str) -> str:
-    """How a row is called in tables: a peer's title, or an optim name of ours as code."""
+    """Return the name of a row in tables: the title of a peer, or our optim name as code."""
     if name == BASELINE:
         return f"{PEERS[name].title}, against itself"
     return PEERS[name].title if name in PEERS else f"`{name}`"
@@ -35,12 +35,12 @@ def with_quartiles(clock: str) -> Cell:
 
 
 def clipped(cell: Cell) -> Cell:
-    """The same figure of "clip, then step"."""
+    """Return the figure for clipping and a step."""
     return lambda row: cell(row["clipped"]) if "clipped" in row else ""
 
 
 def table(rows: list[Row], columns: dict[str, Cell]) -> list[str]:
-    """Markdown: `columns` after the optimizer's name, less those that no row fills; what failed says so."""
+    """Return a Markdown table with the optimizer and those of `columns` that any row fills; failed rows say why."""
     cells = [["" if "error" in row else cell(row) for cell in columns.values()] for row in rows]
     kept = [index for index in range(len(columns)) if any(line[index] for line in cells)]
     heads = [list(columns)[index] for index in kept] or ["result"]
@@ -54,7 +54,7 @@ def table(rows: list[Row], columns: dict[str, Cell]) -> list[str]:
 
 
 def sections(report: dict[str, Any]) -> dict[tuple[str, int], list[Row]]:
-    """(dtype, threads) -> its rows, in the order of the report."""
+    """Return the rows by (dtype, threads), in the order of the report."""
     grouped: dict[tuple[str, int], list[Row]] = {}
     for row in report["rows"]:
         grouped.setdefault((row["dtype"], row["threads"]), []).append(row)
@@ -66,7 +66,7 @@ def heading(dtype: str, threads: int, gpu: str | None) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as Markdown: one table per dtype and number of threads."""
+    """Return the report as Markdown, with a table per dtype and number of threads."""
     machine, preset = report["machine"], report["preset"]
     gpu = machine["gpu"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
@@ -130,7 +130,7 @@ def described_changes(row: Row) -> str:
 
 
 def save_png(report: dict[str, Any], path: Path) -> None:
-    """Bars of the time ratio, and of bytes of state, for each dtype and number of threads."""
+    """Draw bars of the time ratio and of the bytes of state for each dtype and number of threads."""
     import matplotlib
 
     matplotlib.use("Agg")

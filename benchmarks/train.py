@@ -1,15 +1,15 @@
-"""Whole training steps: tokens per second and peak memory of supervised fine-tuning, by optimizer.
+"""Measures whole steps of supervised fine-tuning by optimizer: tokens per second and peak memory.
 
     python benchmarks/train.py --preset 1b                               # on a GPU
     python benchmarks/train.py --preset 8b --optims "adamw_torch_fused,slim_adamw_8bit,slim_adamw_8bit rounding=kahan"
     python benchmarks/train.py --preset 100m --device cpu --steps 4 --batch-size 1 --length 256
 
-A Llama-shaped model with random bfloat16 weights is trained by TRL's SFTTrainer, or by transformers' Trainer where TRL
-or datasets are not installed, with gradient checkpointing on rows of random tokens, each as long as `--length`, as
-packing makes them. Each optimizer runs in a process of its own: optim names of the Trainer with their optim_args
-after a space, or a peer of `peers.py`. A row that has not ended after `--limit` seconds is stopped. The time of a step
-is the median after the first WARM steps; peak memory is that of the whole run, as torch's allocator counts it (on a
-CPU the process's largest resident set), and the optimizer state in it is what its storages hold at the end.
+TRL's SFTTrainer, or transformers' Trainer if TRL or datasets are not installed, trains a Llama with random bfloat16
+weights and gradient checkpointing on rows of random tokens, each as long as `--length`, as packing makes them. Each
+optimizer runs in a process of its own: an optim name of the Trainer followed by a space and its optim_args, or a peer
+of `peers.py`. A row that takes more than `--limit` seconds is stopped. The time of a step is the median after the
+first WARM steps. The peak memory is that of the whole run in torch's allocator (on a CPU, the largest resident set of
+the process), and the optimizer state in it is what its storages hold at the end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GIB = 2**30
 
 
 class StepTimes(transformers.TrainerCallback):
-    """Seconds of each step, from the first forward pass to the end of the update."""
+    """Records the seconds of each step, from the first forward pass to the end of the update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -61,7 +61,7 @@ def now() -> float:
 
 
 def measure(name: str, preset: str, device: str, steps: int, batch_size: int, length: int) -> dict[str, Any]:
-    """One row, in this process."""
+    """Return one row, measured in this process."""
     hf_lowmem.register()
     torch.manual_seed(0)
     with torch.device(device):
@@ -88,7 +88,7 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
         tokens = torch.randint(
             model.config.vocab_size, (steps * batch_size, length), generator=torch.Generator().manual_seed(0)
         )
-        optimizers = (peer.build(model) if peer else None, None)  # the Trainer makes what is None
+        optimizers = (peer.build(model) if peer else None, None)  # the Trainer creates what is None
         trainer = trainer_of(model, arguments, tokens, callbacks=[times], optimizers=optimizers)
         loss = trainer.train().training_loss
     seconds = statistics.median(times.seconds[min(WARM, steps - 1) :])
@@ -106,11 +106,11 @@ def measure(name: str, preset: str, device: str, steps: int, batch_size: int, le
 
 
 def trainer_of(model: Any, arguments: dict[str, Any], tokens: torch.Tensor, **more: Any) -> transformers.Trainer:
-    """TRL's SFTTrainer on rows of tokens (rows, length), or transformers' Trainer, which takes the same step."""
+    """Return TRL's SFTTrainer on tokens (rows, length), or transformers' Trainer, which takes the same step."""
     try:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
-    except (ImportError, RuntimeError):  # TRL raises the latter for what it imports itself
+    except (ImportError, RuntimeError):  # TRL raises RuntimeError for its own missing imports
         rows = [{"input_ids": row, "labels": row} for row in tokens]
         return transformers.Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=rows, **more)
     return SFTTrainer(
@@ -123,13 +123,13 @@ def trainer_of(model: Any, arguments: dict[str, Any], tokens: torch.Tensor, **mo
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The rows are tokens already; SFTTrainer asks for one all the same."""
+    """A tokenizer that SFTTrainer requires, although the rows are tokens already."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def measure_in_new_process(limit: float, **row: Any) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong there comes back as `error`."""
+    """Run `measure` in a process of its own and return its row, or a row with an `error`."""
     job = Job("train:measure", row)
     try:
         return job.result(limit)

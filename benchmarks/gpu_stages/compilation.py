@@ -1,4 +1,4 @@
-"""Compiles the kernels that will be timed into Triton's cache, beside the stages that time nothing."""
+"""Compiles the kernels that will be timed into Triton's cache, while stages run that do not measure time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from gpu_stages.core import ROWS
 from gpu_stages.session import Session
 
 NAMES = ("slim_adamw_8bit", "adam_mini_8bit")
-LATER = (*NAMES, "lowmem_adamw_8bit", "coap_adamw_8bit")  # of whole trainings
+LATER = (*NAMES, "lowmem_adamw_8bit", "coap_adamw_8bit")  # the optimizers of whole trainings
 
 
 def run(session: Session, first: int, every: int) -> None:
-    """The `first` optimizer and each `every`-th after it: what `smoke` steps, then a layer of what is timed later."""
+    """Compile what `smoke` steps, and then a layer of what is timed later, for every `every`-th optimizer.
+
+    The optimizers are counted from the one numbered `first`.
+    """
     started = time.perf_counter()
     if session.on_gpu:
         for name in smoke.NAMES[first::every]:

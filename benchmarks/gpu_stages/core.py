@@ -38,17 +38,17 @@ ROWS = (
     "slim_adamw_8bit rounding=kahan",
 )
 PAIRS = 9
-FEW = 2  # rows, where it is only tried out
-DTYPE = "bf16"  # of the weights that are compared
+FEW = 2  # the number of rows on a CPU, where this is only tried out
+DTYPE = "bf16"  # the dtype of the weights
 
 
 def run(
     session: Session, preset: str = "1b", names: Sequence[str] = ROWS, baselines: Sequence[str] = ("bf16", "fp32")
 ) -> None:
-    """A row for each name; the baselines are built once and timed anew beside each.
+    """Write a row for each name; the baselines are built once and timed again with each.
 
     Raises:
-        RuntimeError: an optimizer of ours has failed, or no time was left for it, or CUDA has failed.
+        RuntimeError: one of our optimizers failed or got no time, or CUDA failed.
     """
     session.wait_for_memory()
     names = names if session.on_gpu else names[:FEW]
@@ -70,10 +70,10 @@ def run(
             started = time.perf_counter()
             try:
                 measure(name, session.preset or preset, models[DTYPE], optimizers, session)
-            except Exception as error:  # of one peer, which the others have nothing to do with
+            except Exception as error:  # a peer that fails does not concern the others
                 said = (str(error).strip().splitlines() or [""])[0][:150]
                 session.row(name, remark=f"{type(error).__name__}: {said}")
-                if "CUDA error" in said:  # no later row would work either
+                if "CUDA error" in said:  # all later rows would fail, too
                     raise
                 missing += [name] if name not in PEERS else []
             taken.append(time.perf_counter() - started)
@@ -84,16 +84,16 @@ def run(
 
 
 def measure(name: str, preset: str, model: Any, baselines: dict[str, Any], session: Session) -> None:
-    """Rows of the step, of its memory, and of clipping and the step or of the changes of a basis."""
+    """Write rows for the step, its memory, and clipping with the step or the changes of a basis."""
     device = session.device
-    # Kernels are compiled first, or the first step would take as long.
+    # The kernels are compiled first, so that the first step does not include it.
     build(name, build_model(one_layer(preset), DTYPES[DTYPE], device)).step()
     model = copy_of(model, DTYPES[DTYPE])
     optimizer, copy = build(name, model), copying(device)
     first = timed(optimizer.step, device)
     extra = extra_bytes(optimizer.step, device)
     steps = [optimizer.step, *(baseline.step for baseline in baselines.values())]
-    timed_pairs(*steps, device=device, pairs=2, ends=0)  # a lead-in
+    timed_pairs(*steps, device=device, pairs=2, ends=0)  # warms up
     own, *theirs, copies = timed_pairs(*steps, device=device, pairs=PAIRS, ends=float("inf"), last=copy)
     held = memory(model, optimizer)
     row: dict[str, Any] = {"ms": middle(own), **ratios(own, theirs, baselines), "pairs": len(own)}
@@ -124,7 +124,7 @@ def measure(name: str, preset: str, model: Any, baselines: dict[str, Any], sessi
 
 
 def ratios(own: list[Times], theirs: list[list[Times]], baselines: dict[str, Any]) -> dict[str, Any]:
-    """Of the pairs, against each baseline, with their quartiles; and each baseline's milliseconds."""
+    """Return the ratios to each baseline with their quartiles, and the milliseconds of each baseline."""
     found: dict[str, Any] = {}
     for dtype, times in zip(baselines, theirs, strict=True):
         each = [a[1] / b[1] for a, b in zip(own, times, strict=True)]

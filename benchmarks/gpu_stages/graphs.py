@@ -1,4 +1,4 @@
-"""Times steps of a small model, for which the device waits for the host, also as CUDA graphs."""
+"""Times steps of a small model, in which the device waits for the host, with and without CUDA graphs."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from hf_lowmem.kernels.triton.variants import Variant
 
 NAMES = ("slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")
 REPEATS = 5
-HOST_S = 1e-3  # more than the host takes for a launch
+HOST_S = 1e-3  # seconds; more than the host needs for a launch
 
-Calls = dict[str, list[tuple[float, float]]]  # of each kernel, milliseconds and the bytes that it must move
+Calls = dict[str, list[tuple[float, float]]]  # (milliseconds, bytes that must be moved) of each call by kernel
 
 
 def run(session: Session) -> None:
@@ -51,7 +51,7 @@ def run(session: Session) -> None:
 
 @contextmanager
 def timed_launches(calls: Calls) -> Iterator[None]:
-    """Triton's launches one at a time, each with an idle device before it."""
+    """Times Triton's launches one at a time, each starting with an idle device."""
     from triton.runtime.jit import JITFunction
 
     run_kernel, step, under_way = JITFunction.run, Launch.step, []
@@ -76,7 +76,7 @@ def described(variant: Variant) -> str:
 
 
 def bytes_per_entry(kernel: str, variant: Variant) -> float:
-    """What a kernel cannot but move; scales and means are left out."""
+    """Return the bytes that a kernel must move, without scales and means."""
     weight = variant.weight.primitive_bitwidth / 8
     if kernel == "sum_squares":
         return weight

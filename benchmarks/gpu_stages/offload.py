@@ -18,7 +18,7 @@ def run(session: Session) -> None:
         model = build_model(PRESETS[session.preset or "1b"], torch.bfloat16, session.device)
         optimizer = build(name, model)
         optimizer.step()
-        optimizer.release_state()  # allocates the host's buffers
+        optimizer.release_state()  # allocates the host buffers
         optimizer.step()
         expected = [tensor.clone().cpu() for state in optimizer.state.values() for tensor in state.values()]
         optimizer.state_transferred()

@@ -1,4 +1,4 @@
-"""Says what the machine is, and measures what it reaches: copies, transfers and launches."""
+"""Describes the machine, and measures its copies, transfers and launches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRANSFERRED = 2**30  # bytes
 
 def run(session: Session) -> None:
     described = describe_machine(session.device, session.commit)
-    del described["command"]  # of the whole session
+    del described["command"]  # is recorded once for the whole session
     versions = " ".join(f"{name} {number}" for name, number in described.pop("versions").items())
     session.row("machine", **described, **properties(session), versions=versions, compilers=compilers())
     seconds = median_seconds(copying(session.device), session.device)
@@ -68,7 +68,7 @@ def median_seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def host_seconds_of_launches(launch: Callable[[], Any]) -> float:
-    """The host's time of one launch among many."""
+    """Return the host's time per launch in a sequence of launches."""
     launch()
     torch.cuda.synchronize()
     start = time.perf_counter()

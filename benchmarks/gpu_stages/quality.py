@@ -1,4 +1,4 @@
-"""Trains a new model on the source of what is installed, for as many steps as the time allows, and evaluates it."""
+"""Trains a new model on the source code of installed packages for as long as the time allows, and evaluates it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import hf_lowmem
 from gpu_stages.session import Session
 
 CHARACTERS, CHARACTERS_ON_CPU = 24_000_000, 400_000
-VOCABULARY, LEARNED_FROM = 8192, 4_000_000  # characters
+VOCABULARY, LEARNED_FROM = 8192, 4_000_000  # tokens, and the characters that the tokenizer is trained on
 LENGTH, BATCH_SIZE, LENGTH_ON_CPU, BATCH_ON_CPU = 512, 32, 32, 4
 HELD_OUT = 64  # rows
-TRIED, FEWEST, SPARE = 6, 4, 0.4  # steps that are timed, steps at least, the share of the time for steps
-LEARNING_RATE, KEPT = 1e-3, 0.1  # the share of the time for the evaluation
+TRIED, FEWEST, SPARE = 6, 4, 0.4  # how many steps are timed, the fewest steps, and the share of the time for steps
+LEARNING_RATE, KEPT = 1e-3, 0.1  # KEPT is the share of the time for the evaluation
 
 
 class StopInTime(TrainerCallback):
-    """Ends a training that would not be evaluated in time."""
+    """Ends a training that could not be evaluated in time."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.started_with = session, session.seconds_left
@@ -38,7 +38,7 @@ class StopInTime(TrainerCallback):
 
 
 def prepare(session: Session) -> None:
-    """Python files as rows of tokens, in the session's scratch folder."""
+    """Write Python files as rows of tokens to the session's scratch folder."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     text = sources(CHARACTERS if session.on_gpu else CHARACTERS_ON_CPU)
     tokenizer = Tokenizer(models.BPE())
@@ -62,7 +62,7 @@ def pieces(text: str, size: int) -> list[str]:
 
 
 def sources(most: int) -> str:
-    """The Python files of torch and transformers, in the order of their names, then those of Python itself."""
+    """Return the Python files of torch and transformers in the order of their names, then those of Python itself."""
     found: list[str] = []
     folders = (Path(torch.__file__).parent, Path(transformers.__file__).parent, Path(sysconfig.get_path("stdlib")))
     for folder in folders:
@@ -74,7 +74,7 @@ def sources(most: int) -> str:
 
 
 def run(session: Session, optim: str) -> None:
-    """Train with one optimizer, for as many steps as the first one had time for."""
+    """Train with one optimizer for as many steps as the first one had time for."""
     hf_lowmem.register()
     data = torch.load(session.scratch / "tokens.pt", weights_only=True)
     planned = session.scratch / "steps"
@@ -84,7 +84,7 @@ def run(session: Session, optim: str) -> None:
     trainer, times = trainer_of(session, data, optim, steps)
     loss = trainer.train().training_loss
     figures = {"steps": steps, "seconds_per_step": sum(times.seconds) / len(times.seconds)}
-    if trainer.state.global_step < steps:  # its loss would not be comparable
+    if trainer.state.global_step < steps:  # the loss would not be comparable
         session.row(optim, **figures)
         raise RuntimeError(f"only {trainer.state.global_step} of {steps} steps were taken in time")
     session.row(optim, **figures, training_loss=loss, held_out_loss=trainer.evaluate()["eval_loss"])

@@ -24,12 +24,12 @@ EXAMPLES, EXAMPLES_ON_CPU = 128, 16
 WARM = 1
 BATCH_SIZE, BATCH_ON_CPU = 16, 4
 GENERATIONS = 4
-TOKENS = 24  # of a completion
+TOKENS = 24  # the length of a completion
 VOCABULARY, VOCABULARY_ON_CPU = 4096, 512
 
 
 def run(session: Session, method: str, optim: str) -> None:
-    """Train with one optimizer, then once more from the checkpoint in the middle."""
+    """Train with one optimizer, and then again from the checkpoint in the middle."""
     if not (find_spec("trl") and find_spec("datasets")):
         session.row(f"{method} {optim}", remark="TRL or datasets is not installed")
         return

@@ -1,4 +1,4 @@
-"""Holds what a stage is told, and writes its figures. It can be imported without torch."""
+"""The session, which a stage gets its settings from and writes its figures to. It can be imported without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RESULTS = "results.jsonl"
 
 
 class Session(NamedTuple):
-    """What every call of a stage is given.
+    """What every call of a stage gets.
 
     Args:
         out: the folder of the results.
         scratch: a folder that is deleted at the end.
         device: "cuda" or "cpu".
-        preset: of `presets.py`, for all models; None leaves each stage its own.
-        commit: what is measured, where git does not say.
+        preset: the preset of `presets.py` for all models; with None each stage has its own.
+        commit: the commit that is measured, if git does not tell.
         stage: the stage's name.
         ends: when it should be done, by `seconds_since_boot`.
         verified: whether the smoke tests have passed.
@@ -42,7 +42,7 @@ class Session(NamedTuple):
         return self.ends - seconds_since_boot()
 
     def wait_for_memory(self) -> None:
-        """Wait until what an earlier process held on the GPU is free, for some seconds at most."""
+        """Wait for some seconds until the memory that an earlier process held on the GPU is free."""
         import torch
 
         until = seconds_since_boot() + 5
@@ -57,7 +57,7 @@ class Session(NamedTuple):
         return self.device == "cuda"
 
     def row(self, name: str, **figures: Any) -> None:
-        """Append a row to the results, at once and as a whole, whatever else writes there."""
+        """Append a row to the results at once, in one write, because other processes also write there."""
         row = {"stage": self.stage, "row": name, **figures}
         if not self.verified:
             row["unverified"] = True
@@ -70,7 +70,7 @@ class Session(NamedTuple):
             os.close(descriptor)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far; lines that were cut off are left out."""
+        """Return all rows so far, without lines that were cut off."""
         path, found = self.out / RESULTS, []
         for line in path.read_text().splitlines() if path.exists() else ():
             with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Checks that the kernels do what the rules say, before anything is timed."""
+"""Checks that the kernels agree with the update rules, before anything is timed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ CONFIG = LlamaConfig(
 STEPS = 3
 NEEDS_GPU = "needs a GPU of 24 GiB"
 COLUMNS = 4096
-MANY = 2**31 + 2**24  # entries, more than int32 counts
-WORST, SHARE = 2.0**-5, 0.9  # of the largest weight; an 8-bit code may fall to either side of a boundary
+MANY = 2**31 + 2**24  # a number of entries that int32 cannot count
+# The largest legal difference as a share of the largest weight, and the least share of equal entries. An 8-bit code
+# may fall to either side of a boundary.
+WORST, SHARE = 2.0**-5, 0.9
 
 
 def run(session: Session) -> None:
@@ -64,13 +66,13 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
 
 
 def codes_survive(device: str) -> None:
-    """With a gradient of zero the scales decay and the codes stay: both 8-bit maps, in and out."""
+    """Check both 8-bit maps, decoding and encoding: with a gradient of zero the scales decay and the codes stay."""
     param = nn.Parameter(torch.zeros(8, 256, device=device))
     optimizer = LowMemAdamW([param], lr=0.0, betas=(0.5, 0.25), state_bits=8, min_8bit_size=0)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     state, codes = optimizer.state[param], torch.arange(256, dtype=torch.uint8, device=device).expand(8, 256)
-    for name, beta in (("exp_avg", 0.5), ("exp_avg_sq", 0.5)):  # of the second moment the codes hold the root
+    for name, beta in (("exp_avg", 0.5), ("exp_avg_sq", 0.5)):  # the codes of the second moment stand for its root
         state[name].copy_(codes)
         state[f"{name}_absmax"].fill_(beta)
     values = {name: decode_table(name == "exp_avg", codes.device)[codes.int()] for name in ("exp_avg", "exp_avg_sq")}
@@ -82,7 +84,7 @@ def codes_survive(device: str) -> None:
 
 
 def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
-    """A few steps by the kernels and by the rule, from the same weights."""
+    """Compare a few steps by the kernels and by the rule from the same weights."""
     with forced("rule"):
         expected = trained(name, dtype, device)
     with launched() as kernels:
@@ -102,7 +104,7 @@ def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
 
 @contextmanager
 def launched() -> Iterator[set[str]]:
-    """The kinds of launch: the second moment, and when its means are found."""
+    """Return the kinds of launch, by the second moment and by when its means are computed."""
     kinds: set[str] = set()
     step, add = Launch.step, launch.add
 
@@ -119,7 +121,7 @@ def launched() -> Iterator[set[str]]:
 
 
 def trained(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """The weights, as float32, after a few steps."""
+    """Return the weights as float32 after a few steps."""
     generator = torch.Generator().manual_seed(0)
     model = build_model(CONFIG, dtype, device)
     weights = list(model.parameters())
@@ -142,7 +144,7 @@ def same_twice(device: str) -> None:
 
 
 def view_not_aligned(device: str) -> None:
-    """A weight one entry into its storage takes the step of an aligned one."""
+    """Check that a weight that starts at entry 1 of its storage takes the same step as an aligned one."""
     start = torch.randn(64 * 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     moved = torch.zeros(start.numel() + 1, dtype=start.dtype, device=device)[1:].copy_(start)
     for cls, options in ((LowMemAdamW, {}), (SlimAdamW, {"axes": (1,)}), (SlimAdamW, {"axes": (0,)})):
@@ -173,7 +175,7 @@ def another_stream(device: str) -> str | None:
 
 
 def many_entries(device: str) -> str | None:
-    """The last rows of a weight of more than 2^31 entries are stepped as they are by themselves."""
+    """Check that the last rows of a weight of more than 2^31 entries take the same step as by themselves."""
     if device != "cuda" or torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
         return NEEDS_GPU
     rows, last = MANY // COLUMNS, 64

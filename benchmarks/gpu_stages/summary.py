@@ -1,4 +1,4 @@
-"""Writes the rows of a session as Markdown: what has gone wrong, then tables for each stage.
+"""Writes the rows of a session as Markdown: first what went wrong, then tables for each stage.
 
 It can be imported without torch.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
-TEXT = "text"  # of a row that is printed as it is
-LISTED = ("settings", "machine")  # rows whose figures are lines of their own
+TEXT = "text"  # the key of a row that is printed as it is
+LISTED = ("settings", "machine")  # rows with a line for each figure
 LEGENDS = {
     "smoke": "Steps by the kernels against the rules that they follow, and against themselves.",
     "compilation": "Kernels compiled ahead of what is timed, while `smoke` and `tests` run.",
@@ -44,7 +44,7 @@ NAMES = {
 
 
 def render(rows: list[Row]) -> str:
-    """Markdown of all rows of a session."""
+    """Return all rows of a session as Markdown."""
     stages: dict[str, list[Row]] = {}
     for row in rows:
         stages.setdefault(row["stage"], []).append({key: value for key, value in row.items() if key != "stage"})
@@ -67,7 +67,7 @@ def render(rows: list[Row]) -> str:
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """What has not been done."""
+    """Return lines about what has not been done."""
     failed = [
         f"- {row['stage']}, {row['row']}: {row['status']}" for row in rows if row.get("status", "done") != "done"
     ]
@@ -76,7 +76,7 @@ def verdict(rows: list[Row]) -> list[str]:
 
 
 def numbers(row: Row) -> frozenset[str]:
-    """What tells the tables of a stage apart: rows with a remark go with any."""
+    """Return what the rows of one table have in common; rows with a remark go into any table."""
     return frozenset() if "remark" in row and len(row) == 2 else frozenset(row) - {"remark"}
 
 
@@ -85,14 +85,14 @@ def kinds(rows: list[Row]) -> list[frozenset[str]]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A column for each figure that any row has."""
+    """Return a table with a column for each figure that any row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"| {' | '.join(map(name, columns))} |", "|---|" + "---:|" * (len(columns) - 1)]
     return lines + [f"| {' | '.join(shown(row.get(column)) for column in columns)} |" for row in rows]
 
 
 def name(column: str) -> str:
-    """The title of a column."""
+    """Return the title of a column."""
     return NAMES.get(column, column.replace("_", " "))
 
 

@@ -21,14 +21,14 @@ REPEATS = 7
 
 
 class Case(NamedTuple):
-    """A weight whose step's time depends on one kind of tile; `axes` are those that a group's mean is over."""
+    """A weight whose step time depends on one kind of tile, and the axes that a group is averaged over."""
 
     kind: str
     cls: Any
     rows: int
     columns: int
     axes: tuple[int, ...] = ()
-    has_large_groups: bool = False  # those that ONE_TILE decides about
+    has_large_groups: bool = False  # groups for which `one_tile` makes a difference
 
 
 CASES = (
@@ -38,11 +38,11 @@ CASES = (
     Case("group 8-bit", SlimAdamW, 8192, 14336, (1,), has_large_groups=True),
     Case("none 8-bit", Signum, 32768, 2048),
 )
-FEW_ROWS, FEW_COLUMNS = 16, 512  # of the weights that Triton's interpreter steps
+FEW_ROWS, FEW_COLUMNS = 16, 512  # the size of the weights that Triton's interpreter steps
 
 
 def run(session: Session) -> None:
-    """A row for each case and tile; on a CPU two small cases in the interpreter, which says that they would run."""
+    """Write a row for each case and tile; on a CPU, two small cases in the interpreter show that they would run."""
     if session.on_gpu:
         measure(session, cases_and_tiles())
         return
@@ -58,7 +58,7 @@ def usual_tile(case: Case) -> Tile:
 
 
 def cases_and_tiles() -> list[tuple[Case, Tile]]:
-    """What is timed, a tile of all cases after the other, so that each case has some where the time is short."""
+    """Return the cases with a tile each, tile by tile, so that every case gets some tiles if the time is short."""
     found = []
     for per_thread, entries in product(PER_THREAD, ENTRIES):
         for case in CASES:
@@ -78,7 +78,7 @@ def measure(session: Session, cases: Sequence[tuple[Case, Tile]]) -> None:
         try:
             times[case, tile] = step_ms(case, tile, session)
             session.row(name, **sizes, ms=times[case, tile])
-        except Exception as error:  # more registers than there are, say: other tiles may do
+        except Exception as error:  # a tile may need too many registers, for instance, and others may not
             session.row(name, **sizes, remark=f"{type(error).__name__}: {str(error).strip()[:80]}")
     rows = best_rows(times)
     session.row(f"for TUNING, of {len(times)} of {len(cases)} cases and tiles", text="\n".join(rows))
@@ -96,13 +96,13 @@ def step_ms(case: Case, tile: Tile, session: Session) -> float:
 
 
 def best_rows(times: Mapping[tuple[Case, Tile], float]) -> list[str]:
-    """For each kind the tile that is fastest over all cases of that kind, where all were timed with it."""
+    """Return for each kind the fastest tile over its cases, among the tiles that all of them were timed with."""
     lines = []
     for kind in dict.fromkeys(case.kind for case, _ in times):
         cases = {case for case, _ in times if case.kind == kind}
         totals: dict[Tile, float] = {}
         for tile in {tile for case, tile in times if case.kind == kind}:
-            # A case without large groups is cut alike by every `one_tile`.
+            # In a case without large groups, all values of `one_tile` give the same tiles.
             usual = tile._replace(one_tile=tile_for(kind, current_arch()).one_tile)
             each = [times.get((case, tile if case.has_large_groups else usual)) for case in cases]
             if None not in each:

@@ -1,4 +1,4 @@
-"""Takes whole steps of supervised fine-tuning, as `train.py` does; each call writes a row."""
+"""Measures whole steps of supervised fine-tuning, as `train.py` does. Each call writes a row."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def run(session: Session) -> None:
     else:
         arguments += [FILES[0], "-k", "one_code or an_update_is_added", "-n0", "--noconftest"]
     os.chdir(ROOT)
-    # As Ctrl-C does, the alarm has pytest report what has run.
+    # The alarm acts like Ctrl-C, after which pytest reports what has run.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, max(session.seconds_left, 1))
     status = pytest.main(arguments)
