@@ -123,7 +123,7 @@ def trainer_of(model: Any, arguments: dict[str, Any], tokens: torch.Tensor, **mo
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that SFTTrainer requires, although the rows are tokens already."""
+    """Return a tokenizer, which SFTTrainer requires although the rows are tokens already."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 

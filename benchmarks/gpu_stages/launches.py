@@ -51,7 +51,7 @@ def run(session: Session) -> None:
 
 @contextmanager
 def timed_launches(calls: Calls) -> Iterator[None]:
-    """Times Triton's launches one at a time, each starting with an idle device."""
+    """Time the launches of Triton inside the context, one at a time, each starting with an idle device."""
     from triton.runtime.jit import JITFunction
 
     run_kernel, step, under_way = JITFunction.run, Launch.step, []
@@ -89,7 +89,7 @@ def bytes_per_entry(kernel: str, variant: Variant) -> float:
 
 @contextmanager
 def timed_kernels(calls: Calls) -> Iterator[None]:
-    """The steps of the buckets of the CPU, by their rule and backend."""
+    """Time the steps of CPU buckets inside the context, by their rule and backend."""
     step_bucket = optimizer_module.step_bucket
 
     def call(bucket: Bucket, hyper: Hyper) -> None:

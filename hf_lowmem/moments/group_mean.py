@@ -125,7 +125,7 @@ class GroupMean:
     # -- a tile at a time -------------------------------------------------------------------------------------------
 
     def uncrossed_axes(self, ndim: int) -> int:
-        """Return how many leading axes of a weight a tile may cut without cutting a group of entries."""
+        """Return the number of leading axes of a weight along which a tile can be cut without splitting a group."""
         crossed = {axis for segment in self.segments for axis in segment.axes}
         if len(self.segments) > 1 or self.segments[0].rows_per_block > 1:
             crossed.add(self.segments[0].axis)
@@ -134,7 +134,7 @@ class GroupMean:
     def add_squares(self, totals: Sequence[Tensor], square: Tensor, index: Index) -> None:
         """Add the sums of a tile's squared gradient to `totals`, which have the shapes of the stored means.
 
-        A square that is not finite counts as zero: it concerns its own entry only.
+        A square that is not finite counts as zero, so that it affects its own entry only.
         """
         square = square.view(1) if square.ndim == 0 else square
         for segment, total in zip(self.segments, totals, strict=True):
@@ -155,10 +155,14 @@ class GroupMean:
     def ema_of_tile(
         self, stored: Sequence[Tensor], totals: Sequence[Tensor], square: Tensor, index: Index, beta: float | Tensor
     ) -> Tensor:
-        """Average the squared gradient of a tile of whole groups in, and return the estimate, broadcastable to it.
+        """Average the squared gradient of a tile into `stored`, and return the estimate, broadcastable to the tile.
 
         Args:
-            totals: zeros of the shapes of `stored`, where no other tile has left its sums of these groups.
+            stored: the stored means.
+            totals: tensors of the shapes of `stored` that are zero for the groups of this tile.
+            square: the squared gradient of the tile, which splits no group.
+            index: the place of the tile in the weight.
+            beta: the decay rate.
         """
         self.add_squares(totals, square, index)
         means, sums = ([_tile_of(each, index, None) for each in tensors] for tensors in (stored, totals))
@@ -166,14 +170,14 @@ class GroupMean:
         return self.estimate(stored, index, square.shape)
 
     def average(self, stored: Sequence[Tensor], totals: Sequence[Tensor], entries: int, beta: float | Tensor) -> None:
-        """Average sums of squares into the stored means of a weight, or a tile of whole groups, of so many entries."""
+        """Average sums of squares over `entries` entries, a weight or a tile that splits no group, into the means."""
         length = self._length * self.segments[0].outer
         for segment, mean, total in zip(self.segments, stored, totals, strict=True):
             share = entries * segment.outer * (segment.stop - segment.start) // length
             mean.copy_(beta * mean + (1 - beta) * (total / (share // total.numel())))
 
     def estimate(self, stored: Sequence[Tensor], index: Index, shape: Sequence[int]) -> Tensor:
-        """Return the stored means of a tile of `shape`, broadcastable to it."""
+        """Return the stored means for a tile of `shape`, broadcastable to the tile."""
         if not shape:
             return stored[0]
         split, found = self.segments[0].axis, stored[0].new_empty(shape if len(stored) > 1 else 0)
@@ -188,13 +192,13 @@ class GroupMean:
 
     @property
     def _length(self) -> int:
-        """The entries of the split axis per repeat."""
+        """Return the number of entries of the split axis in one of its `outer` repeats."""
         return max(segment.stop for segment in self.segments)
 
     def _rows(
         self, segment: Segment, index: Index, shape: Sequence[int], device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return `_entries` of a tile of `shape`."""
+        """Return the result of `_entries` for a tile of `shape`."""
         axis = segment.axis
         start = index[axis].start if axis < len(index) else 0
         return _entries(segment, self._length, (start, start + shape[axis]), device)
@@ -226,10 +230,10 @@ def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1
 def _entries(
     segment: Segment, length: int, span: tuple[int, int], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return which entries in `span` of the split axis are the segment's, and the place of each one's stored mean.
+    """Return which entries in `span` of the split axis belong to the segment, and the indices of their stored means.
 
-    Entries are None where all are the segment's; places are None where the axis is averaged, or where each entry has
-    its own mean and `_tile_of` has found them.
+    The entries are None if all of them belong to the segment. The indices are None if the axis is averaged, or if each
+    entry has its own mean, which `_tile_of` then selects.
     """
     averaged = segment.axis in segment.axes
     if (segment.start, segment.stop) == (0, length) and (averaged or segment.rows_per_block == 1):
@@ -244,6 +248,6 @@ def _entries(
 
 
 def _tile_of(stored: Tensor, index: Index, whole_axis: int | None) -> Tensor:
-    """Return the part of stored means that a tile has to do with, uncut along `whole_axis` and averaged axes."""
+    """Return the stored means of a tile, which are not cut along `whole_axis` and averaged axes."""
     sizes = zip(index, stored.shape, strict=False)
     return stored[tuple(slice(None) if n == 1 or a == whole_axis else cut for a, (cut, n) in enumerate(sizes))]
