@@ -116,9 +116,9 @@ def test_any_rows_of_8_bit_blocks(data: st.DataObject) -> None:
     options |= {"axes": axes} if axes else {}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     theirs, expected = by_rule(cls, options, start)
-    with forced("cpu"):
+    with forced("cpu", "tiles"):
         results = [run(cls, options, start)]
-    with pytest.MonkeyPatch.context() as patch, forced("tiles"):
+    with pytest.MonkeyPatch.context() as patch, forced("tiles", "rule"):
         patch.setattr("hf_lowmem.kernels.means.TILE", 1024)
         results.append(run(cls, options, start))
     for mine, state in results:

@@ -44,7 +44,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 def test_each_stream_uploads_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another stream has uploaded may not have arrived."""
-    columns = dict.fromkeys((*Geometry._fields, "chunks", "sums", "cells"), 1)
+    columns = dict.fromkeys((*Geometry._fields, "tiles", "sums", "reductions"), 1)
     variant = Variant(None, None, "nearest", "none", "none", 0, 64, 4, 1, 32, 16)
     weights, cpu = [torch.zeros(1)], torch.device("cpu")
     bucket = Bucket("signum", TRITON, cpu, weights, weights, [{}], [StatePlan({}, Float32())], [1.0], [0])
