@@ -42,6 +42,9 @@ class InPlace(Backend):
             return second is RowColMean or (second is Full and step.param.ndim < 2)
         return second is Full and (rule == "soap" or (rule in _ADAMW and plan.projection is not FULL_SPACE))
 
+    def apply(self, bucket: Bucket, hyper: Hyper) -> None:
+        self.step(bucket, hyper)  # none of its rules has means of groups
+
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
         if bucket.rule in _ADAMW:
             subspace_adamw(bucket, hyper)

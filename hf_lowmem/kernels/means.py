@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import ParamStep
 from hf_lowmem.moments import GroupMean
+from hf_lowmem.state import StatePlan
 
 Index = tuple[slice, ...]  # of the leading axes; those after them are whole
 TILE = 1 << 16  # entries of a tile on the CPU, which stays in the cache with its temporaries
@@ -40,18 +42,12 @@ def tiles(shape: Sequence[int], limit: int, depth: int) -> Iterator[Index]:
 def square_sums(step: ParamStep) -> dict[str, Tensor]:
     """Return the sums of the squared gradient by the name of the state that averages them, of the state's shape."""
     found: dict[str, Tensor] = {}
-    for name, moment in step.plan.moments.items():
-        if isinstance(moment, GroupMean):
-            totals = [torch.zeros_like(stored) for stored in moment.stored(step.state, name)]
-            for index in tiles(step.grad.shape, tile_size(step.grad.device), step.grad.ndim):
-                moment.add_squares(totals, squared(step, index), index)
-            found |= dict(zip(moment.state_names(name), totals, strict=True))
+    for name, moment in means_of(step.plan):
+        totals = [torch.zeros_like(stored) for stored in moment.stored(step.state, name)]
+        for index in tiles(step.grad.shape, tile_size(step.grad.device), step.grad.ndim):
+            moment.add_squares(totals, scaled_grad(step, index).square(), index)
+        found |= dict(zip(moment.state_names(name), totals, strict=True))
     return found
-
-
-def squared(step: ParamStep, index: Index) -> Tensor:
-    grad = scaled_grad(step, index)
-    return grad * grad
 
 
 def scaled_grad(step: ParamStep, index: Index) -> Tensor:
@@ -62,7 +58,42 @@ def scaled_grad(step: ParamStep, index: Index) -> Tensor:
 
 def average(step: ParamStep, sums: dict[str, Tensor], beta2: float) -> None:
     """Average sums of squares over whole weights into the stored means."""
-    for name, moment in step.plan.moments.items():
-        if isinstance(moment, GroupMean):
-            totals = [sums[key] for key in moment.state_names(name)]
-            moment.average(moment.stored(step.state, name), totals, step.grad.numel(), beta2)
+    for name, moment in means_of(step.plan):
+        totals = [sums[key] for key in moment.state_names(name)]
+        moment.average(moment.stored(step.state, name), totals, step.grad.numel(), beta2)
+
+
+def means_of(plan: StatePlan) -> list[tuple[str, GroupMean]]:
+    """Return the moments, by name, that are means of the squared gradient: a second moment alone can be one."""
+    moment = plan.moments.get("exp_avg_sq")
+    return [("exp_avg_sq", moment)] if isinstance(moment, GroupMean) else []
+
+
+@dataclass(frozen=True)
+class TileMean:
+    """A mean of squared gradients as the rule takes it for one tile.
+
+    Args:
+        totals: where the sums of squares are added up.
+        averaged: whether the stored means hold this step's gradient already.
+    """
+
+    moment: GroupMean
+    stored: list[Tensor]
+    totals: list[Tensor]
+    averaged: bool
+    index: Index = ()
+
+    @classmethod
+    def of(cls, moment: GroupMean, step: ParamStep, name: str, averaged: bool) -> TileMean:
+        stored = moment.stored(step.state, name)
+        return cls(moment, stored, [] if averaged else [mean.new_zeros(mean.shape) for mean in stored], averaged)
+
+    def at(self, index: Index) -> TileMean:
+        return TileMean(self.moment, self.stored, self.totals, self.averaged, index)
+
+    def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
+        """Average `value`, the squared gradient, in where that has not been done, and return the estimate."""
+        if self.averaged:
+            return self.moment.estimate(self.stored, self.index, value.shape)
+        return self.moment.ema_of_tile(self.stored, self.totals, value, self.index, beta)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
+from hf_lowmem.kernels.means import TileMean, means_of
 from hf_lowmem.kernels.registry import Backend
 from hf_lowmem.rounding import StoredWeight
 from hf_lowmem.state import Projection, State, StatePlan
@@ -27,13 +28,21 @@ class Rule(Backend):
         return True
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
+        self._run(bucket, hyper, averaged=False)
+
+    def apply(self, bucket: Bucket, hyper: Hyper) -> None:
+        self._run(bucket, hyper, averaged=True)
+
+    def _run(self, bucket: Bucket, hyper: Hyper, averaged: bool) -> None:
         for step in bucket:
             number = step.step.double() if isinstance(step.step, Tensor) else step.step
             weight, grad = step.weight(), step.grad.to(step.plan.arithmetic)
             if step.clip is not None:
                 grad = grad * step.clip.scale
-            hypers = {**hyper.numbers, **hyper.flags}
-            weight.store(_new_param(bucket.rule, step.plan, weight, grad, step.state, number, **hypers))
+            found = means_of(step.plan) if averaged else []
+            means = {name: TileMean.of(moment, step, name, averaged) for name, moment in found}
+            values = {**hyper.numbers, **hyper.flags}
+            weight.store(_new_param(bucket.rule, step.plan, weight, grad, step.state, number, means, **values))
 
 
 class Compiled(Rule):
@@ -58,16 +67,23 @@ def compiled_step(rule: str, step: ParamStep, hyper: Hyper) -> None:
     with torch._dynamo.utils.disable_cache_limit():
         if step.plan.rounding.kind == "kahan":
             # A compiled store would leave out the rounding to the weight's dtype, whose error it is to keep.
-            weight.store(_compiled(_new_param)(rule, step.plan, weight, step.grad, step.state, number, **values))
+            weight.store(_compiled(_new_param)(rule, step.plan, weight, step.grad, step.state, number, {}, **values))
         else:
             _compiled(_store_new_param)(rule, step.plan, weight, step.grad, step.state, number, **values)
 
 
 def _new_param(
-    rule: str, plan: StatePlan, weight: StoredWeight, grad: Tensor, state: State, step: Any, **hyper: Any
+    rule: str,
+    plan: StatePlan,
+    weight: StoredWeight,
+    grad: Tensor,
+    state: State,
+    step: Any,
+    means: dict[str, Any],
+    **hyper: Any,
 ) -> Tensor:
     space = BoundProjection(plan.projection, state, plan.stacked)
-    moments = plan.bind(state, tuple(grad.shape))
+    moments = {**plan.bind(state, tuple(grad.shape)), **means}
     new_param: Tensor = RULES[rule].function(weight.load(), grad.to(plan.arithmetic), moments, space, step, **hyper)
     return new_param
 
@@ -75,7 +91,7 @@ def _new_param(
 def _store_new_param(
     rule: str, plan: StatePlan, weight: StoredWeight, grad: Tensor, state: State, step: Any, **hyper: Any
 ) -> None:
-    weight.store(_new_param(rule, plan, weight, grad, state, step, **hyper))
+    weight.store(_new_param(rule, plan, weight, grad, state, step, {}, **hyper))
 
 
 @dataclass(frozen=True)

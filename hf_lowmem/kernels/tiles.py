@@ -7,7 +7,6 @@ pass over the gradient finds the sums of squares, and the rule is run by the new
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
-from hf_lowmem.kernels.means import Index, scaled_grad, tile_size, tiles
+from hf_lowmem.kernels.means import Index, TileMean, means_of, scaled_grad, tile_size, tiles
 from hf_lowmem.kernels.registry import Backend
 from hf_lowmem.kernels.rule import BoundProjection
 from hf_lowmem.moments import Full, GroupMean
@@ -85,10 +84,6 @@ def full_moments(step: ParamStep, index: Index) -> dict[str, Any]:
     }
 
 
-def means_of(plan: StatePlan) -> list[tuple[str, GroupMean]]:
-    return [(name, moment) for name, moment in plan.moments.items() if isinstance(moment, GroupMean)]
-
-
 class Cut(NamedTuple):
     """How the weights of one plan and shape may be cut into tiles.
 
@@ -127,36 +122,6 @@ def state_index(spec: TensorSpec, index: Index) -> Index:
         return index
     last = index[-1]
     return (*index[:-1], slice(last.start // spec.block, -(-last.stop // spec.block)))
-
-
-@dataclass(frozen=True)
-class TileMean:
-    """A mean of squared gradients as the rule takes it for one tile.
-
-    Args:
-        totals: where the sums of squares are added up.
-        averaged: whether the stored means hold this step's gradient already.
-    """
-
-    moment: GroupMean
-    stored: list[Tensor]
-    totals: list[Tensor]
-    averaged: bool
-    index: Index = ()
-
-    @classmethod
-    def of(cls, moment: GroupMean, step: ParamStep, name: str, averaged: bool) -> TileMean:
-        stored = moment.stored(step.state, name)
-        return cls(moment, stored, [] if averaged else [mean.new_zeros(mean.shape) for mean in stored], averaged)
-
-    def at(self, index: Index) -> TileMean:
-        return TileMean(self.moment, self.stored, self.totals, self.averaged, index)
-
-    def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
-        """Average `value`, the squared gradient, in where that has not been done, and return the estimate."""
-        if self.averaged:
-            return self.moment.estimate(self.stored, self.index, value.shape)
-        return self.moment.ema_of_tile(self.stored, self.totals, value, self.index, beta)
 
 
 TILES = Tiles()
