@@ -39,7 +39,7 @@ built = pytest.mark.skipif(not BACKENDS["cpu"].available(), reason="the compiled
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=built), "tiles"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=built), "tiles", "rule"])
 def test_reduce_and_apply_are_a_step(backend: str, case: Any, clip: float | None, monkeypatch) -> None:
     monkeypatch.setattr("hf_lowmem.kernels.means.TILE", 512)
     check_reduce_then_apply(backend, *case[1:], clip)
