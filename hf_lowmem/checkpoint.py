@@ -169,7 +169,7 @@ def check_layouts(
 
 
 def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
-    """A saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
+    """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
         return value.to(param.device, copy=True)  # type: ignore[no-any-return]
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
@@ -178,7 +178,7 @@ def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
 
 
 def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
-    """The state of a weight whose first axis has changed: rows that it still has are kept, new ones are zero."""
+    """Return the state of a weight whose first axis has changed: its old rows are kept, and new ones are zero."""
     found: State = {}
     for key, old in state.items():
         spec = specs.get(key)

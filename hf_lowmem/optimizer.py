@@ -30,7 +30,7 @@ class NoLongerKnown:
     """The roles of a copied optimizer: its parameters are other objects than those that roles were found for."""
 
     def of(self, param: Tensor) -> None:
-        """No parameter is known; those that were there before the copy have their layouts."""
+        """Return None: no parameter is known, and those that were there before the copy have their layouts."""
 
 
 class LowMemOptimizer(PlannedOptimizer):
@@ -140,7 +140,7 @@ class LowMemOptimizer(PlannedOptimizer):
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; a clipping whose step was not taken is forgotten."""
+        """Reset the gradients as torch does, and forget a clipping whose step was not taken."""
         self._clipping.forget()
         super().zero_grad(set_to_none)
 

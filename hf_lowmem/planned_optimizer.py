@@ -128,7 +128,7 @@ class PlannedOptimizer(Optimizer):
         cls.options_cls.check_values(values)
 
     def rule_of(self, plan: StatePlan, group: Group) -> str:
-        """The rule that steps a parameter with this plan."""
+        """Return the update rule that steps a parameter with this plan."""
         return self.rule
 
     # -- groups -----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class PlannedOptimizer(Optimizer):
             raise
 
     def _layouts_of(self, group: Group) -> GroupLayouts:
-        """The layout of each parameter of a new group: the optimizer's defaults, its role's options, the group's."""
+        """Return the layouts of a new group: the optimizer's defaults, then each role's options, then the group's."""
         own = self._own_options(group)
         names = group.get("param_names") or [""] * len(group["params"])
         layouts, unplanned = [], []
@@ -192,16 +192,16 @@ class PlannedOptimizer(Optimizer):
         )
 
     def _own_options(self, group: Group) -> dict[str, Any]:
-        """The layout options that a group brings, which win over the roles'."""
+        """Return the layout options that a group brings, which win over the roles'."""
         return {option: as_tuple(group[option]) for option in self.layout_options if option in group}
 
     def plan(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> StatePlan:
-        """The plan that a parameter of `shape` and `dtype` has in `group` where no role says otherwise."""
+        """Return the plan that a parameter of `shape` and `dtype` has in `group` where no role says otherwise."""
         options = tuple(sorted({**self._layout_defaults, **self._own_options(group)}.items()))
         return self._plan(options, self._schedule(group), tuple(shape), dtype)
 
     def plan_of(self, param: Tensor) -> StatePlan:
-        """The plan of one of the optimizer's parameters.
+        """Return the plan of one of the optimizer's parameters.
 
         Raises:
             KeyError: the optimizer does not have it.
@@ -213,7 +213,7 @@ class PlannedOptimizer(Optimizer):
         raise KeyError(f"The optimizer has no parameter {tuple(param.shape)} that is this one.")
 
     def _schedule(self, group: Group) -> tuple[Any, ...]:
-        """The values of a group that plans depend on and that may change at any step."""
+        """Return the values of a group that plans depend on and that may change at any step."""
         return tuple([group[option] for option in (*self.schedule_options, "rounding")])
 
     def _plan(
@@ -233,7 +233,7 @@ class PlannedOptimizer(Optimizer):
 
     @classmethod
     def state_plan(cls, shape: tuple[int, ...], dtype: torch.dtype, values: Mapping[str, Any]) -> StatePlan:
-        """The state of a parameter under a group's values."""
+        """Return the plan of a parameter under a group's values."""
         plan = cls.make_plan(shape, **{option: values[option] for option in cls.plan_options()})
         return replace(plan, rounding=Rounding.of(values["rounding"], dtype), arithmetic=arithmetic_of(dtype))
 

@@ -41,11 +41,11 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def place(self, device: torch.device) -> torch.device:
-        """Where the tensor lives, for a parameter on `device`."""
+        """Return where the tensor lives, for a parameter on `device`."""
         return torch.device("cpu") if self.on_host else device
 
     def zeros(self, device: torch.device) -> Tensor:
-        """A contiguous tensor of this declaration, for a parameter on `device`."""
+        """Return a contiguous tensor of zeros as declared, for a parameter on `device`."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.place(device))
 
 
@@ -53,12 +53,12 @@ STEP = TensorSpec((), (), on_host=True)
 
 
 def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that weights of `dtype` are stepped in: float32, or float64 for float64."""
+    """Return the dtype that weights of `dtype` are stepped in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """A tensor in the dtype of its arithmetic: float32, or float64 where it is float64."""
+    """Return a tensor in the dtype of its arithmetic: float32, or float64 where it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -66,10 +66,10 @@ class Codec(Protocol):
     """How the numbers of a full moment are stored."""
 
     def specs(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The tensors that store a float32 tensor declared by `spec`."""
+        """Return the tensors that store a float32 tensor declared by `spec`."""
 
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
-        """The stored tensor as float32, shape `spec.shape`."""
+        """Return the stored tensor as float32, of shape `spec.shape`."""
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
         """Store `value` (float32, shape `spec.shape`) in place."""
@@ -83,7 +83,7 @@ class Moment(Protocol):
     """
 
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
-        """The state tensors of the moment `name` for a parameter of `shape`."""
+        """Return the state tensors of the moment `name` for a parameter of `shape`."""
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         """Average `value` (float32, the parameter's shape) in, store, and return the estimate, broadcastable to it."""
@@ -93,7 +93,7 @@ class FullMoment(Moment, Protocol):
     """A moment with one number per entry, which can be read and rewritten as a whole."""
 
     def spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        """The tensor that the codec stores."""
+        """Return the tensor that the codec stores."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class BoundMoment:
         return self.moment.ema(self.state, self.name, self.codec, value, beta)
 
     def load(self) -> Tensor:
-        """A full moment in the dtype of the arithmetic, perhaps the stored tensor itself."""
+        """Return a full moment in the dtype of the arithmetic; it may be the stored tensor itself."""
         return self.codec.decode(self.state, self.name, self._spec()).to(self.arithmetic)
 
     def store(self, value: Tensor) -> None:
@@ -135,16 +135,16 @@ class Projection(Protocol):
     """
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The state tensors of the projection itself."""
+        """Return the state tensors of the projection itself."""
 
     def space(self, shape: tuple[int, ...], moment: str) -> Space:
-        """The space of one moment of a parameter of `shape`."""
+        """Return the space of one moment of a parameter of `shape`."""
 
     def describe(self, shape: tuple[int, ...]) -> str:
-        """What is projected, in a few words for a person; empty if nothing is."""
+        """Return what is projected, in a few words for a person, or "" if nothing is."""
 
     def takes_gradient(self, state: State) -> bool:
-        """Whether this step's `before_step` or `after_step` reads the gradient."""
+        """Return whether this step's `before_step` or `after_step` reads the gradient."""
 
     def before_step(self, grad: Tensor, state: State, moments: Moments) -> None:
         """Change the basis where that is due before the update."""
@@ -153,18 +153,21 @@ class Projection(Protocol):
         """Change the basis where that is due after it; `beta2` is the second moment's decay."""
 
     def project(self, state: State, grad: Tensor) -> Tensor:
-        """A tensor of the parameter's shape in the space of the moments, float32."""
+        """Return a tensor of the parameter's shape in the space of the moments, in float32."""
 
     def project_back(self, state: State, update: Tensor) -> Tensor:
-        """A tensor of the moments' space as one of the parameter's shape, float32."""
+        """Return a tensor of the moments' space as one of the parameter's shape, in float32."""
 
 
 class Subspace(Projection, Protocol):
     """A projection in whose space an elementwise rule can be run by the kernel for unprojected weights."""
 
     def add_back(self, state: State, param: Tensor, update: Tensor, decay: float) -> bool:
-        """param <- decay * param + project_back(update) in place, where one product does that and rounds to nearest;
-        returns whether it did."""
+        """Take param <- decay * param + project_back(update) where one product does that and rounds to nearest.
+
+        Returns:
+            Whether it was taken.
+        """
 
 
 @dataclass(frozen=True)
@@ -207,11 +210,11 @@ class Rounding:
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype) -> Rounding:
-        """The rounding of a weight; one that is not narrower than the arithmetic loses nothing."""
+        """Return the rounding of a weight; one that is not narrower than the arithmetic loses nothing."""
         return cls(kind) if dtype.itemsize < torch.float32.itemsize else cls()
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """What rounding has cut off from each entry."""
+        """Return the tensor of what rounding has cut off from each entry, if it is kept."""
         return {KAHAN_COMP: TensorSpec(shape, tuple(range(len(shape))), torch.int16)} if self.kind == "kahan" else {}
 
 
@@ -232,7 +235,7 @@ class StatePlan:
     arithmetic: torch.dtype = torch.float32
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """Every state tensor of a parameter of `shape`, `step` included."""
+        """Return every state tensor of a parameter of `shape`, `step` included."""
         declared = {**self.projection.specs(shape), **self.rounding.specs(shape)}
         for name, moment in self.moments.items():
             space, param_dims = self.projection.space(shape, name)

@@ -102,7 +102,7 @@ def check_weight(param: Tensor, name: str, known_shape: torch.Size | None) -> No
 
 
 def check_grad(param: Tensor, grad: Tensor, device: torch.device, owner: str) -> Tensor:
-    """The gradient of a weight on `device`, as a dense copy where its storage does not hold its entries as they are.
+    """Return the gradient of a weight, as a dense copy where its storage does not hold its entries as they are.
 
     Raises:
         RuntimeError: the gradient is sparse, has another shape or device than the weight, or has lost its storage.

@@ -115,7 +115,7 @@ def add_back(step: ParamStep, update: Tensor, decay: float | Tensor) -> None:
 
 
 def add(step: ParamStep, update: Tensor, scale: float, decay: float | Tensor) -> None:
-    """param <- decay * param + scale * update, for an update (float32) of the parameter's shape.
+    """Take param <- decay * param + scale * update, for an update (float32) of the parameter's shape.
 
     A decay is one number, or one for each matrix of a stack, broadcastable to the parameter.
     """
@@ -187,7 +187,7 @@ def adafactor(step: ParamStep, hyper: Hyper) -> None:
 
 
 def adafactor_passes(step: ParamStep, hyper: Hyper, step_size: float | Tensor, decay: float | Tensor) -> None:
-    """param <- decay * param - exp_avg: one pass for the means, one for the clipping, one for the update."""
+    """Take param <- decay * param - exp_avg: one pass for the means, one for the clipping, one for the update."""
     row, col = step.state["exp_avg_sq_row"].unsqueeze(-1), step.state["exp_avg_sq_col"].unsqueeze(-2)
     indices, shape, weight = list(tiles_of(step)), step.param.shape, step.weight()
 

@@ -11,7 +11,7 @@ CLONE = Path(__file__).parents[3]
 
 
 def reinstall_command() -> str:
-    """The pip command that installs the package from where it came.
+    """Return the pip command that installs the package from where it came.
 
     pip keeps the wheels that it builds, one without kernels too, and would install that again.
     """

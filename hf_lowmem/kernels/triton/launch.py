@@ -181,7 +181,7 @@ def adds(step: ParamStep, update: Tensor) -> bool:
 
 
 def add(step: ParamStep, update: Tensor, scale: float, decay: float | Tensor) -> None:
-    """param <- decay * param + scale * update in one pass; a decay is one number, or one per matrix of a stack."""
+    """Take param <- decay * param + scale * update in one pass; a decay is a number, or one per matrix of a stack."""
     param, device = step.param, step.param.device
     decays = (
         decay.flatten() if isinstance(decay, Tensor) else torch.full((1,), decay, dtype=torch.float32, device=device)

@@ -40,7 +40,7 @@ _DEFAULT_ARCH = 90
 
 @cache
 def current_arch() -> int:
-    """10 times the compute capability of the process's GPU.
+    """Return 10 times the compute capability of the process's GPU.
 
     It is 90 in the interpreter, on GPUs of other makers, and without a GPU, where launches can still be planned.
     """
@@ -56,13 +56,13 @@ def current_arch() -> int:
 
 
 def warps_of(entries: int, per_thread: int) -> int:
-    """The warps of a program whose threads take so many entries each."""
+    """Return the warps of a program whose threads take `per_thread` of its entries each, at most 16."""
     return min(max(entries // (32 * per_thread), 1), 16)
 
 
 @cache
 def tile_for(kind: str, arch: int) -> Tile:
-    """The table's row for the GPU, or for the newest older one in it; for the oldest where there is no older one."""
+    """Return the table's row for a GPU, or for the newest of the older ones, or for the oldest where none is older."""
     known = [number for name, number in TUNING if name == kind]
     return TUNING[kind, max((number for number in known if number <= arch), default=min(known))]
 
