@@ -11,8 +11,6 @@ from torch import Tensor
 from hf_lowmem.state import State, StatePlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# The keys that both AdamW's groups and ours have.
-TAKEN_OVER = {"lr", "initial_lr", "betas", "eps", "weight_decay", "param_names"}
 LEFT_OUT = "max_exp_avg_sq"  # the state of amsgrad, for which no plan has a place
 QUANTIZED = {"state1", "state2", "__bnb_optimizer_quant_state__"}  # the state of bitsandbytes, even with 32 bits
 ANEW = "delete optimizer.pt and scheduler.pt from the checkpoint's folder to start the optimizer and its schedule anew"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lowmem.checkpoint import FLOATS
 from hf_lowmem.dense import densified, is_plain, last_entry
-from hf_lowmem.kernels import COMPILED, RULE, TRITON
+from hf_lowmem.kernels import COMPILED, RULE
 from hf_lowmem.kernels.bucket import Bucket, ParamStep
 from hf_lowmem.kernels.registry import Backend, choice, find_backend, warn_of_capturable
 from hf_lowmem.param_layouts import ParamLayout, StateOwner
@@ -29,7 +29,7 @@ from hf_lowmem.step_checks import check_grad, check_stored, check_weight
 
 Group = dict[str, Any]
 _T = torch.Tensor
-# Read from many tensors at once, an attribute takes half the time.
+# An attrgetter mapped over many tensors takes half the time of a loop.
 _grad, _shape, _dtype, _device, _layout = map(operator.attrgetter, ("grad", "shape", "dtype", "device", "layout"))
 
 
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What can be told of many tensors at once: where marks are equal, no pointer, shape or dtype has changed."""
+    """The layouts of many tensors: if two are equal, no address, shape, stride, dtype or device has changed."""
 
     types: list[type]
     addresses: list[int]
@@ -96,7 +96,7 @@ class Buckets:
     """The buckets of an optimizer's parameters that have a gradient."""
 
     def __init__(self) -> None:
-        self.rounding_changed: Counter[str] = Counter()  # of Kahan buffers that were made or left out
+        self.rounding_changed: Counter[str] = Counter()  # counts the Kahan buffers that were made or left out
         self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
         self._known: Known | None = None
 
@@ -119,7 +119,7 @@ class Buckets:
         grads = list(map(_grad, params))
         options = [optimizer.step_options(group) for group in groups]
         if self._known is None or not self._known.still_holds(optimizer, params, grads, options):
-            self._known = None  # until all of them have been found to fit
+            self._known = None  # stays unset if a check below raises
             self._known = Known(optimizer, params, grads, options, *self._members(optimizer))
         known = self._known
         if advance:
@@ -301,7 +301,7 @@ def chosen(optimizer: StateOwner, member: Member, grad: Tensor, group: Group) ->
     step = member.state["step"] if group["capturable"] else 1.0
     rule = optimizer.rule_of(member.plan, group)
     backend = find_backend(rule, ParamStep(member.param, grad, member.state, member.plan, step))
-    if group["capturable"] and backend is not TRITON:  # the other kernels take their numbers from the host
+    if group["capturable"] and not backend.takes_numbers_on_device:
         warn_of_capturable(member.param.device.type)
     return backend
 
@@ -320,7 +320,7 @@ def repeats(members: Sequence[Member]) -> list[int]:
 
 
 def turns_of_overlapping(members: Sequence[Member]) -> dict[int, int]:
-    """Return, for parameters that share memory with others, by id, which of them is stepped when.
+    """Return the turn in which each parameter that shares memory with others is stepped, by its id.
 
     A kernel steps the parameters of a bucket on several threads, which must not write the same entries.
     """

@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 
 class Clipping:
-    """What the next step clips, and by how much."""
+    """The clipping that the next step applies."""
 
     def __init__(self) -> None:
         self._asked = self._captured = False
@@ -76,7 +76,7 @@ class Clipping:
             )
 
     def warn_if_missed(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Say once that a step was to clip and was not asked to."""
+        """Warn once if `fused_clip` is set but nothing has asked for clipping."""
         if not self._asked and any(group["fused_clip"] for group in groups):
             self._asked = True
             logger.warning(

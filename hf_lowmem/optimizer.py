@@ -52,7 +52,7 @@ class LowMemOptimizer(PlannedOptimizer):
     """
 
     def _forget_caches(self) -> None:
-        """Start with what belongs to the next step, and to this process, empty."""
+        """Empty what is kept for the next step, or for this process only."""
         super()._forget_caches()
         self._buckets, self._clipping, self._host_copies = Buckets(), Clipping(), HostCopies()
 
@@ -140,7 +140,7 @@ class LowMemOptimizer(PlannedOptimizer):
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as torch does, and forget a clipping whose step was not taken."""
+        """Clear the gradients as torch does, and forget a clipping whose step was not taken."""
         self._clipping.forget()
         super().zero_grad(set_to_none)
 

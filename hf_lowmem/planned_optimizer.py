@@ -92,7 +92,7 @@ class PlannedOptimizer(Optimizer):
             raise ValueError("The optimizer got no parameter to train: unfreeze some, or pass a non-empty group.")
 
     def _forget_caches(self) -> None:
-        """Start with what belongs to this process empty."""
+        """Empty what is kept for this process only."""
         self._plans: dict[tuple, StatePlan] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -39,16 +39,14 @@ class UpdateRule:
         function: the rule itself.
         elementwise: whether an entry's step depends only on the entry's own gradient and moments, so that the rule
             can be run on slices of the weight.
-        flags: the hyperparameters that only this rule has, which are plain values of the group.
     """
 
     function: Callable[..., Tensor]
     elementwise: bool
-    flags: tuple[str, ...]
 
 
 RULES: dict[str, UpdateRule] = {}
-RULE_FLAGS: dict[str, tuple[str, ...]] = {}
+RULE_FLAGS: dict[str, tuple[str, ...]] = {}  # the hyperparameters that only one rule has, plain values of a group
 
 
 def update_rule(name: str, *, elementwise: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -58,7 +56,7 @@ def update_rule(name: str, *, elementwise: bool) -> Callable[[Callable[..., Tens
         keywords = inspect.signature(function).parameters.values()
         named = [each.name for each in keywords if each.kind is inspect.Parameter.KEYWORD_ONLY]
         RULE_FLAGS[name] = tuple(flag for flag in named if flag not in HYPERPARAMETERS)
-        RULES[name] = UpdateRule(function, elementwise, RULE_FLAGS[name])
+        RULES[name] = UpdateRule(function, elementwise)
         return function
 
     return register
@@ -185,9 +183,9 @@ def signum_rule(
     eps: Number,
     weight_decay: Number,
 ) -> Tensor:
-    """Signum (arXiv:2407.07972): the sign of the momentum."""
+    """Signum (arXiv:2407.07972): the sign of the momentum, and NaN where that is not finite, as AdamW's update is."""
     m = moments["exp_avg"].ema(space.project(grad), beta1)
-    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(m.sign())
+    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(m.sign() + 0 * m)
     return new_param
 
 

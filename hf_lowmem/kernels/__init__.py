@@ -11,7 +11,8 @@ from hf_lowmem.kernels.rule import COMPILED, RULE
 from hf_lowmem.kernels.tiles import TILES
 from hf_lowmem.kernels.triton.backend import TRITON
 
-for _backend in (TRITON, TORCH_FUSED, CPU, IN_PLACE, TILES, RULE, COMPILED):
+# COMPILED is not among them, because it is taken where the option `compile` asks for it.
+for _backend in (TRITON, TORCH_FUSED, CPU, IN_PLACE, TILES, RULE):
     register(_backend)
 
-__all__ = ["BACKENDS", "COMPILED", "RULE", "TRITON", "Backend", "forced", "register"]
+__all__ = ["BACKENDS", "COMPILED", "RULE", "Backend", "forced", "register"]

@@ -1,4 +1,4 @@
-"""What a backend is handed: the parameters that it steps together, and the numbers of their step."""
+"""The input of a backend: the parameters that it steps together, and the numbers of their step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Clip(NamedTuple):
     """
 
     scale: Tensor
-    partial_sums: dict[Any, Tensor]
+    partial_sums: dict[Any, tuple[Any, Tensor]]
 
 
 class ParamStep(NamedTuple):

@@ -31,15 +31,15 @@ class Geometry(NamedTuple):
     start: int
 
 
-# What the C kernels need beside: dtypes and kinds by number, and the entries of an 8-bit block and of a row of blocks.
+# The C kernels also need dtypes and kinds by number, and the entries of an 8-bit block and of a row of blocks.
 CPU_PART = (
     *ADDRESSES,
     *Geometry._fields,
     *("dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "rule", "rounding", "block_size", "row"),
 )
 
-# What the Triton kernels need beside: a part has `reductions`, which share no mean, and each of those has `tiles`
-# tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on.
+# The Triton kernels also need how a part is cut: it has `reductions`, which share no mean, and each of those has
+# `tiles` tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on.
 # `weight` is the row of its scalars.
 TRITON_PART = (
     *ADDRESSES,

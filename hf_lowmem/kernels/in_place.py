@@ -24,9 +24,9 @@ from hf_lowmem.state import FULL_SPACE, StatePlan, Subspace
 
 
 class InPlace(Backend):
-    """Steps of the rules that are not elementwise, and of AdamW in a subspace, without temporaries that can be spared.
+    """Steps of the rules that are not elementwise, and of `transformers_adamw` in a subspace.
 
-    Products with a basis are taken of whole matrices, whose result is one temporary of the weight's size.
+    A product with a basis needs one temporary of the weight's size.
     """
 
     name = "in_place"
@@ -40,13 +40,13 @@ class InPlace(Backend):
         second = type(plan.moments["exp_avg_sq"])
         if rule == "adafactor":
             return second is RowColMean or (second is Full and step.param.ndim < 2)
-        return second is Full and (rule == "soap" or (rule in _ADAMW and plan.projection is not FULL_SPACE))
+        return second is Full and (rule == "soap" or (rule == SUBSPACE_RULE and plan.projection is not FULL_SPACE))
 
     def apply(self, bucket: Bucket, hyper: Hyper) -> None:
         self.step(bucket, hyper)  # none of its rules has means of groups
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
-        if bucket.rule in _ADAMW:
+        if bucket.rule == SUBSPACE_RULE:
             subspace_adamw(bucket, hyper)
             return
         for step in bucket:
@@ -59,7 +59,7 @@ class InPlace(Backend):
 
 
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
-_ADAMW = ("transformers_adamw",)
+SUBSPACE_RULE = "transformers_adamw"
 
 
 def subspace_adamw(bucket: Bucket, hyper: Hyper) -> None:

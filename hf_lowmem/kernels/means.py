@@ -1,4 +1,4 @@
-"""What the means of a second moment take from a gradient: sums of squares, found some rows at a time."""
+"""Sums of squared gradients for second moments that are means, found one tile at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the entries of a contiguous weight that share a second moment are, as the compiled kernels go over them."""
+"""The loops by which the compiled kernels visit the entries that share a second moment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, State, StatePlan
 
 @lru_cache(maxsize=1 << 12)
 def second_moment(rule: str, plan: StatePlan) -> str | None:
-    """Return "none" (Signum), "full" or "mean", what the compiled kernels tell second moments by.
+    """Return the kind of second moment that the compiled kernels know: "none" (Signum), "full" or "mean".
 
     None says that they do not step such a plan: they know the first moment as `exp_avg`, one number per entry, and the
     second as `exp_avg_sq`, both in float32 arithmetic and in the space of the weight.

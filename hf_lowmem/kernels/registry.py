@@ -34,6 +34,7 @@ class Backend:
     name: str
     devices: tuple[str, ...] = ()  # the types of device that it is written for; empty for all
     is_slow = False  # whether it takes steps as the rule is written
+    takes_numbers_on_device = False  # whether a captured graph's steps lose nothing by it
 
     def available(self) -> bool:
         """Return whether what it needs is installed; what is missing is logged once."""
@@ -82,7 +83,7 @@ def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
     return squares
 
 
-SMALL = 1 << 12  # entries from which on it matters that a step is taken as the rule is written
+SMALL = 1 << 12  # entries of a weight; a smaller one gets no warning that its steps are slow
 BACKENDS: dict[str, Backend] = {}
 _forced: list[tuple[str, ...]] = []
 
@@ -104,7 +105,7 @@ def find_backend(rule: str, step: ParamStep, after: str | None = None) -> Backen
     Raises:
         LookupError: none does, of those that `forced` names.
     """
-    device, names = step.param.device.type, list(choice() or BACKENDS)
+    device, names = step.param.device.type, list(BACKENDS if after else choice() or BACKENDS)
     for name in names[names.index(after) + 1 if after in names else 0 :]:
         backend = BACKENDS[name]
         if (choice() or not backend.devices or device in backend.devices) and backend.covers(rule, step):
@@ -158,9 +159,11 @@ def described(rule: str, step: ParamStep) -> str:
     plan = step.plan
     moments = ", ".join(f"{name} as {type(moment).__name__}" for name, moment in plan.moments.items())
     space = "" if plan.projection is FULL_SPACE else f" in {type(plan.projection).__name__}"
+    dense = "" if step.param.is_contiguous() and step.grad.is_contiguous() else " that are not contiguous"
+    grads = "" if step.grad.dtype == step.param.dtype else f" and gradients of {step.grad.dtype}"
     return (
-        f"{step.param.dtype} weights under the rule {rule!r} with {moments}{space}, {type(plan.codec).__name__} "
-        f"storage, on {step.param.device.type}"
+        f"{step.param.dtype} weights{dense}{grads} under the rule {rule!r} with {moments}{space}, "
+        f"{type(plan.codec).__name__} storage, on {step.param.device.type}"
     )
 
 
@@ -178,8 +181,8 @@ def warn_of_slow_steps(backend: str, described: str) -> None:
     """Say once for each kind of parameter that its steps are taken as the rule is written."""
     how = "on slices of the weight" if backend == "tiles" else "on whole weights, with temporaries as large as they"
     logger.warning(
-        "Optimizer steps of %s are taken as the rule is written, %s, which takes several times longer: there is no "
-        "kernel for them.",
+        "Optimizer steps of %s are taken as the rule is written, %s, which takes several times longer: no kernel "
+        "covers them.",
         described,
         how,
     )

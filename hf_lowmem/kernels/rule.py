@@ -19,7 +19,10 @@ from hf_lowmem.update_rules import RULES
 
 
 class Rule(Backend):
-    """The rule on whole weights, with temporaries as large as they are; its means are averaged by the rule itself."""
+    """The rule on whole weights, with temporaries as large as they are.
+
+    `step` lets the rule average the means; `apply` takes them as they are stored.
+    """
 
     name = "rule"
     is_slow = True
@@ -52,7 +55,7 @@ class Compiled(Rule):
     is_slow = False
 
     def covers(self, rule: str, step: ParamStep) -> bool:
-        return False  # it is taken only where `compile` asks for it
+        return False  # it is never asked
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
         for step in map(ParamStep.clipped, bucket):

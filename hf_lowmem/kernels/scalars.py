@@ -1,4 +1,4 @@
-"""The numbers of a step by which the elementwise kernels take it: one form for AdamW and Signum.
+"""The scalars of an elementwise step, in one form for AdamW and Signum.
 
     param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
 

@@ -73,9 +73,9 @@ def register() -> None:
     >>> args = TrainingArguments(optim="slim_adamw_8bit")
     """
     for name in OPTIM_NAMES:
-        if name not in _member_by_value:
+        if name not in _member_by_value and name.upper() not in _member_by_name:
             _handlers[_add_member(name)] = _handler
-        elif _handlers.get(_member_by_value[name]) is not _handler:
+        elif name not in _member_by_value or _handlers.get(_member_by_value[name]) is not _handler:
             logger.warning("transformers %s has its own optim %r, which is kept.", transformers.__version__, name)
     _trainer._parse_optim_args = _parse_optim_args
     _trainer.get_last_checkpoint = last_whole_checkpoint

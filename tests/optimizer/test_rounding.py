@@ -156,8 +156,8 @@ def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str, devic
         if rounding == "nearest":
             assert torch.equal(layer.weight, start)
     assert left["nearest"] == 1
-    assert left["stochastic"] < 0.2
-    assert left["kahan"] < 0.2
+    assert left["stochastic"] < 0.3
+    assert left["kahan"] < 0.3
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

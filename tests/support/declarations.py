@@ -26,12 +26,14 @@ class Declaration:
         variants: options that bring out the branches of the class; the first are the plainest.
         geometries: more of them for tests of kernels: short 8-bit blocks, rows of several axes, fused weights.
         soon: options under which a change of basis happens within the few steps of a test.
+        by_sign: whether an entry moves by the sign of its momentum, which may flip where that is almost zero.
     """
 
     cls: type[LowMemOptimizer]
     variants: list[Variant]
     geometries: list[Variant] = field(default_factory=list)
     soon: dict[str, Any] = field(default_factory=dict)
+    by_sign: bool = False
 
 
 # The fields of moments.Segment: name, axis, outer, start, stop, axes, rows_per_block.
@@ -72,7 +74,7 @@ FULL_SPACE = [
         [({"axes": (0, 1)}, (16, 128))],
         geometries=[({"axes": (1, 2)}, (3, 8, 64)), ({"axes": (1, 2)}, (12, 3, 25))],
     ),
-    Declaration(Signum, [({}, (16, 128))], geometries=[({}, (6, 3, 5, 5))]),
+    Declaration(Signum, [({}, (16, 128))], geometries=[({}, (6, 3, 5, 5))], by_sign=True),
 ]
 PROJECTED = [
     Declaration(
@@ -104,6 +106,7 @@ PROJECTED = [
 ]
 DECLARED = FULL_SPACE + PROJECTED
 CLASSES = [declared.cls for declared in DECLARED]
+BY_SIGN = {declared.cls for declared in DECLARED if declared.by_sign}
 
 
 STORAGES: dict[str, dict[str, Any]] = {

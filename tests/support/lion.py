@@ -55,5 +55,5 @@ class LionRecipe(Recipe):
 
 def pytest_configure() -> None:
     RECIPES["lion"] = LionRecipe
-    OPTIM_NAMES["lion"] = OptimName("lion", None, 4.000, "Lion: the sign of a mix of momentum and gradient")
-    OPTIM_NAMES["lion_8bit"] = OptimName("lion", 8, 1.016, "Lion, its moment in 8 bit")
+    OPTIM_NAMES["lowmem_lion"] = OptimName("lion", None, 4.000, "Lion: the sign of a mix of momentum and gradient")
+    OPTIM_NAMES["lowmem_lion_8bit"] = OptimName("lion", 8, 1.016, "Lion, its moment in 8 bit")

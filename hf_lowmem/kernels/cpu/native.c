@@ -18,7 +18,7 @@ static int thread_number(void) { return 0; }
 #endif
 
 /* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
- * what divides the entries; a unit of whole groups has both in its thread's scratch. */
+ * their factors of exp_avg in the update; a unit of whole groups has both in its thread's scratch. */
 typedef struct {
     int64_t group_chunk, row_chunk, column_chunk;
     int64_t group_units, row_units, column_units;
@@ -50,7 +50,8 @@ INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
     for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(next + byte, 1);
 }
 
-/* The entries of a run: what divides them is in `scales`, or is `scale` for all. */
+/* Step one run. Where the second moment is a mean, exp_avg is multiplied by `scales`, one factor per column, or by
+ * `scale`. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
@@ -84,7 +85,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
         SIMD for (int i = 0; i < n; i++) {
             exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
             float sign = (float)((exp_avg[i] > 0) - (exp_avg[i] < 0));
-            param[i] = param[i] * decay - step_size * (exp_avg[i] == exp_avg[i] ? sign : exp_avg[i]);
+            param[i] = param[i] * decay - step_size * (sign + 0.0f * exp_avg[i]); /* NaN where it is not finite */
         }
     } else if (scales) {
         SIMD for (int i = 0; i < n; i++) {
@@ -103,7 +104,7 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
 
 /* ------------------------------------------------------------------------------------------------------- one unit */
 
-typedef struct { int64_t first_group, last_group, first_row, last_row, first_column, last_column, row_unit; } Range;
+typedef struct { int64_t first_group, last_group, first_row, last_row, first_column, last_column; } Range;
 
 INLINE int64_t offset_of(const Part *part, int64_t group, int64_t row) {
     return group / part->inner_groups * part->outer_group_stride
@@ -153,7 +154,8 @@ INLINE void sum_column_squares(const Part *part, int64_t group, const Range *ran
     }
 }
 
-/* Average `count` means' sums of squares of `entries` each into them, and find what divides their entries. */
+/* Average the sums of squares of `count` means, over `entries` entries each, into the means, and compute the factors
+ * step_size / (sqrt(mean) + eps). */
 INLINE void average(const Part *part, float *means, const double *sums, int64_t count, double entries, float *scales) {
     const double weight = part->new_2 / entries;
     SIMD for (int64_t i = 0; i < count; i++) {
@@ -204,13 +206,9 @@ static Range range_of(const Part *part, const Cut *cut, int64_t unit) {
     int64_t column = unit % cut->column_units, row = unit / cut->column_units % cut->row_units;
     int64_t group = unit / cut->column_units / cut->row_units;
     Range range = {
-        group * cut->group_chunk,
-        least((group + 1) * cut->group_chunk, part->groups),
-        row * cut->row_chunk,
-        least((row + 1) * cut->row_chunk, part->rows),
-        column * cut->column_chunk,
-        least((column + 1) * cut->column_chunk, part->columns),
-        row,
+        group * cut->group_chunk,   least((group + 1) * cut->group_chunk, part->groups),
+        row * cut->row_chunk,       least((row + 1) * cut->row_chunk, part->rows),
+        column * cut->column_chunk, least((column + 1) * cut->column_chunk, part->columns),
     };
     return range;
 }

@@ -1,4 +1,4 @@
-"""How the kernels are built anew, for who has installed a compiler since, or another version of the source."""
+"""The command that rebuilds the kernels, after a compiler or another version of the source was installed."""
 
 from __future__ import annotations
 

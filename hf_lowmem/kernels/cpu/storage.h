@@ -1,4 +1,4 @@
-/* Numbers as weights and state store them, and how runs of them are read and written: native.c steps them.
+/* How weights and state are stored, and how runs of entries are loaded and stored.
  *
  * Temporaries of a run stay in the first cache; float32 tensors are worked on where they are.
  */

@@ -1,4 +1,4 @@
-"""AdamW in float32 on the CPU by torch's own fused step, which is as fast as one can be."""
+"""AdamW in float32 on the CPU, stepped by torch's own fused kernel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ class TorchFused(Backend):
 
 
 def fused(rule: str, steps: list[ParamStep], number: float, hyper: Hyper) -> None:
-    """Step parameters that are at the same step, by the hyperparameters with which `adamw_rule` takes it too."""
+    """Step parameters that are at the same step.
+
+    The hyperparameters of `transformers_adamw` are converted to those of torch's AdamW.
+    """
     scalars, root = SCALARS[rule](number, hyper), math.sqrt(1 - hyper.beta2**number)
     lr, weight_decay, eps = hyper.lr, hyper.weight_decay, hyper.eps
     if rule != "adamw":

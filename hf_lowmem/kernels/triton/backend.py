@@ -22,6 +22,7 @@ class Triton(Backend):
 
     name = "triton"
     devices = ("cuda",)
+    takes_numbers_on_device = True
 
     def available(self) -> bool:
         return triton_kernels() is not None

@@ -83,7 +83,7 @@ class Launch:
         return Tables(uploaded(rows, device), *part_tables, *[None] * (3 - len(part_tables)))
 
     def _lasting(self, gradients: Tensor, device: torch.device) -> Tables:
-        """Return tables for good, which captured graphs may read: they hold their own gradients as arguments."""
+        """Return tables that are never freed, since captured graphs, which hold their own gradients, may read them."""
         rows = self.rows.clone()
         rows[:, GRAD] = 0
         key = (self.variant, tuple(map(tuple, rows.tolist())), device)
@@ -124,7 +124,7 @@ class Launch:
 
     @staticmethod
     def _stamp(bucket: Bucket, gradients: list[int]) -> Any:
-        """Return what partial sums are of: gradients that were changed in place since have other versions."""
+        """Return a key of the gradients, which changes if one is replaced or written."""
         return gradients, [grad._version for grad in bucket.grads]
 
     def partial_sums(self, tables: Tables, totals: bool = False) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,8 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
     exp_avg = loaded(part, EXP_AVG, v.moment, tile, True, v)
     exp_avg = tl.fma(grad - exp_avg, scalar(scalars, NEW_1), exp_avg)
     if v.second == "none":
-        update = ((exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)) * scalar(scalars, STEP_SIZE)
+        sign = (exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)
+        update = tl.fma(exp_avg, 0.0, sign) * scalar(scalars, STEP_SIZE)  # NaN where exp_avg is not finite
     else:
         update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
     store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
