@@ -39,8 +39,8 @@ CPU_PART = (
 )
 
 # The Triton kernels also need how a part is cut: it has `reductions`, which share no mean, and each of those has
-# `tiles` tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_` on.
-# `weight` is the row of its scalars.
+# `tiles` tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_`
+# on. `weight` is the row of its scalars.
 TRITON_PART = (
     *ADDRESSES,
     *Geometry._fields,
