@@ -11,7 +11,6 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ class Member(NamedTuple):
     param: Tensor
     state: State
     plan: StatePlan
+    names: tuple[str, ...]  # of the declared state tensors
 
 
 class Marks(NamedTuple):
@@ -151,17 +151,18 @@ class Buckets:
                 state = optimizer.state.get(param) or optimizer.allocate(param, layout, group)
                 if grad is None:
                     continue
-                plan = self._checked_plan(optimizer, param, state, layout, group)
+                plan, names = self._checked_plan(optimizer, param, state, layout, group)
                 grads.append(check_grad(param, grad, param.device, owner))
-                members.append(Member(number, place, param, state, plan))
+                members.append(Member(number, place, param, state, plan, names))
         if len(self._shapes) > place + 1:  # some parameters were swapped out
             self._shapes = {member.param: member.param.shape for member in members}
         return members, grads
 
     def _checked_plan(
         self, optimizer: StateOwner, param: Tensor, state: State, layout: ParamLayout, group: Group
-    ) -> StatePlan:
-        """Return the plan of a parameter that fits it; what a change of options or dtype has left is fitted."""
+    ) -> tuple[StatePlan, tuple[str, ...]]:
+        """Return the plan of a parameter and the names of its state, which fits; what a change of options or dtype
+        has left is fitted first."""
         name = layout.name or "A parameter"
         check_weight(param, layout.name, self._shapes.get(param))
         if not is_plain(param) and state["step"] == 0:
@@ -179,7 +180,7 @@ class Buckets:
                 state[key] = tensor.to(spec.dtype)
         check_stored(param, state, specs, name)
         self._shapes[param] = param.shape
-        return plan
+        return plan, tuple(specs)
 
 
 class Known:
@@ -214,9 +215,9 @@ class Known:
         self._on_host: list[Any] = [memoryview(array) for array in arrays]
         self._on_device = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if on_device]
 
-    def _tensors(self) -> list[Tensor]:
-        """Return the weights and all tensors of their state."""
-        states = chain.from_iterable(member.state.values() for member in self.members)
+    def _tensors(self) -> list[Any]:
+        """Return the weights and the declared tensors of their state, with None for one that is missing."""
+        states = [member.state.get(name) for member in self.members for name in member.names]
         return [*(member.param for member in self.members), *states]
 
     def still_holds(
@@ -237,7 +238,7 @@ class Known:
         if not same(state.values(), self.states):
             return False
         tensors = self._tensors()
-        if len(tensors) != len(self.tensors) or not same(tensors, self.tensors) or any(map(_T.is_neg, tensors)):
+        if not same(tensors, self.tensors) or any(map(_T.is_neg, tensors)):
             return False
         return Marks.of(tensors) == self.marks and self._take([grad for grad in grads if grad is not None])
 
@@ -285,7 +286,7 @@ def planned(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -
     buckets = []
     for (group_place, rule, backend, device, *_, earlier), numbers in found.items():
         chosen_members = [members[number] for number in numbers]
-        params, states, plans = zip(*(member[2:] for member in chosen_members), strict=True)
+        params, states, plans = zip(*(member[2:5] for member in chosen_members), strict=True)
         own, nothing = [grads[number] for number in numbers], list[Any]([0]) * len(numbers)
         bucket = Bucket(rule, backend, device, params, own, states, plans, nothing, nothing)  # not numbered yet
         buckets.append(Planned(bucket, group_place, chosen_members, numbers, -earlier))

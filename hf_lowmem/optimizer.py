@@ -134,9 +134,10 @@ class LowMemOptimizer(PlannedOptimizer):
         if not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
         self._host_copies.fetch()
-        norm = self._clipping.find([bucket for _, bucket in self._found_buckets(advance=False)], max_norm)
-        self._buckets.release()
-        return norm
+        try:
+            return self._clipping.find([bucket for _, bucket in self._found_buckets(advance=False)], max_norm)
+        finally:
+            self._buckets.release()
 
     @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -94,6 +94,7 @@ class PlannedOptimizer(Optimizer):
     def _forget_caches(self) -> None:
         """Empty what is kept for this process only."""
         self._plans: dict[tuple, StatePlan] = {}
+        self._specs: dict[tuple, dict[str, TensorSpec]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -246,11 +247,13 @@ class PlannedOptimizer(Optimizer):
         """Return the plan of a parameter of a group."""
         return self._plan(layout.options, self._schedule(group), tuple(param.shape), param.dtype)
 
-    @staticmethod
-    def specs_of(param: Tensor, plan: StatePlan, group: Group) -> dict[str, TensorSpec]:
+    def specs_of(self, param: Tensor, plan: StatePlan, group: Group) -> dict[str, TensorSpec]:
         """Return the state tensors that a parameter of a group is to have."""
-        specs = plan.specs(tuple(param.shape))
-        return {**specs, "step": replace(STEP, on_host=not group["capturable"])}
+        key = (plan, param.shape, group["capturable"])
+        if key not in self._specs:
+            step = replace(STEP, on_host=not group["capturable"])
+            self._specs[key] = {**plan.specs(tuple(param.shape)), "step": step}
+        return self._specs[key]
 
     def step_options(self, group: Group) -> tuple[Any, ...]:
         """Return the values of a group that its parameters' plans and backends depend on."""

@@ -39,30 +39,35 @@ class UpdateRule:
         function: the rule itself.
         elementwise: whether an entry's step depends only on the entry's own gradient and moments, so that the rule
             can be run on slices of the weight.
+        averages_squares: whether its second moment averages the square of the projected gradient by `beta2`, so that
+            the means of a weight can be found before the rule is run on its slices.
     """
 
     function: Callable[..., Tensor]
     elementwise: bool
+    averages_squares: bool
 
 
 RULES: dict[str, UpdateRule] = {}
 RULE_FLAGS: dict[str, tuple[str, ...]] = {}  # the hyperparameters that only one rule has, plain values of a group
 
 
-def update_rule(name: str, *, elementwise: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the decorated function as the update rule `name`; see `UpdateRule` for `elementwise`."""
+def update_rule(
+    name: str, *, elementwise: bool, averages_squares: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function as the update rule `name`; see `UpdateRule` for the others."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         keywords = inspect.signature(function).parameters.values()
         named = [each.name for each in keywords if each.kind is inspect.Parameter.KEYWORD_ONLY]
         RULE_FLAGS[name] = tuple(flag for flag in named if flag not in HYPERPARAMETERS)
-        RULES[name] = UpdateRule(function, elementwise)
+        RULES[name] = UpdateRule(function, elementwise, averages_squares)
         return function
 
     return register
 
 
-@update_rule("adamw", elementwise=True)
+@update_rule("adamw", elementwise=True, averages_squares=True)
 def adamw_rule(
     param: Tensor,
     grad: Tensor,
@@ -84,7 +89,7 @@ def adamw_rule(
     return new_param
 
 
-@update_rule("transformers_adamw", elementwise=True)
+@update_rule("transformers_adamw", elementwise=True, averages_squares=True)
 def transformers_adamw_rule(
     param: Tensor,
     grad: Tensor,

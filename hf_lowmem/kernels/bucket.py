@@ -60,10 +60,12 @@ class ParamStep(NamedTuple):
     clip: Clip | None = None
 
     def clipped(self) -> ParamStep:
-        """Scale the gradient in place, for what cannot scale it as it reads it."""
-        if self.clip is not None:
-            self.grad.mul_(self.clip.scale)
-        return self._replace(clip=None)
+        """Scale the gradient in place, for what cannot scale it as it reads it; one that overlaps itself is copied."""
+        if self.clip is None:
+            return self
+        overlaps = torch._debug_has_internal_overlap(self.grad) == 1
+        grad = self.grad * self.clip.scale if overlaps else self.grad.mul_(self.clip.scale)
+        return self._replace(grad=grad, clip=None)
 
     def weight(self) -> StoredWeight:
         """Return the parameter as it is read and written in the plan's arithmetic."""

@@ -20,6 +20,7 @@ from hf_lowmem.kernels.scalars import transformers_adamw_scalars
 from hf_lowmem.kernels.tiles import full_moments, tiles_of
 from hf_lowmem.kernels.triton import launch
 from hf_lowmem.moments import Full, RowColMean
+from hf_lowmem.scratch import Scratch
 from hf_lowmem.state import FULL_SPACE, StatePlan, Subspace
 
 
@@ -189,11 +190,12 @@ def adafactor(step: ParamStep, hyper: Hyper) -> None:
 def adafactor_passes(step: ParamStep, hyper: Hyper, step_size: float | Tensor, decay: float | Tensor) -> None:
     """Take param <- decay * param - exp_avg: one pass for the means, one for the clipping, one for the update."""
     row, col = step.state["exp_avg_sq_row"].unsqueeze(-1), step.state["exp_avg_sq_col"].unsqueeze(-2)
-    indices, shape, weight = list(tiles_of(step)), step.param.shape, step.weight()
+    indices, shape, weight, scratch = list(tiles_of(step)), step.param.shape, step.weight(), Scratch(row.device)
 
     row_sum, col_sum = torch.zeros_like(row), torch.zeros_like(col)
     for index in indices:
-        square = scaled_grad(step, index).square().add_(1e-30)
+        grad = scaled_grad(step, index)
+        square = torch.mul(grad, grad, out=scratch.get("square", grad.shape)).add_(1e-30)
         broadcast_tile(row_sum, index).add_(square.sum(-1, keepdim=True))
         broadcast_tile(col_sum, index).add_(square.sum(-2, keepdim=True))
     beta2 = 1 - step.step ** hyper.flags["decay_rate"]
@@ -202,7 +204,8 @@ def adafactor_passes(step: ParamStep, hyper: Hyper, step_size: float | Tensor, d
     row_factor, col_factor = (row / row.mean(-2, keepdim=True)).rsqrt(), col.rsqrt()
 
     def unclipped_update(index: Index) -> Tensor:
-        scaled = scaled_grad(step, index) * broadcast_tile(row_factor, index)
+        grad = scaled_grad(step, index)
+        scaled = torch.mul(grad, broadcast_tile(row_factor, index), out=scratch.get("square", grad.shape))
         return scaled.mul_(broadcast_tile(col_factor, index))
 
     dims = matrix_dims(step)
@@ -216,7 +219,7 @@ def adafactor_passes(step: ParamStep, hyper: Hyper, step_size: float | Tensor, d
         exp_avg = full_moments(step, index)["exp_avg"]
         averaged = exp_avg.load().lerp_(update, 1 - hyper.beta1)
         shrink = broadcast_tile(decay, index) if isinstance(decay, Tensor) else decay
-        tile.store(tile.load().mul_(shrink).sub_(averaged))
+        tile.store(tile.load(scratch).mul_(shrink).sub_(averaged))
         exp_avg.store(averaged)
 
 

@@ -14,7 +14,7 @@ from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import StatePlan
 
 Index = tuple[slice, ...]  # of the leading axes; those after them are whole
-TILE = 1 << 16  # entries of a tile on the CPU, which stays in the cache with its temporaries
+TILE = 1 << 17  # entries of a tile on the CPU, which stays in the cache with its temporaries
 ACCELERATOR_TILE = 1 << 24  # on an accelerator, which that many keep busy
 
 

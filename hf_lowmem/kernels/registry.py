@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -85,18 +86,23 @@ def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
 
 SMALL = 1 << 12  # entries of a weight; a smaller one gets no warning that its steps are slow
 BACKENDS: dict[str, Backend] = {}
-_forced: list[tuple[str, ...]] = []
+_forced: ContextVar[tuple[str, ...]] = ContextVar("forced", default=())
 
 
-def register(backend: Backend) -> None:
-    """Add a backend after those that are there.
+def register(backend: Backend, before: str | None = None) -> None:
+    """Add a backend before the one called `before`, or after all that are there.
 
     Raises:
-        ValueError: another backend has its name.
+        ValueError: another backend has its name, or there is none called `before`.
     """
     if backend.name in BACKENDS:
         raise ValueError(f"A backend is called {backend.name!r} already: give this one another name.")
+    names = [*BACKENDS, None]
+    if before not in names:
+        raise ValueError(f"The backends are {', '.join(BACKENDS)}, not {before}.")
+    later = {name: BACKENDS.pop(name) for name in list(BACKENDS)[names.index(before) :]}
     BACKENDS[backend.name] = backend
+    BACKENDS.update(later)
 
 
 def find_backend(rule: str, step: ParamStep, after: str | None = None) -> Backend:
@@ -142,16 +148,16 @@ def forced(*names: str) -> Iterator[None]:
     """
     if unknown := set(names) - set(BACKENDS):
         raise ValueError(f"The backends are {', '.join(BACKENDS)}, not {', '.join(sorted(unknown))}.")
-    _forced.append(names)
+    token = _forced.set(names)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 def choice() -> tuple[str, ...]:
     """Return the backends that are forced, if any: buckets that were made under another choice are outdated."""
-    return _forced[-1] if _forced else ()
+    return _forced.get()
 
 
 def described(rule: str, step: ParamStep) -> str:

@@ -6,7 +6,7 @@ pass over the gradient finds the sums of squares, and the rule is run by the new
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -37,14 +37,16 @@ class Tiles(Backend):
         )
         if not (kinds and RULES[rule].elementwise and plan.projection is FULL_SPACE):
             return False
-        cut = cut_of(plan, shape)
-        return cut.axes > 0 or prod(shape) <= tile_size(step.param.device)
+        cut, limit = cut_of(plan, shape), tile_size(step.param.device)
+        if means_of(plan) and not RULES[rule].averages_squares and not cut.keeps_groups(shape, limit):
+            return False  # the sums of a first pass are not those that the rule averages
+        return cut.axes > 0 or prod(shape) <= limit
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
         for step in bucket:
             limit = tile_size(step.param.device)
             cut = cut_of(step.plan, tuple(step.param.shape))
-            if prod(step.param.shape[cut.uncrossed :]) <= limit or cut.uncrossed == cut.axes:
+            if cut.keeps_groups(step.param.shape, limit):
                 run_tiles(bucket.rule, step, hyper, cut.uncrossed, averaged=False)
             else:
                 super().step(Bucket.of([step], bucket.rule, self), hyper)
@@ -98,6 +100,10 @@ class Cut(NamedTuple):
     uncrossed: int
     block: int
     specs: tuple[tuple[str, TensorSpec], ...]
+
+    def keeps_groups(self, shape: Sequence[int], limit: int) -> bool:
+        """Return whether tiles of at most `limit` entries cut no group, or need not."""
+        return self.uncrossed == self.axes or prod(shape[self.uncrossed :]) <= limit
 
 
 @lru_cache(maxsize=1 << 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.state import Codec, State, TensorSpec
@@ -23,6 +24,10 @@ class Full:
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         spec = self.spec(tuple(value.shape))
-        estimate = beta * codec.decode(state, name, spec) + (1 - beta) * value
+        held = codec.decode(state, name, spec).to(value.dtype)
+        if isinstance(beta, Tensor):  # a compiled step's
+            estimate: Tensor = beta * held + (1 - beta) * value
+        else:
+            estimate = torch.lerp(held, value, 1 - beta)
         codec.encode(state, name, spec, estimate)
         return estimate

@@ -89,8 +89,11 @@ class GroupMean:
             raise ValueError(f"segments must share one axis of a weight of shape {shape} and one `outer`.")
         end = 0
         for segment in sorted(self.segments, key=lambda s: s.start):
-            if segment.start != end or (segment.stop - segment.start) % segment.rows_per_block:
-                raise ValueError(f"segment {segment.name!r} leaves a gap, overlaps, or is not whole blocks of rows.")
+            size = segment.stop - segment.start
+            if segment.start != end or size < 1 or size % segment.rows_per_block:
+                raise ValueError(
+                    f"segment {segment.name!r} leaves a gap, overlaps, is empty, or is not whole blocks of rows."
+                )
             if any(not 0 <= axis < len(shape) for axis in segment.axes):
                 raise ValueError(f"segment {segment.name!r}: axes={segment.axes} does not fit shape {shape}.")
             end = segment.stop

@@ -23,6 +23,7 @@ from hf_lowmem.kernels.means import TILE
 from hf_lowmem.kernels.registry import SMALL, find_backend, warn_of_slow_steps
 from hf_lowmem.moments import Full, RowColMean, whole
 from hf_lowmem.state import Rounding, StatePlan, arithmetic_of
+from hf_lowmem.update_rules import RULES, UpdateRule
 from tests.support.backend_steps import (
     HYPER,
     PLANS,
@@ -195,3 +196,24 @@ def test_a_backend_that_is_forced_says_nothing_of_its_speed(caplog) -> None:
     assert not caplog.records
     with pytest.raises(ValueError, match=r"The backends are triton, .*, not no_such"), forced("no_such"):
         pass
+
+
+@pytest.mark.parametrize("averages_squares", [False, True])
+def test_a_rule_of_its_own_second_moment_is_not_stepped_by_sums_of_squares(
+    averages_squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that cut groups find the means first, which is right only for rules that average the square."""
+
+    def rule(param, grad, moments, space, step, *, lr, beta1, beta2, eps, weight_decay):
+        value = grad.square() if averages_squares else grad.abs()
+        return param - lr * grad / (moments["exp_avg_sq"].ema(value, beta2).sqrt() + eps)
+
+    monkeypatch.setattr("hf_lowmem.kernels.means.TILE", 512)
+    declared = UpdateRule(rule, elementwise=True, averages_squares=averages_squares)
+    monkeypatch.setitem(RULES, "own", declared)
+    by_column, by_row = (adamw(second=whole((64, 48), axes)) for axes in ((0,), (1,)))
+    for plan, covered in ((by_column, averages_squares), (by_row, True)):
+        assert BACKENDS["tiles"].covers("own", first_step(plan, (64, 48))) is covered
+        if covered:
+            found, expected = (stepped(name, "own", first_step(plan, (64, 48))) for name in ("tiles", "rule"))
+            torch.testing.assert_close(found, expected)

@@ -307,6 +307,19 @@ def test_an_optimizer_keeps_no_gradient_alive(cls: type, options: dict[str, Any]
     assert all(moment() is None for moment in moments)
 
 
+@EACH
+def test_what_users_keep_beside_the_state_stays(cls: type, options: dict[str, Any]) -> None:
+    param, optimizer = stepped(cls, options)
+    twin, other = copy.deepcopy((param, optimizer))
+    optimizer.state[param] |= {"note": 3, "sparse": torch.eye(3).to_sparse(), "name": "w"}
+    for _ in range(2):
+        for p, o in ((param, optimizer), (twin, other)):
+            p.grad = torch.ones(64, 64)
+            o.step()
+    assert torch.equal(param, twin)
+    assert optimizer.state[param]["note"] == 3
+
+
 # -- kernels are found by all that a plan is made of ----------------------------------------------------------------
 
 

@@ -3,19 +3,22 @@ threads."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
-from hf_lowmem.kernels.columns import CPU_PART
+from hf_lowmem.kernels.columns import ADDRESSES, CPU_PART
 from hf_lowmem.kernels.cpu.library import code_maps, library
 from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
 from hf_lowmem.kernels.registry import Backend
 from hf_lowmem.kernels.scalars import rows_on_host
+from hf_lowmem.state import StatePlan
 
-# The numbers by which native.c knows rules, dtypes and roundings.
-RULES = {"full": 0, "mean": 1, "none": 2}
+# The numbers by which native.c knows second moments, dtypes and roundings.
+SECOND_MOMENTS = {"full": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
 GRAD = CPU_PART.index("grad")
@@ -79,26 +82,39 @@ class Table:
 
 def rows_of(rule: str, step: ParamStep) -> list[list[int]]:
     """Return the row of each part of a weight."""
-    param, codec, second = step.param, step.plan.codec, second_moment(rule, step.plan)
-    found = geometries_of(step.plan, tuple(param.shape))
+    found = []
+    dtypes = (step.param.dtype, step.state["exp_avg"].dtype)
+    planned = _planned(rule, step.plan, tuple(step.param.shape), dtypes)
+    for row, where in zip(planned, addresses_of(step.param, step.grad, step.state, step.plan), strict=True):
+        found.append([*(where.get(name, 0) for name in ADDRESSES), *row])
+    return found
+
+
+@lru_cache(maxsize=1 << 12)
+def _planned(
+    rule: str, plan: StatePlan, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
+) -> list[list[int]]:
+    """Return the columns after the addresses of each part of a weight; `dtypes` are the weight's and exp_avg's."""
+    second, found, codec = second_moment(rule, plan), geometries_of(plan, shape), plan.codec
     assert second is not None
     assert found is not None
-    block = row = 1
+    block, row = 1, 1
     if isinstance(codec, Int8Blockwise):
         block = codec.block_size
-        row = codec.ragged_row(tuple(param.shape)) or block  # whole blocks are rows of their own
+        row = codec.ragged_row(shape) or block  # whole blocks are rows of their own
     kinds = {
-        "dtype": DTYPES[param.dtype],
-        "exp_avg_dtype": DTYPES[step.state["exp_avg"].dtype],
-        "exp_avg_sq_dtype": DTYPES[step.state["exp_avg_sq"].dtype] if second == "full" else 0,
-        "rule": RULES[second],
-        "rounding": ROUNDINGS["nearest" if param.dtype == torch.float32 else step.plan.rounding.kind],
+        "dtype": DTYPES[dtypes[0]],
+        "exp_avg_dtype": DTYPES[dtypes[1]],
+        "exp_avg_sq_dtype": DTYPES[
+            torch.uint8 if second == "full" and isinstance(codec, Int8Blockwise) else torch.float32
+        ],
+        "rule": SECOND_MOMENTS[second],
+        "rounding": ROUNDINGS["nearest" if dtypes[0] == torch.float32 else plan.rounding.kind],
         "block_size": block,
         "row": row,
     }
-    addresses = addresses_of(param, step.grad, step.state, step.plan)
-    parts = [{**kinds, **geometry._asdict(), **where} for geometry, where in zip(found, addresses, strict=True)]
-    return [[part.get(column, 0) for column in CPU_PART] for part in parts]
+    columns = CPU_PART[len(ADDRESSES) :]
+    return [[int({**kinds, **geometry._asdict()}[name]) for name in columns] for geometry in found]
 
 
 CPU = Cpu()
