@@ -69,7 +69,7 @@ class Codec(Protocol):
         """Return the tensors that store a float32 tensor declared by `spec`."""
 
     def decode(self, state: State, name: str, spec: TensorSpec) -> Tensor:
-        """Return the stored tensor as float32, of shape `spec.shape`."""
+        """Return the stored tensor as float32, of shape `spec.shape`: itself, or a new one that may be overwritten."""
 
     def encode(self, state: State, name: str, spec: TensorSpec, value: Tensor) -> None:
         """Store `value` (float32, shape `spec.shape`) in place."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.state import Moments
@@ -190,7 +191,7 @@ def signum_rule(
 ) -> Tensor:
     """Signum (arXiv:2407.07972): the sign of the momentum, and NaN where that is not finite, as AdamW's update is."""
     m = moments["exp_avg"].ema(space.project(grad), beta1)
-    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(m.sign() + 0 * m)
+    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(torch.add(m.sign(), m, alpha=0))
     return new_param
 
 

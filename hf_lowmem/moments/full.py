@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_lowmem.state import Codec, State, TensorSpec
@@ -28,6 +27,7 @@ class Full:
         if isinstance(beta, Tensor):  # a compiled step's
             estimate: Tensor = beta * held + (1 - beta) * value
         else:
-            estimate = torch.lerp(held, value, 1 - beta)
-        codec.encode(state, name, spec, estimate)
+            estimate = held.lerp_(value, 1 - beta)
+        if estimate is not state[name]:  # it is where the codec stores numbers as they are
+            codec.encode(state, name, spec, estimate)
         return estimate

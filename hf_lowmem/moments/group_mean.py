@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_lowmem.scratch import known_finite
 from hf_lowmem.state import Codec, State, TensorSpec
 
 Index = tuple[slice, ...]  # a tile of a weight: slices of its leading axes
@@ -147,8 +148,10 @@ class GroupMean:
                 continue
             part = square if entries is None else square.index_select(segment.axis, entries)
             others = [axis for axis in segment.axes if axis != segment.axis or groups is None]
-            sums = part.nan_to_num(0.0, 0.0, 0.0)
-            sums = sums.sum(others, keepdim=True) if others else sums
+            sums = part.sum(others, keepdim=True) if others else part
+            if not known_finite(sums):
+                finite = part.nan_to_num(0.0, 0.0, 0.0)
+                sums = finite.sum(others, keepdim=True) if others else finite
             target = _tile_of(total, index, None if groups is None else segment.axis)
             if groups is None:
                 target.add_(sums)
