@@ -60,7 +60,7 @@ class Marks(NamedTuple):
 
 
 @dataclass(eq=False)
-class Planned:
+class PreparedBucket:
     """A bucket with what it was made of.
 
     Args:
@@ -79,7 +79,7 @@ class Planned:
     def __post_init__(self) -> None:
         self.is_random = any(member.plan.rounding.kind == "stochastic" for member in self.members)
 
-    def number(self, group: Group, idle_calls: int) -> None:
+    def set_step(self, group: Group, idle_calls: int) -> None:
         """Set the numbers of this step, and the keys of its noise."""
         bucket, offset, capturable = self.bucket, self.later + idle_calls, group["capturable"]
         counts = [state["step"] for state in bucket.states]
@@ -98,11 +98,11 @@ class Buckets:
     def __init__(self) -> None:
         self.rounding_changed: Counter[str] = Counter()  # counts the Kahan buffers that were made or left out
         self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
-        self._known: Known | None = None
+        self._prepared: PreparedBuckets | None = None
 
     def forget(self, param: Tensor | None = None) -> None:
         """Forget what was compared: the state of a parameter, or of all, has been replaced."""
-        self._known = None
+        self._prepared = None
         if param is None:
             self._shapes.clear()
         else:
@@ -118,22 +118,22 @@ class Buckets:
         params = [param for group in groups for param in group["params"]]
         grads = list(map(_grad, params))
         options = [optimizer.step_options(group) for group in groups]
-        if self._known is None or not self._known.still_holds(optimizer, params, grads, options):
-            self._known = None  # stays unset if a check below raises
-            self._known = Known(optimizer, params, grads, options, *self._members(optimizer))
-        known = self._known
+        if self._prepared is None or not self._prepared.still_holds(optimizer, params, grads, options):
+            self._prepared = None  # stays unset if a check below raises
+            self._prepared = PreparedBuckets(optimizer, params, grads, options, *self._members(optimizer))
+        prepared = self._prepared
         if advance:
-            known.advance()
-        for each in known.planned:
-            each.number(groups[each.group], optimizer.idle_calls)
-        return [(each.group, each.bucket) for each in known.planned]
+            prepared.advance()
+        for each in prepared.buckets:
+            each.set_step(groups[each.group], optimizer.idle_calls)
+        return [(each.group, each.bucket) for each in prepared.buckets]
 
     def release(self, state: bool = False) -> None:
         """Let go of the gradients, whose memory the next backward pass needs; and of the `state`, which moves away."""
-        if self._known is not None:
-            self._known.give([])
+        if self._prepared is not None:
+            self._prepared.give([])
         if state:
-            self._known = None
+            self._prepared = None
 
     def _members(self, optimizer: StateOwner) -> tuple[list[Member], list[Tensor]]:
         """Return the parameters that have a gradient and the gradients as dense tensors.
@@ -183,7 +183,7 @@ class Buckets:
         return plan, tuple(specs)
 
 
-class Known:
+class PreparedBuckets:
     """The buckets as they were made, and all that must not have changed for them to be stepped again."""
 
     def __init__(
@@ -207,7 +207,7 @@ class Known:
         if self.is_plain:
             self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(dense)
             self.ends = list(map(last_entry, dense))
-        self.planned = planned(optimizer, members, dense)
+        self.buckets = prepared_buckets(optimizer, members, dense)
         capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
         on_host = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if not on_device]
         # A number is changed through a view of its memory in a tenth of the time that an operation of torch takes.
@@ -261,7 +261,7 @@ class Known:
 
     def give(self, grads: list[Tensor]) -> None:
         """Give the buckets their gradients, or none."""
-        for each in self.planned:
+        for each in self.buckets:
             each.bucket.grads = [grads[place] for place in each.grads] if grads else ()
 
     def advance(self) -> None:
@@ -272,7 +272,7 @@ class Known:
             torch._foreach_add_(self._on_device, 1)
 
 
-def planned(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -> list[Planned]:
+def prepared_buckets(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -> list[PreparedBucket]:
     """Divide the parameters into buckets, in the order of their groups."""
     turns, later = turns_of_overlapping(members), repeats(members)
     found: dict[Any, list[int]] = defaultdict(list)
@@ -289,7 +289,7 @@ def planned(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -
         params, states, plans = zip(*(member[2:5] for member in chosen_members), strict=True)
         own, nothing = [grads[number] for number in numbers], list[Any]([0]) * len(numbers)
         bucket = Bucket(rule, backend, device, params, own, states, plans, nothing, nothing)  # not numbered yet
-        buckets.append(Planned(bucket, group_place, chosen_members, numbers, -earlier))
+        buckets.append(PreparedBucket(bucket, group_place, chosen_members, numbers, -earlier))
     return sorted(buckets, key=lambda each: each.group)
 
 
