@@ -39,7 +39,7 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
         check_flags({} if adamw else saved_group, type(optimizer).__name__)
     check_layouts(layouts, state_dict.get("layouts"), saved_groups)
     known = {key for saved_group in saved_groups for key in saved_group["params"]}
-    # What belongs to no weight is the user's, and is carried along as torch carries it.
+    # State that belongs to no weight is the user's, and it is carried along as torch carries it.
     loaded = {key: value for key, value in state_dict["state"].items() if key not in known}
     for (_, group, members), saved_group in zip(optimizer.groups_with_layouts(), saved_groups, strict=True):
         for param, layout, key in zip(group["params"], members, saved_group["params"], strict=True):

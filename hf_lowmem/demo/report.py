@@ -1,4 +1,4 @@
-"""What the demos measure, and the tables, the figure and the JSON made of it."""
+"""The figures that the demos measure, and the tables, the drawing and the JSON that show them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure  # unlike pyplot, it needs no display and changes no global state
+from tqdm import tqdm
 
 from hf_lowmem.demo.settings import BASELINE, RlhfSettings, Settings
 from hf_lowmem.planner.tables import table
@@ -100,9 +101,9 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
         )
         for run in runs
     ]
-    print(f"\nLlama, {runs[0]['parameters']:,} parameters; optimizer state as measured after the last step\n")
-    print(*table(head, rows), sep="\n")
-    print(f"\nThe change is against {BASELINE}. Times are comparable only on a machine that does nothing else.")
+    tqdm.write(f"\nLlama, {runs[0]['parameters']:,} parameters; optimizer state as measured after the last step\n")
+    tqdm.write("\n".join(table(head, rows)))
+    tqdm.write(f"\nThe change is against {BASELINE}. Times are comparable only on a machine that does nothing else.")
 
 
 def print_pipelines(pipelines: Mapping[str, Pipeline]) -> None:
@@ -116,8 +117,8 @@ def print_pipelines(pipelines: Mapping[str, Pipeline]) -> None:
         figures += [("seconds", *(f"{run.seconds:.0f}" for run in runs))]
         rows += [("" if number else stage, *figure) for number, figure in enumerate(figures)]
     parameters = next(iter(first.values())).parameters
-    print(f"\nLlama, {parameters:,} parameters; each optimizer trained all its models itself\n")
-    print(*table(("stage", "", *pipelines), rows, left=(0, 1)), sep="\n", end="\n\n")
+    tqdm.write(f"\nLlama, {parameters:,} parameters; each optimizer trained all its models itself\n")
+    tqdm.write("\n".join(table(("stage", "", *pipelines), rows, left=(0, 1))) + "\n")
 
 
 def format_figure(name: str, value: float) -> str:
@@ -160,4 +161,4 @@ def save(settings: Settings | RlhfSettings, name: str, figure: Figure, numbers: 
         "versions": {"python": platform.python_version()} | versions,
     }
     path.write_text(json.dumps(circumstances | numbers, indent=2, default=vars) + "\n", encoding="utf-8")
-    print(f"Figure: {png}, numbers: {path}")
+    tqdm.write(f"Figure: {png}, numbers: {path}")

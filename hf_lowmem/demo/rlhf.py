@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -42,13 +43,13 @@ def run_rlhf_demo(settings: RlhfSettings) -> None:
     started = time.perf_counter()
     prepare()
     data = Data(settings)
-    print(
+    tqdm.write(
         f"{len(data.train)} questions and answers from Python's documentation, {len(data.held_out)} more held out\n"
         f"scale {settings.scale} ({report.describe_device()})"
     )
     pipelines = {}
     for optim in settings.optims:
-        print(f"\n{optim}")
+        tqdm.write(f"\n{optim}")
         with tempfile.TemporaryDirectory() as folder:
             pipelines[optim] = run_pipeline(optim, settings, data, folder)
     report.print_pipelines(pipelines)

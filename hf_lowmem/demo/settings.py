@@ -20,7 +20,7 @@ def llama(width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, **
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of the demo share."""
+    """The settings that all runs of the demo share."""
 
     optims: tuple[str, ...] = (BASELINE, "slim_adamw_8bit", "adam_mini_8bit")
     steps: int = 150
@@ -46,7 +46,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class RlhfSettings:
-    """What all pipelines of the RLHF demo share, by default at the small scale.
+    """The settings that all pipelines of the RLHF demo share, by default at the small scale.
 
     The rows of a batch are answers in SFT, completions in GRPO, and preference pairs in the other stages.
     """

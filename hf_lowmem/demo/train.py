@@ -37,7 +37,7 @@ def run_demo(settings: Settings) -> None:
     train_pairs, held_out_pairs = build_pairs()
     tokenizer = train_tokenizer(train_pairs, settings.vocab_size)
     held_out_pairs = held_out_pairs[: settings.held_out_pairs]
-    print(
+    tqdm.write(
         f"{len(train_pairs)} question/answer pairs from Python's documentation, {len(held_out_pairs)} more held out\n"
         f"{settings.steps} steps of {settings.batch_size} pairs for each optimizer ({report.describe_device()})"
     )
@@ -63,7 +63,7 @@ def run_demo(settings: Settings) -> None:
         runs[optim] = train(optim, trainer, {"loss": "train", "eval_loss": "held-out"})
     described = [report.describe_run(optim, run, runs.get(BASELINE)) for optim, run in runs.items()]
     report.print_runs(described)
-    print(f"{time.perf_counter() - started:.0f} s in all.")
+    tqdm.write(f"{time.perf_counter() - started:.0f} s in all.")
     figure = report.draw({optim: {"SFT": run} for optim, run in runs.items()}, [PANEL])
     report.save(settings, "demo", figure, {"baseline": BASELINE, "runs": described})
 

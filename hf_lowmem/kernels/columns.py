@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Where a part of a weight, its gradient and its state are: addresses of the whole tensors, 0 for those it lacks.
+# These are the addresses of the whole tensors that a part belongs to, and 0 for those that it does not have.
 ADDRESSES = ("param", "grad", "kahan_comp", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
 
 

@@ -107,7 +107,7 @@ def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.cons
     CODE_OF_ZERO: tl.constexpr = 127 if SIGNED else 0
     if DTYPE != tl.uint8:
         return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=0))
-    # What is past the end of a row must not count in the scale that is stored.
+    # An entry past the end of a row must not count in the scale that is stored.
     found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=CODE_OF_ZERO)
     # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
     values = decoded(tl.arange(0, 256), SIGNED)

@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled for, and how a part of a weight is cut into tiles for it."""
+"""The variants that the Triton kernels are compiled for, and the tiles that each cuts a part of a weight into."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OLDEST_ARCH = 75
 
 
 class Variant(NamedTuple):
-    """What a launch is compiled for; it has no number that changes from step to step.
+    """The constants that a launch is compiled for; none of them changes from step to step.
 
     Args:
         weight, moment: dtypes of weight and gradient, and of the first moment; uint8 for the codes of both moments.
