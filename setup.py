@@ -41,17 +41,19 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-KERNELS = Path("hf_lowmem/kernels")
-SOURCES = (KERNELS / "cpu/native.c", KERNELS / "cpu/storage.h", KERNELS / "columns.py")
+ROOT, KERNELS = Path(__file__).parent, Path("hf_lowmem/kernels")
+SOURCES = sorted((ROOT / KERNELS / "cpu").glob("*.[ch]"))
+COLUMNS = ROOT / KERNELS / "columns.py"
 # A library that was built from other sources is not loaded.
-CHECKSUM = zlib.crc32(b"".join((Path(__file__).parent / source).read_bytes() for source in SOURCES))
-columns = runpy.run_path(str(Path(__file__).parent / KERNELS / "columns.py"))
+CHECKSUM = zlib.crc32(b"".join(source.read_bytes() for source in [*SOURCES, COLUMNS]))
+columns = runpy.run_path(str(COLUMNS))
 
 setup(
     ext_modules=[
         Extension(
             "hf_lowmem.kernels.cpu._native",
-            [str(SOURCES[0])],
+            [str(source.relative_to(ROOT)) for source in SOURCES if source.suffix == ".c"],
+            depends=[str(source.relative_to(ROOT)) for source in SOURCES],
             define_macros=[
                 ("CHECKSUM", f"{CHECKSUM}u"),
                 ("PART_COLUMNS", ", ".join(columns["CPU_PART"])),

@@ -120,8 +120,8 @@ def _kernels(broken: list[str]) -> Section:
     from hf_lowmem.kernels.cpu.reinstall import reinstall_command
     from hf_lowmem.kernels.triton.variants import triton_kernels
 
-    function, fault = library.loaded()
-    compiled = "built" if function else f"{fault} run `{reinstall_command()}`"
+    built, fault = library.loaded()
+    compiled = "built" if built else f"{fault} run `{reinstall_command()}`"
     if fault and not fault.startswith("missing"):
         broken.append(f"The compiled CPU kernels are {compiled}.")
     if not torch.cuda.is_available():

@@ -48,7 +48,8 @@ class Clip(NamedTuple):
 class ParamStep(NamedTuple):
     """The step of one parameter: weight, gradient, state and plan, and the number of the step, from 1.
 
-    Under `capturable` the number is a 0-D tensor, and `noise_key` is (seed, number of the parameter).
+    Under `capturable` the number is a 0-D tensor, and `noise_key` is (seed, number of the parameter). `whole` is the
+    shape of the weight that `param` is a shard of, or None where it is the weight itself.
     """
 
     param: Tensor
@@ -58,6 +59,12 @@ class ParamStep(NamedTuple):
     step: Any
     noise_key: Any = 0
     clip: Clip | None = None
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight, whose entries means are taken over."""
+        return tuple(self.param.shape) if self.whole is None else self.whole
 
     def clipped(self) -> ParamStep:
         """Scale the gradient in place, for what cannot scale it as it reads it; one that overlaps itself is copied."""
@@ -118,5 +125,5 @@ class Bucket:
     @classmethod
     def of(cls, steps: Sequence[ParamStep], rule: str, backend: Backend) -> Bucket:
         """Make a bucket for this step alone."""
-        params, grads, states, plans, numbers, keys, _ = zip(*steps, strict=True)
+        params, grads, states, plans, numbers, keys, *_ = zip(*steps, strict=True)
         return cls(rule, backend, params[0].device, params, grads, states, plans, numbers, keys, steps[0].clip)

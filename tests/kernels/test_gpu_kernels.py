@@ -29,8 +29,9 @@ import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
-from hf_lowmem.kernels import forced, in_place
+from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.bucket import ParamStep
+from hf_lowmem.kernels.in_place.updates import add as add_in_place
 from hf_lowmem.kernels.triton import launch
 from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.launch import Launch
@@ -155,7 +156,7 @@ def test_an_update_is_added_as_in_tiles(dtype: torch.dtype, rounding: str, decay
     start, update = (torch.randn(3, 40, 50, generator=generator).to(DEVICE) for _ in range(2))
     decay = decay.to(DEVICE) if isinstance(decay, Tensor) else decay
     plan, found = StatePlan({}, Float32(), rounding=Rounding.of(rounding, dtype)), []
-    for add in (launch.add, in_place.add):
+    for add in (launch.add, add_in_place):
         state = {name: spec.zeros(DEVICE) for name, spec in plan.rounding.specs(tuple(start.shape)).items()}
         step = ParamStep(start.to(dtype), start, state, plan, 1, 12345)
         with forced("in_place"):

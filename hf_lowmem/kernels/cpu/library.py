@@ -1,4 +1,4 @@
-"""The compiled kernels of `native.c`: the library that holds them, and its code maps.
+"""The compiled kernels of this folder: the library that holds them, and its code maps.
 
 The library is built when the package is installed, where there is a C compiler.
 """
@@ -31,21 +31,21 @@ class _Map(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes._NamedFuncPointer | None:
-    """Return the library's function, or None, logged once, where it was not built or is of another version."""
-    function, fault = loaded()
-    if function is None:
+def library() -> ctypes.CDLL | None:
+    """Return the library, or None, logged once, where it was not built or is of another version."""
+    built, fault = loaded()
+    if built is None:
         logger.warning(
             "Optimizer steps on the CPU take several times longer than they could, as the compiled kernels are %s run "
             "`%s`.",
             fault,
             reinstall_command(),
         )
-    return function
+    return built
 
 
-def loaded() -> tuple[ctypes._NamedFuncPointer | None, str]:
-    """Return the library's function, or None and what is wrong with the library."""
+def loaded() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None and what is wrong with it."""
     built, fault = None, "missing: install a C compiler, such as gcc, and then"
     if LIBRARY.is_file():
         try:
@@ -55,9 +55,8 @@ def loaded() -> tuple[ctypes._NamedFuncPointer | None, str]:
             fault = f"not loadable ({error}):"
     if built is None or fault:
         return None, fault
-    function = built.hf_lowmem_step
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    return function, ""
+    built.hf_lowmem_step.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    return built, ""
 
 
 def _load() -> ctypes.CDLL:
@@ -73,10 +72,10 @@ def _load() -> ctypes.CDLL:
 def _is_of_this_source(built: ctypes.CDLL) -> bool:
     """Return whether the library was built from the sources beside it; a wheel, which has none, holds one version."""
     built.hf_lowmem_checksum.restype = ctypes.c_uint32
-    source = Path(__file__).with_name("native.c")
-    if not source.is_file():
+    folder = Path(__file__).parent
+    sources = [*sorted(folder.glob("*.[ch]")), Path(columns.__file__)]
+    if len(sources) == 1:
         return True
-    sources = (source, source.with_name("storage.h"), Path(columns.__file__))
     return bool(built.hf_lowmem_checksum() == zlib.crc32(b"".join(each.read_bytes() for each in sources)))
 
 

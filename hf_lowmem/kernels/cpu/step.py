@@ -56,10 +56,10 @@ class Cpu(Backend):
         table.take_gradients(bucket)
         scale = 1.0 if bucket.clip is None else bucket.clip.scale.item()
         scalars = rows_on_host(bucket, hyper, table.owners, scale)
-        steps = library()
-        assert steps is not None
+        compiled = library()
+        assert compiled is not None
         rows, numbers, count = table.rows.data_ptr(), scalars.data_ptr(), len(table.owners)
-        if steps(rows, numbers, code_maps(), count, averaged, torch.get_num_threads()):
+        if compiled.hf_lowmem_step(rows, numbers, code_maps(), count, averaged, torch.get_num_threads()):
             raise MemoryError("There is no memory left for the sums of the optimizer's step.")
 
 

@@ -1,0 +1,16 @@
+"""The compiled kernels of rules whose step needs sums over the whole weight."""
+
+from __future__ import annotations
+
+from hf_lowmem.kernels.cpu.library import library
+from hf_lowmem.kernels.passes import InPasses
+
+
+class CpuPasses(InPasses):
+    """Steps in passes that the library takes over contiguous weights."""
+
+    def available(self) -> bool:
+        return library() is not None
+
+
+CPU_PASSES = CpuPasses("cpu_passes", {}, devices=("cpu",))

@@ -1,0 +1,16 @@
+"""The Triton kernels of rules whose step needs sums over the whole weight."""
+
+from __future__ import annotations
+
+from hf_lowmem.kernels.passes import InPasses
+from hf_lowmem.kernels.triton.variants import triton_kernels
+
+
+class TritonPasses(InPasses):
+    """Steps in passes that Triton kernels take over contiguous weights."""
+
+    def available(self) -> bool:
+        return triton_kernels() is not None
+
+
+TRITON_PASSES = TritonPasses("triton_passes", {}, devices=("cuda",))
