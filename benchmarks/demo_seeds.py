@@ -6,8 +6,8 @@
     done
     python benchmarks/demo_seeds.py --commit "$(git rev-parse HEAD)" runs/*/demo.json
 
-With a given seed each optimizer starts from the same weights and sees the same batches as the others. The table holds
-the optimizers that every run has.
+With a given seed each optimizer starts from the same weights and sees the same batches as the others. Runs of the same
+seed are joined, and the table holds the optimizers that every seed has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ STATE = "state_bytes_per_parameter_outside_embeddings"
 
 def merge(paths: list[Path], commit: str) -> dict[str, Any]:
     demos = sorted((json.loads(path.read_text()) for path in paths), key=lambda demo: demo["settings"]["seed"])
-    runs = [{run["optim"]: run for run in demo["runs"]} for demo in demos]
+    by_seed: dict[int, dict[str, Any]] = {}
+    for demo in demos:
+        by_seed.setdefault(demo["settings"]["seed"], {}).update({run["optim"]: run for run in demo["runs"]})
+    runs = list(by_seed.values())
     shared = [optim for optim in runs[0] if all(optim in by_name for by_name in runs)]
     rows = [
         {
@@ -43,8 +46,7 @@ def merge(paths: list[Path], commit: str) -> dict[str, Any]:
     settings = {
         key: value for key, value in demos[0]["settings"].items() if key not in ("optims", "output_dir", "seed")
     }
-    seeds = [demo["settings"]["seed"] for demo in demos]
-    return {"commit": commit, **common, "settings": settings, "seeds": seeds, "rows": rows}
+    return {"commit": commit, **common, "settings": settings, "seeds": list(by_seed), "rows": rows}
 
 
 def render(report: dict[str, Any]) -> str:

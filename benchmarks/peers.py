@@ -104,6 +104,20 @@ def apollo(model: Any) -> torch.optim.Optimizer:
     return APOLLOAdamW(low_rank_groups(model, settings), **ADAM)
 
 
+def adv_optm_smmf(model: Any) -> torch.optim.Optimizer:
+    """Return an AdamW that keeps its moments as SMMF does; SMMF's authors have no package."""
+    from adv_optm import AdamW_adv
+
+    return AdamW_adv(model.parameters(), **ADAM, state_precision="factored")
+
+
+def pytorch_optimizer_fadam(model: Any) -> torch.optim.Optimizer:
+    """Return a port of FAdam, whose author has published no code."""
+    from pytorch_optimizer import FAdam
+
+    return FAdam(model.parameters(), **ADAM)
+
+
 def low_rank_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return groups that project the body's linear layers to a quarter of their smaller side, as COAP does."""
     by_rank: dict[int, list[Any]] = defaultdict(list)
@@ -129,6 +143,8 @@ PEERS: dict[str, Peer] = {
     "authors_adam_mini": Peer("adam-mini Adam_mini", "adam-mini", adam_mini),
     "galore": Peer("galore-torch GaLoreAdamW", "galore-torch", galore),
     "apollo": Peer("apollo-torch APOLLOAdamW", "apollo-torch", apollo),
+    "adv_optm_smmf": Peer("adv_optm AdamW_adv, SMMF's state", "adv_optm", adv_optm_smmf),
+    "pytorch_optimizer_fadam": Peer("pytorch_optimizer FAdam", "pytorch_optimizer", pytorch_optimizer_fadam),
 }
 
 

@@ -54,9 +54,16 @@ def options(_: str) -> str:
             owners.setdefault((name, default, option.text.rstrip(".")), []).append(algorithm)
     lines = ["| key | for | default | what |", "|---|---|---|---|"]
     for (name, default, text), algorithms in owners.items():
-        whose = "all" if len(algorithms) == len(RECIPES) else ", ".join(f"`{algorithm}`" for algorithm in algorithms)
-        lines.append(f"| `{name}` | {whose} | {default} | {text} |")
+        lines.append(f"| `{name}` | {named(algorithms)} | {default} | {text} |")
     return "\n".join(lines)
+
+
+def named(algorithms: list[str]) -> str:
+    """Return the names of some algorithms, or of those that are left out of all where these are fewer."""
+    others = [algorithm for algorithm in RECIPES if algorithm not in algorithms]
+    if len(others) < len(algorithms):
+        return ", but ".join(["all", *filter(None, [", ".join(f"`{each}`" for each in others)])])
+    return ", ".join(f"`{algorithm}`" for algorithm in algorithms)
 
 
 def demo(_: str) -> str:
