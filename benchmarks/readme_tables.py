@@ -61,9 +61,10 @@ def options(_: str) -> str:
 def named(algorithms: list[str]) -> str:
     """Return the names of some algorithms, or of those that are left out of all where these are fewer."""
     others = [algorithm for algorithm in RECIPES if algorithm not in algorithms]
-    if len(others) < len(algorithms):
-        return ", but ".join(["all", *filter(None, [", ".join(f"`{each}`" for each in others)])])
-    return ", ".join(f"`{algorithm}`" for algorithm in algorithms)
+    if not others:
+        return "all"
+    left_out = len(others) < len(algorithms)
+    return "all but " * left_out + ", ".join(f"`{each}`" for each in (others if left_out else algorithms))
 
 
 def demo(_: str) -> str:
