@@ -88,6 +88,9 @@ class Moment(Protocol):
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         """Average `value` (float32, the parameter's shape) in, store, and return the estimate, broadcastable to it."""
 
+    def describe(self, name: str) -> str:
+        """Return how the moment `name` is kept, in a few words for a person, or "" if every entry is."""
+
 
 class FullMoment(Moment, Protocol):
     """A moment with one number per entry, which can be read and rewritten as a whole."""

@@ -116,6 +116,14 @@ class GroupMean:
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
         return {self.state_name(name, segment): segment.spec(shape) for segment in self.segments}
 
+    def describe(self, name: str) -> str:
+        means = []
+        for segment in self.segments:
+            run = f" and {segment.rows_per_block} rows" if segment.rows_per_block > 1 else ""
+            axes = ",".join(map(str, segment.axes))
+            means.append(f"{segment.name + ': ' if segment.name else ''}axis {axes}{run}")
+        return f"{name} mean over {'; '.join(means)}"
+
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         finite = value.nan_to_num(0.0, 0.0, 0.0)
         estimate = value.new_empty(value.shape)

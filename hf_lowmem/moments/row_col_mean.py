@@ -35,3 +35,6 @@ class RowColMean:
         col.copy_(beta * col + (1 - beta) * value.mean(-2))
         estimate: Tensor = (row / row.mean(-1, keepdim=True)).unsqueeze(-1) * col.unsqueeze(-2)
         return estimate.clamp(min=torch.finfo(torch.float32).tiny)  # keeps an update from dividing by an underflow
+
+    def describe(self, name: str) -> str:
+        return f"{name} by rows and columns"

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hf_lowmem.moments import Full, GroupMean, RowColMean
+from hf_lowmem.codecs import BFloat16, Int8Blockwise
+from hf_lowmem.moments import Full
 from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Roles
 from hf_lowmem.planner.tables import change, table, wrapped
 from hf_lowmem.sizes import readable
@@ -228,29 +229,27 @@ def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:
     """Return in words what the plan makes smaller than AdamW's state, and what it leaves in float32 despite 8 bits."""
     shape = assignment.role.shape
     said = [described] if (described := plan.projection.describe(shape)) else []
-    second = plan.moments.get("exp_avg_sq")
-    if second is None:
+    said += filter(None, (moment.describe(name) for name, moment in plan.moments.items()))
+    if plan.moments.keys() == {"exp_avg"}:
         said.append("no exp_avg_sq")
-    if isinstance(second, GroupMean):
-        means = []
-        for segment in second.segments:
-            run = f" and {segment.rows_per_block} rows" if segment.rows_per_block > 1 else ""
-            axes = ",".join(map(str, segment.axes))
-            means.append(f"{segment.name + ': ' if segment.name else ''}axis {axes}{run}")
-        said.append(f"exp_avg_sq mean over {'; '.join(means)}")
-    if isinstance(second, RowColMean):
-        said.append("exp_avg_sq by rows and columns")
-    codec = type(plan.codec).__name__
-    if codec == "Int8Blockwise":
-        stored = "both moments" if isinstance(second, Full) else "exp_avg"
-        said.append(f"{stored} in 8 bits, blocks of {plan.codec.block_size}")  # type: ignore[attr-defined]
-    elif codec == "BFloat16":
-        said.append("exp_avg in bfloat16")
-    elif recipe.state_bits == 8:
-        said.append(_why_float32(plan.projection.space(shape, "exp_avg")[0], assignment, recipe))
+    full = [name for name, moment in plan.moments.items() if isinstance(moment, Full)]
+    said += _storage(plan, full, assignment, recipe) if full else []
     if plan.rounding.kind != "nearest":
         said.append({"kahan": "Kahan's buffer added", "stochastic": "stochastic rounding"}[plan.rounding.kind])
     return ", ".join(said) or "full"
+
+
+def _storage(plan: StatePlan, full: list[str], assignment: Assignment, recipe: Recipe) -> list[str]:
+    """Return in words how moments that keep every entry are stored; nothing where it is in float32."""
+    codec = plan.codec
+    if isinstance(codec, Int8Blockwise):
+        stored = "both moments" if len(full) > 1 else full[0]
+        return [f"{stored} in 8 bits, blocks of {codec.block_size}"]
+    if isinstance(codec, BFloat16):
+        return ["exp_avg in bfloat16"]
+    if recipe.state_bits == 8:
+        return [_why_float32(plan.projection.space(assignment.role.shape, "exp_avg")[0], assignment, recipe)]
+    return []
 
 
 def _why_float32(space: Sequence[int], assignment: Assignment, recipe: Recipe) -> str:
