@@ -253,7 +253,7 @@ class StatePlan:
 
     def _in_arithmetic(self, name: str, spec: TensorSpec) -> TensorSpec:
         kept = spec.on_host or spec.dtype != torch.float32 or name.endswith("_absmax")
-        return spec if kept else replace(spec, dtype=self.arithmetic)
+        return spec if kept else replace(spec, dtype=torch.promote_types(spec.dtype, self.arithmetic))
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(spec.nbytes for spec in self.specs(shape).values())
