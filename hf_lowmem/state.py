@@ -76,14 +76,18 @@ class Codec(Protocol):
 
 
 class Moment(Protocol):
-    """How one moment of a parameter is represented.
-
-    Two moments of a plan may share a state tensor, such as a window of gradients: both declare it alike, and rules
-    average the first moment before the second.
-    """
+    """How one moment of a parameter is represented, or what several moments are rebuilt from."""
 
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
         """Return the state tensors of the moment `name` for a parameter of `shape`."""
+
+
+class AveragedMoment(Moment, Protocol):
+    """A moment that is an exponential moving average.
+
+    Two moments of a plan may share a state tensor: both declare it alike, and rules average the first moment before
+    the second.
+    """
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         """Average `value` (float32, the parameter's shape) in, store, and return the estimate, broadcastable to it."""
@@ -92,7 +96,7 @@ class Moment(Protocol):
         """Return how the moment `name` is kept, in a few words for a person, or "" if every entry is."""
 
 
-class FullMoment(Moment, Protocol):
+class FullMoment(AveragedMoment, Protocol):
     """A moment with one number per entry, which can be read and rewritten as a whole."""
 
     def spec(self, shape: tuple[int, ...]) -> TensorSpec:
@@ -112,7 +116,7 @@ class BoundMoment:
 
     def ema(self, value: Tensor, beta: float | Tensor) -> Tensor:
         """Load the moment, average `value` in, store it and return the estimate."""
-        return self.moment.ema(self.state, self.name, self.codec, value, beta)
+        return cast(AveragedMoment, self.moment).ema(self.state, self.name, self.codec, value, beta)
 
     def load(self) -> Tensor:
         """Return a full moment in the dtype of the arithmetic; it may be the stored tensor itself."""
@@ -227,7 +231,8 @@ class StatePlan:
     weight is rounded, and the dtype of the arithmetic.
 
     `stacked` says that axis 0 counts matrices, which share no statistic. `arithmetic` is float64 for float64 weights,
-    whose float32 state is declared as float64 too, and float32 for all others.
+    whose float32 state is declared as float64 too, and float32 for all others; under MicroAdam it may be bfloat16,
+    whose roundings its rule then takes over from the authors' code.
     """
 
     moments: Mapping[str, Moment]

@@ -8,6 +8,7 @@ from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
 from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
 from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
 from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
+from hf_lowmem.algorithms.micro_adam import MicroAdam, MicroAdamRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
 from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
 from hf_lowmem.algorithms.soap import Soap, SoapRecipe
@@ -24,6 +25,7 @@ RECIPES: dict[str, type[Recipe]] = {
         CoapAdamWRecipe,
         CoapAdafactorRecipe,
         SoapRecipe,
+        MicroAdamRecipe,
     )
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "CoapAdafactor",
     "CoapAdamW",
     "LowMemAdamW",
+    "MicroAdam",
     "RECIPES",
     "Signum",
     "SlimAdamW",

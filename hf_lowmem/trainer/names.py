@@ -38,6 +38,7 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "coap_adafactor_8bit": OptimName("coap_adafactor", 8, 0.564, "COAP with Adafactor's, first moment in 8 bit"),
     "soap": OptimName("soap", None, 12.462, "SOAP: Adam in Shampoo's eigenbasis; for quality, not for memory"),
     "soap_8bit": OptimName("soap", 8, 5.378, "SOAP, both moments in 8 bit"),
+    "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
 }
 
 
