@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_lowmem.kernels.cpu.library import library
+from hf_lowmem.kernels.cpu.micro_adam import MICRO_ADAM
 from hf_lowmem.kernels.passes import InPasses
 
 
@@ -13,4 +14,4 @@ class CpuPasses(InPasses):
         return library() is not None
 
 
-CPU_PASSES = CpuPasses("cpu_passes", {}, devices=("cpu",))
+CPU_PASSES = CpuPasses("cpu_passes", {"micro_adam": MICRO_ADAM}, devices=("cpu",))
