@@ -71,9 +71,13 @@ class TopKWindow:
         """Return the error of a part that starts at an even entry, times `scale`."""
         packed = state[CODES][start // 2 : -(-stop // 2)]
         codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: stop - start]
-        low, unit = _levels(state[LOW], state[HIGH], dtype)
-        bucket = torch.arange(start, stop, device=packed.device) // self.bucket_size
-        return ((codes * unit[bucket] + low[bucket]) * scale).to(dtype)
+        first, last = start // self.bucket_size, -(-stop // self.bucket_size)
+        before, size = start - first * self.bucket_size, min(self.bucket_size, stop - first * self.bucket_size)
+        low, unit = (
+            each.unsqueeze(1).expand(-1, size).flatten()[before : before + len(codes)]
+            for each in _levels(state[LOW][first:last], state[HIGH][first:last], dtype)
+        )
+        return ((codes * unit + low) * scale).to(dtype)
 
     def push(self, state: State, grad: Tensor, start: int, step: float | Tensor) -> None:
         """Put the largest entries of whole blocks into the window, in place of those of `length` steps ago."""

@@ -18,7 +18,7 @@ static int thread_number(void) { return omp_get_thread_num(); }
 static int thread_number(void) { return 0; }
 #endif
 
-enum { SAMPLES = 1024, LEVELS = 15 };
+enum { SAMPLES = 1024, FEW = 16, LEVELS = 15 };
 
 /* What one call is given, as `_Call` of micro_adam.py. Of the window's `filled` rows, `row` takes this gradient; the
  * terms of a row are multiplied by its entries of `first_powers` and `second_powers`. `follows` says that each operation
@@ -68,13 +68,20 @@ INLINE uint32_t likely_floor(const float *value, int n, int k, uint32_t *keys) {
     return rank < SAMPLES ? kth_largest(keys, SAMPLES, (int)rank, &equal) : 0;
 }
 
+/* Collect the entries whose keys reach `floor`, of which most runs of FEW have none. */
 INLINE int reaching(const float *value, int n, uint32_t floor, Block *block) {
     int count = 0;
-    for (int i = 0; i < n; i++) {
-        block->places[count] = i;
-        count += key_of(value[i]) >= floor;
+    for (int run = 0; run < n; run += FEW) {
+        int end = (int)least(run + FEW, n), any = 0;
+        _Pragma("omp simd reduction(| : any)")
+        for (int i = run; i < end; i++) any |= key_of(value[i]) >= floor;
+        if (!any) continue;
+        for (int i = run; i < end; i++) {
+            block->places[count] = i;
+            block->keys[count] = key_of(value[i]);
+            count += block->keys[count] >= floor;
+        }
     }
-    for (int i = 0; i < count; i++) block->keys[i] = key_of(value[block->places[i]]);
     return count;
 }
 
