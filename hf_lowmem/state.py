@@ -81,6 +81,9 @@ class Moment(Protocol):
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
         """Return the state tensors of the moment `name` for a parameter of `shape`."""
 
+    def describe(self, name: str) -> str:
+        """Return how the moment `name` is kept, in a few words for a person, or "" if every entry is."""
+
 
 class AveragedMoment(Moment, Protocol):
     """A moment that is an exponential moving average.
@@ -91,9 +94,6 @@ class AveragedMoment(Moment, Protocol):
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         """Average `value` (float32, the parameter's shape) in, store, and return the estimate, broadcastable to it."""
-
-    def describe(self, name: str) -> str:
-        """Return how the moment `name` is kept, in a few words for a person, or "" if every entry is."""
 
 
 class FullMoment(AveragedMoment, Protocol):

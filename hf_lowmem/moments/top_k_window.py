@@ -56,6 +56,9 @@ class TopKWindow:
             HIGH: TensorSpec(buckets, (None,), self.dtype),
         }
 
+    def describe(self, name: str) -> str:
+        return f"the largest {self.density:.3g} of the last {self.length} gradients, the error in 4 bits"
+
     def kept(self, size: int) -> int:
         """Return how many entries of a block of `size` are kept."""
         return math.ceil(size * self.density)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, MicroAdam, Signum, SlimAdamW, Soap
 from hf_lowmem.optimizer import LowMemOptimizer
 
 Variant = tuple[dict[str, Any], tuple[int, ...]]  # options of a class, and the shape of a weight that they fit
@@ -27,6 +27,7 @@ class Declaration:
         geometries: more of them for tests of kernels: short 8-bit blocks, rows of several axes, fused weights.
         soon: options under which a change of basis happens within the few steps of a test.
         by_sign: whether an entry moves by the sign of its momentum, which may flip where that is almost zero.
+        storages: which of `STORAGES` the class has.
     """
 
     cls: type[LowMemOptimizer]
@@ -34,6 +35,7 @@ class Declaration:
     geometries: list[Variant] = field(default_factory=list)
     soon: dict[str, Any] = field(default_factory=dict)
     by_sign: bool = False
+    storages: tuple[str, ...] = ("32-bit", "8-bit", "kahan")
 
 
 # The fields of moments.Segment: name, axis, outer, start, stop, axes, rows_per_block.
@@ -104,7 +106,14 @@ PROJECTED = [
         soon={"precondition_frequency": 2},
     ),
 ]
-DECLARED = FULL_SPACE + PROJECTED
+SPARSE = [
+    Declaration(
+        MicroAdam,
+        [({"state_bits": 32}, (16, 128)), ({"top_k_block_size": 96, "m": 2, "alpha": 0.1}, (3, 8, 64))],
+        storages=("32-bit", "kahan"),
+    ),
+]
+DECLARED = FULL_SPACE + PROJECTED + SPARSE
 CLASSES = [declared.cls for declared in DECLARED]
 BY_SIGN = {declared.cls for declared in DECLARED if declared.by_sign}
 
@@ -134,7 +143,8 @@ def each_variant(
     cases = []
     for declared in declarations:
         variants = declared.variants[: 1 if plainest else None] + (declared.geometries if geometries else [])
-        for (number, (options, shape)), storage in itertools.product(enumerate(variants), storages):
+        legal = [storage for storage in storages if storage in declared.storages]
+        for (number, (options, shape)), storage in itertools.product(enumerate(variants), legal):
             options = options | STORAGES[storage] | (declared.soon if soon else {})
             names = [declared.cls.__name__, "x".join(map(str, shape)), str(number)]
             names += [storage] if storage != "32-bit" else []
