@@ -16,7 +16,8 @@ from hf_lowmem.algorithms import CoapAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.rounding import StoredWeight, hashed, noise_key
 from hf_lowmem.state import Rounding
-from tests.support.declarations import each_variant
+from hf_lowmem.trainer.optim_args import recipe_for
+from tests.support.declarations import DENSE, each_variant, skip_unless_stored
 
 NARROW = [torch.bfloat16, torch.float16]
 KEEPING = ["stochastic", "kahan"]
@@ -117,6 +118,7 @@ def test_kernels_round_as_the_rules_do(
     monkeypatch: pytest.MonkeyPatch,
     force: Any,
 ) -> None:
+    skip_unless_stored(cls, bits)
     more = {"state_bits": bits, "block_size": 64, "rounding": rounding, "device": device}
     with forced("rule"):
         expected, reference = run(cls, options, shape, **more)
@@ -145,7 +147,7 @@ def test_a_bfloat16_quadratic_stalls_with_nearest_rounding_only(name: str, devic
         layer.to(device, torch.bfloat16)
         # An offset of rank one, so that the optimizers that project see all of it.
         target = layer.weight.detach().float() - 0.06
-        optim_args = {"rounding": rounding, "min_8bit_size": 0}
+        optim_args = {"rounding": rounding, "min_8bit_size": 0, **DENSE[recipe_for(name).optimizer_cls]}
         optimizer = hf_lowmem.build_optimizer(layer, name, lr=1 / 1280, optim_args=optim_args)
         distance = (layer.weight - target).abs().mean().item()
         start = layer.weight.detach().clone()

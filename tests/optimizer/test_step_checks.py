@@ -91,6 +91,9 @@ def test_a_gradient_of_another_shape_is_refused(cls: type, options: dict[str, An
         )
 
 
+NOT_BY_ROWS = {"micro_adam"}  # the state of these names is laid out over the entries of the whole weight
+
+
 @pytest.mark.parametrize("optim", hf_lowmem.optim_names())
 def test_a_vocabulary_grows_and_shrinks_in_mid_training(optim: str) -> None:
     torch.manual_seed(0)
@@ -116,6 +119,9 @@ def test_a_vocabulary_grows_and_shrinks_in_mid_training(optim: str) -> None:
         backward()
         with pytest.raises(RuntimeError, match=r"embed_tokens.*resize_state"):
             optimizer.step()
+        if optim in NOT_BY_ROWS:
+            untouched_by(optimizer.resize_state, optimizer, RuntimeError, "embed_tokens.*cannot be carried over")
+            return
         optimizer.resize_state()
         for name, tensor in optimizer.state[embedding].items():
             if tensor.ndim and tensor.shape[0] == vocabulary:

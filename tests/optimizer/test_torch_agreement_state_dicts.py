@@ -15,6 +15,7 @@ from torch.optim import AdamW, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from hf_lowmem.roles import canonical_name
+from tests.support.declarations import DENSE
 from tests.support.torch_twins import every_class, settings, trained, two_classes, weight
 
 
@@ -206,7 +207,7 @@ def test_a_copy_goes_on_as_the_original(cls: type, how: str) -> None:
 def test_functional_calls_and_ensembles_train(cls: type) -> None:
     model = nn.Linear(4, 3)
     params = dict(model.named_parameters())
-    optimizer = cls(params.items())
+    optimizer = cls(params.items(), **DENSE[cls])
 
     def loss(values: dict[str, Tensor], inputs: Tensor) -> Tensor:
         return torch.func.functional_call(model, values, (inputs,)).pow(2).sum()
@@ -219,7 +220,7 @@ def test_functional_calls_and_ensembles_train(cls: type) -> None:
     assert float(loss(params, torch.ones(2, 4)).detach()) < before
 
     stacked, _ = torch.func.stack_module_state([nn.Linear(4, 3) for _ in range(3)])
-    ensemble = cls(stacked.values())
+    ensemble = cls(stacked.values(), **DENSE[cls])
     for param in stacked.values():
         param.grad = torch.ones_like(param)
     starts = {name: param.detach().clone() for name, param in stacked.items()}

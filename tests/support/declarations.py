@@ -28,6 +28,7 @@ class Declaration:
         soon: options under which a change of basis happens within the few steps of a test.
         by_sign: whether an entry moves by the sign of its momentum, which may flip where that is almost zero.
         storages: which of `STORAGES` the class has.
+        dense: options under which a step moves every entry.
     """
 
     cls: type[LowMemOptimizer]
@@ -36,6 +37,7 @@ class Declaration:
     soon: dict[str, Any] = field(default_factory=dict)
     by_sign: bool = False
     storages: tuple[str, ...] = ("32-bit", "8-bit", "kahan")
+    dense: dict[str, Any] = field(default_factory=dict)
 
 
 # The fields of moments.Segment: name, axis, outer, start, stop, axes, rows_per_block.
@@ -111,11 +113,19 @@ SPARSE = [
         MicroAdam,
         [({"state_bits": 32}, (16, 128)), ({"top_k_block_size": 96, "m": 2, "alpha": 0.1}, (3, 8, 64))],
         storages=("32-bit", "kahan"),
+        dense={"density": 1.0},
     ),
 ]
 DECLARED = FULL_SPACE + PROJECTED + SPARSE
 CLASSES = [declared.cls for declared in DECLARED]
 BY_SIGN = {declared.cls for declared in DECLARED if declared.by_sign}
+DENSE = {declared.cls: declared.dense for declared in DECLARED}
+
+
+def skip_unless_stored(cls: type, bits: int) -> None:
+    """Skip a test of a class that has no storage of so many bits."""
+    if bits == 8 and any(declared.cls is cls and "8-bit" not in declared.storages for declared in DECLARED):
+        pytest.skip(f"{cls.__name__} has no 8-bit storage")
 
 
 STORAGES: dict[str, dict[str, Any]] = {
