@@ -68,6 +68,11 @@ def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None,
     return field(default=default, metadata={"kind": kind, "text": text, "legal": legal, "table": choices})
 
 
+def with_default(default: Any, options: type[Options], name: str) -> Any:
+    """Declare an option of a base class again, in a recipe whose default is another than the optimizer class's."""
+    return field(default=default, metadata=options.__dataclass_fields__[name].metadata)
+
+
 hyperparameter = partial(option, "hyperparameter")
 layout = partial(option, "layout")
 decided_by_role = partial(option, "role")

@@ -11,6 +11,7 @@ from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAd
 from hf_lowmem.algorithms.micro_adam import MicroAdam, MicroAdamRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
 from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
+from hf_lowmem.algorithms.smmf import Smmf, SmmfRecipe
 from hf_lowmem.algorithms.soap import Soap, SoapRecipe
 from hf_lowmem.param_groups import Recipe
 
@@ -26,6 +27,7 @@ RECIPES: dict[str, type[Recipe]] = {
         CoapAdafactorRecipe,
         SoapRecipe,
         MicroAdamRecipe,
+        SmmfRecipe,
     )
 }
 
@@ -39,5 +41,6 @@ __all__ = [
     "RECIPES",
     "Signum",
     "SlimAdamW",
+    "Smmf",
     "Soap",
 ]

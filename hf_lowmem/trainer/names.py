@@ -39,6 +39,7 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "soap": OptimName("soap", None, 12.462, "SOAP: Adam in Shampoo's eigenbasis; for quality, not for memory"),
     "soap_8bit": OptimName("soap", 8, 5.378, "SOAP, both moments in 8 bit"),
     "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
+    "smmf": OptimName("smmf", None, 0.128, "SMMF: rank-1 factors of both moments and one bit for each sign"),
 }
 
 
