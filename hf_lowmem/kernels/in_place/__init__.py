@@ -3,6 +3,7 @@
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.in_place.adafactor import ADAFACTOR
 from hf_lowmem.kernels.in_place.micro_adam import MICRO_ADAM
+from hf_lowmem.kernels.in_place.smmf import SMMF
 from hf_lowmem.kernels.in_place.soap import SOAP
 from hf_lowmem.kernels.in_place.subspace import SUBSPACE_RULE, is_in_subspace, subspace_adamw
 from hf_lowmem.kernels.passes import InPasses
@@ -25,3 +26,4 @@ class InPlace(InPasses):
 
 
 IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "micro_adam": MICRO_ADAM})
+IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "smmf": SMMF})
