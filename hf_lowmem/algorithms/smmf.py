@@ -88,8 +88,8 @@ class Smmf(LowMemOptimizer):
         |M| and V are kept as row col^T,  row = A 1,  col = A^T 1 / sum(A);  S as one bit per entry
 
     Source: arXiv:2412.08894; authors' code KwangryeolPark/Official.SMMF@b4139f0.
-    It departs from the code: signs take one bit, as in the paper, not one byte; gradients are widened to float32 before
-    they are squared; decay is decoupled only. Without momentum, betas[0] = 0, it is the authors' beta=None.
+    It departs from the code: signs take one bit, as in the paper, not one byte; gradients are widened to float32
+    before they are squared; decay is decoupled only. Without momentum, betas[0] = 0, it is their beta=None.
 
     The state of a weight of N = n m entries is exp_avg_row (n), exp_avg_col (m), exp_avg_sq_row and exp_avg_sq_col in
     float32; exp_avg_sign, N bits in uint8; and step. `betas[1]` is accepted so that a Trainer's arguments fit, and
