@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_lowmem.kernels.cpu.library import library
 from hf_lowmem.kernels.cpu.micro_adam import MICRO_ADAM
+from hf_lowmem.kernels.cpu.smmf import SMMF
 from hf_lowmem.kernels.passes import InPasses
 
 
@@ -15,3 +16,4 @@ class CpuPasses(InPasses):
 
 
 CPU_PASSES = CpuPasses("cpu_passes", {"micro_adam": MICRO_ADAM}, devices=("cpu",))
+CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF}, devices=("cpu",))
