@@ -9,7 +9,7 @@
 
 #include "storage.h"
 
-enum { GROUPS = 64 }; /* of rows, at most */
+enum { GROUPS = 64, WORD = 32 }; /* the most groups of rows; the signs that are loaded and stored at once */
 
 /* What the caller passes: addresses, and the numbers of a step. The factors and sums of one square follow those of the
  * one before; its signs begin with a byte. */
@@ -22,40 +22,47 @@ typedef struct {
     double noise_key, grad_scale, decay, lr, eps, beta1, beta2;
 } Smmf;
 
-/* Where the signs of a group are written: bits that do not fill a byte yet wait in `pending`. */
+/* Where the signs of a group are written: bits that do not fill four bytes yet wait in `pending`. */
 typedef struct {
     uint8_t *to;
-    uint32_t pending;
+    uint64_t pending;
     int count;
 } Writer;
 
-/* The sign bits to flip of n magnitudes, from bit number `bit` of the signs on. */
+/* The sign bits to flip of n magnitudes, from bit number `bit` of the signs on; it writes whole words of 32. */
 INLINE void load_flips(const uint8_t *signs, int64_t bit, int n, uint32_t *flips) {
-    uint8_t bytes[RUN / 8 + 2];
+    const Uints first = {31, 30, 29, 28, 27, 26, 25, 24}, none = {0};
     const int shift = (int)(bit & 7), held = (int)parts_of(n + shift, 8);
-    const Uints places = {31, 30, 29, 28, 27, 26, 25, 24}, top = {0};
+    uint8_t bytes[RUN / 8 + 8];
     memcpy(bytes, signs + bit / 8, (size_t)held);
-    bytes[held] = 0;
-    for (int i = 0; i < n; i += LANES) {
-        uint32_t eight = (uint32_t)(bytes[i / 8] | bytes[i / 8 + 1] << 8) >> shift;
-        *(Uints *)(flips + i) = ~((top + eight) << places) & 0x80000000u;
+    memset(bytes + held, 0, 8);
+    for (int i = 0; i < n; i += WORD) {
+        uint64_t found;
+        memcpy(&found, bytes + i / 8, 8);
+        const Uints word = none + (uint32_t)(found >> shift);
+        for (int j = 0; j < WORD; j += LANES)
+            *(Uints *)(flips + i + j) = ~(word << (first - (uint32_t)j)) & 0x80000000u;
     }
 }
 
-/* Append the signs of n moments, which `moments` has room for LANES - 1 more of. */
-INLINE void store_signs(Writer *writer, const float *moments, int n) {
-    uint8_t positive[RUN + LANES];
-    memset(positive + n, 0, LANES);
-    SIMD for (int i = 0; i < n; i++) positive[i] = moments[i] > 0;
-    for (int i = 0; i < n; i += 8) {
-        uint64_t eight;
-        memcpy(&eight, positive + i, 8);
-        writer->pending |= (uint32_t)(eight * 0x0102040810204080u >> 56) << writer->count; /* bit j is byte j's */
-        writer->count += (int)least(8, n - i);
-        if (writer->count < 8) return;
-        *writer->to++ = (uint8_t)writer->pending;
-        writer->pending >>= 8;
-        writer->count -= 8;
+/* Append the signs of n moments, which has room for a whole number of words. */
+INLINE void store_signs(Writer *writer, float *moments, int n) {
+    const Uints first = {1, 2, 4, 8, 16, 32, 64, 128};
+    const Floats zero = {0};
+    memset(moments + n, 0, (size_t)(-n & (WORD - 1)) * sizeof *moments);
+    for (int i = 0; i < n; i += WORD) {
+        Uints bits = {0};
+        for (int j = 0; j < WORD; j += LANES)
+            bits |= (Uints)(*(const Floats *)(moments + i + j) > zero) & (first << (uint32_t)j);
+        uint64_t pairs[4];
+        memcpy(pairs, &bits, sizeof bits);
+        const uint64_t joined = pairs[0] | pairs[1] | pairs[2] | pairs[3];
+        writer->pending |= (uint64_t)(uint32_t)(joined | joined >> 32) << writer->count;
+        writer->count += (int)least(WORD, n - i);
+        if (writer->count < WORD) return;
+        const uint32_t word = (uint32_t)writer->pending;
+        memcpy(writer->to, &word, 4);
+        writer->to += 4, writer->pending >>= WORD, writer->count -= WORD;
     }
 }
 
@@ -65,7 +72,7 @@ INLINE void step_run(const Smmf *smmf, const Part *part, const uint8_t *signs, W
                      int n, float row, float row_sq, const float *col, const float *col_sq, float *sums,
                      float *col_sums, float *col_sums_sq) {
     float params[RUN], grads[RUN], moments[RUN];
-    uint32_t flips[RUN + LANES];
+    uint32_t flips[RUN];
     const float *grad = load_grad(part, at, n, grads);
     float *param = load_param(part, at, n, params);
     load_flips(signs, bit, n, flips);
@@ -93,6 +100,7 @@ INLINE void step_run(const Smmf *smmf, const Part *part, const uint8_t *signs, W
 CLONES static void step_rows(const Smmf *smmf, const Part *part, int64_t square, int64_t first, int64_t last,
                              float *col_sums) {
     const int64_t n = smmf->n, m = smmf->m;
+    const float *col = smmf->col + square * m, *col_sq = smmf->col_sq + square * m;
     uint8_t *signs = smmf->signs + square * parts_of(n * m, 8);
     Writer writer = {signs + first * m / 8, 0, 0};
     memset(col_sums, 0, (size_t)(2 * m) * sizeof *col_sums);
@@ -102,11 +110,11 @@ CLONES static void step_rows(const Smmf *smmf, const Part *part, int64_t square,
         float sums[2] = {0};
         for (int64_t j = 0; j < m; j += RUN)
             step_run(smmf, part, signs, &writer, i * m + j, number * m + j, (int)least(RUN, m - j), row, row_sq,
-                     smmf->col + square * m + j, smmf->col_sq + square * m + j, sums, col_sums + j, col_sums + m + j);
+                     col + j, col_sq + j, sums, col_sums + j, col_sums + m + j);
         smmf->row_sums[number] = sums[0];
         smmf->row_sums_sq[number] = sums[1];
     }
-    if (writer.count) *writer.to = (uint8_t)writer.pending;
+    for (; writer.count > 0; writer.count -= 8, writer.pending >>= 8) *writer.to++ = (uint8_t)writer.pending;
 }
 
 /* Add up the column sums of all groups of a square. */
