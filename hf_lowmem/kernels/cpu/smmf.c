@@ -117,17 +117,13 @@ CLONES static void step_rows(const Smmf *smmf, const Part *part, int64_t square,
     for (; writer.count > 0; writer.count -= 8, writer.pending >>= 8) *writer.to++ = (uint8_t)writer.pending;
 }
 
-/* Add up the column sums of all groups of a square. */
+/* Add up the column sums of all groups of a square, in their order. */
 CLONES static void add_up(const Smmf *smmf, int64_t square, int64_t groups, const float *col_sums) {
     const int64_t m = smmf->m;
-    for (int64_t j = 0; j < m; j++) {
-        double sum = 0, sum_sq = 0;
-        for (int64_t group = 0; group < groups; group++) {
-            sum += col_sums[2 * m * group + j];
-            sum_sq += col_sums[2 * m * group + m + j];
-        }
-        smmf->col_sums[square * m + j] = (float)sum;
-        smmf->col_sums_sq[square * m + j] = (float)sum_sq;
+    float *const sums = smmf->col_sums + square * m, *const sums_sq = smmf->col_sums_sq + square * m;
+    for (int64_t group = 0; group < groups; group++, col_sums += 2 * m) {
+        SIMD for (int64_t j = 0; j < m; j++) sums[j] += col_sums[j];
+        SIMD for (int64_t j = 0; j < m; j++) sums_sq[j] += col_sums[m + j];
     }
 }
 
