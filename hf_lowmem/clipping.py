@@ -39,7 +39,10 @@ class Clipping:
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             kinds = {(bucket.device, bucket.arithmetic) for bucket in buckets}
-            self._clips = {kind: Clip(moved(scale, kind[0]).to(torch.promote_types(torch.float32, kind[1])), kept) for kind in kinds}
+            self._clips = {
+                kind: Clip(moved(scale, kind[0]).to(torch.promote_types(torch.float32, kind[1])), kept)
+                for kind in kinds
+            }
             params = [param for bucket in buckets for param in bucket.params]
             self._gradients = {id(param): weakref.ref(param.grad) for param in params if param.grad is not None}
             self._captured = any(capturing(device) for device, _ in self._clips)

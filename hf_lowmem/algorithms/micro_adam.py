@@ -22,9 +22,7 @@ from hf_lowmem.update_rules import BoundProjection, Number, update_rule
 BITS = {16: torch.bfloat16, 32: torch.float32}
 MAX_BUCKET = 1 << 17  # a bucket is encoded as a whole
 SHARE = Legal("above 0 and at most 1", lambda value: 0 < value <= 1)
-BLOCK = Legal(
-    f"a whole number from 1 to {MAX_BLOCK}", lambda value: type(value) is int and 1 <= value <= MAX_BLOCK
-)
+BLOCK = Legal(f"a whole number from 1 to {MAX_BLOCK}", lambda value: type(value) is int and 1 <= value <= MAX_BLOCK)
 BUCKET = Legal(
     f"an even number from 2 to {MAX_BUCKET}",
     lambda value: type(value) is int and 2 <= value <= MAX_BUCKET and value % 2 == 0,
@@ -87,7 +85,9 @@ class MicroAdamOptions(Options):
         BUCKET,
     )
     alpha: float = flag(
-        0.0, "share of the error that each step adds to the update, which is then dense, and takes off the error.", DECAY
+        0.0,
+        "share of the error that each step adds to the update, which is then dense, and takes off the error.",
+        DECAY,
     )
 
 

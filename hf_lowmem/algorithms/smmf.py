@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import codec_of
+from hf_lowmem.log import get_logger
 from hf_lowmem.moments import Full, RankOne
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import Legal, Options, decided_by_role, flag, layout, schedule, with_default
-from hf_lowmem.param_groups import Recipe, RoleOptions
+from hf_lowmem.param_groups import Assignment, Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moments, StatePlan
 from hf_lowmem.update_rules import BoundProjection, Number, update_rule
+
+logger = get_logger(__name__)
 
 
 @update_rule("smmf", elementwise=True)
@@ -67,16 +70,6 @@ class SmmfOptions(Options):
     )
     stacked: bool = decided_by_role(False, "take the first axis as a stack of tensors, each with a square of its own.")
 
-    @classmethod
-    def check_values(cls, values: Mapping[str, Any]) -> None:
-        super().check_values(values)
-        if values.get("vector_reshape") and values.get("state_bits", 32) != 32:
-            raise ValueError(
-                f"state_bits={values['state_bits']} changes nothing where all moments are factored, whose factors are "
-                "float32 and whose signs take one bit: leave it out, or set vector_reshape=false, under which vectors "
-                "keep full moments."
-            )
-
 
 class Smmf(LowMemOptimizer):
     """AdamW's two moments in a bit and a few thousandths of a float per entry.
@@ -92,8 +85,9 @@ class Smmf(LowMemOptimizer):
     before they are squared; decay is decoupled only. Without momentum, betas[0] = 0, it is their beta=None.
 
     The state of a weight of N = n m entries is exp_avg_row (n), exp_avg_col (m), exp_avg_sq_row and exp_avg_sq_col in
-    float32; exp_avg_sign, N bits in uint8; and step. `betas[1]` is accepted so that a Trainer's arguments fit, and
-    not used.
+    float32; exp_avg_sign, N bits in uint8; and step. Vectors without `vector_reshape` have the state of `LowMemAdamW`;
+    nothing else has full moments, which `state_bits` is about. `betas[1]` is accepted so that a Trainer's arguments
+    fit, and not used.
 
     >>> weight = torch.nn.Parameter(torch.ones(64, 128))
     >>> optimizer = Smmf([weight], lr=1e-3, decay_rate=-0.8)
@@ -128,6 +122,15 @@ class SmmfRecipe(Recipe, SmmfOptions):
     mask_zero_grads: bool = with_default(True, SmmfOptions, "mask_zero_grads")
 
     optimizer_cls = Smmf
+
+    def check_use(self, assignments: Sequence[Assignment]) -> None:
+        bits = {self.state_bits, self.embedding_bits or 32} - {32}
+        if bits and not any(isinstance(self.state_plan(each).moments["exp_avg"], Full) for each in assignments):
+            logger.warning(
+                "state_bits and embedding_bits of %s change nothing under smmf, whose moments are all factored, into "
+                "float32 and one bit for each sign.",
+                ", ".join(map(str, sorted(bits))),
+            )
 
     def options_of(self, role: ParamRole) -> RoleOptions:
         if role.expert_axis == 0:

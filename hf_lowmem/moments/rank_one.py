@@ -80,6 +80,9 @@ class RankOne:
             signs.copy_(packed((estimate > 0).view(*stack, -1)))
         return estimate.view(value.shape)
 
+    def describe(self, name: str) -> str:
+        return f"{name} as rank-1 factors{' and signs' if self.signed else ''}"
+
 
 def store_factors(row: Tensor, col: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
     """Store the factors of a non-negative matrix, or of each of a stack, whose row and column sums these are."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, Signum, SlimAdamW, Smmf, Soap
 from hf_lowmem.kernels import forced, registry
 from hf_lowmem.kernels.registry import warn_of_slow_steps
 from hf_lowmem.moments import Full, GroupMean, RowColMean, whole
@@ -91,7 +91,7 @@ def test_a_gradient_of_another_shape_is_refused(cls: type, options: dict[str, An
         )
 
 
-NOT_BY_ROWS = {"micro_adam"}  # the state of these names is laid out over the entries of the whole weight
+NOT_BY_ROWS = {"micro_adam", "smmf"}  # the state of these names is laid out over the entries of the whole weight
 
 
 @pytest.mark.parametrize("optim", hf_lowmem.optim_names())
@@ -141,10 +141,11 @@ def test_state_is_carried_over_by_rows_alone() -> None:
     optimizer.resize_state()  # nothing has changed
     param.data = torch.randn(64, 80)
     untouched_by(optimizer.resize_state, optimizer, RuntimeError, "cannot be carried over")
-    param, optimizer = stepped(CoapAdamW, {"rank": 4})
-    param.data = torch.randn(80, 64)
-    with pytest.raises(RuntimeError, match="cannot be carried over"):
-        optimizer.resize_state()
+    for cls, options in ((CoapAdamW, {"rank": 4}), (Smmf, {})):
+        param, optimizer = stepped(cls, options)
+        param.data = torch.randn(80, 64)
+        with pytest.raises(RuntimeError, match="cannot be carried over"):
+            optimizer.resize_state()
 
 
 @EACH

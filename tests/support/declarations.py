@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from hf_lowmem.algorithms import Adalayer, AdamMini, CoapAdafactor, CoapAdamW, LowMemAdamW, MicroAdam, Signum, SlimAdamW, Soap
+from hf_lowmem.algorithms import (
+    Adalayer,
+    AdamMini,
+    CoapAdafactor,
+    CoapAdamW,
+    LowMemAdamW,
+    MicroAdam,
+    Signum,
+    SlimAdamW,
+    Smmf,
+    Soap,
+)
 from hf_lowmem.optimizer import LowMemOptimizer
 
 Variant = tuple[dict[str, Any], tuple[int, ...]]  # options of a class, and the shape of a weight that they fit
@@ -116,7 +127,24 @@ SPARSE = [
         dense={"density": 1.0},
     ),
 ]
-DECLARED = FULL_SPACE + PROJECTED + SPARSE
+FACTORED = [
+    Declaration(
+        Smmf,
+        [
+            ({}, (16, 128)),
+            ({"stacked": True, "mask_zero_grads": True}, (3, 9, 15)),
+            ({"vector_reshape": False}, (131,)),
+        ],
+        geometries=[
+            ({}, (131,)),
+            ({}, (31, 57)),
+            ({"mask_zero_grads": True}, (6, 3, 5, 5)),
+            ({"stacked": True}, (5, 64)),
+            ({"stacked": True}, (3, 40, 64)),
+        ],
+    ),
+]
+DECLARED = FULL_SPACE + PROJECTED + SPARSE + FACTORED
 CLASSES = [declared.cls for declared in DECLARED]
 BY_SIGN = {declared.cls for declared in DECLARED if declared.by_sign}
 DENSE = {declared.cls: declared.dense for declared in DECLARED}

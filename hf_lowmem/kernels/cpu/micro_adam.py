@@ -36,7 +36,11 @@ class _Call(ctypes.Structure):
 def covers(step: ParamStep) -> bool:
     """Return whether the library steps a parameter, no bucket of which has entries of two blocks."""
     param, grad, window = step.param, step.grad, cast(TopKWindow, step.plan.moments["window"])
-    if param.dtype not in (torch.float32, torch.bfloat16) or grad.dtype != param.dtype or isinstance(step.step, Tensor):
+    if (
+        param.dtype not in (torch.float32, torch.bfloat16)
+        or grad.dtype != param.dtype
+        or isinstance(step.step, Tensor)
+    ):
         return False
     in_blocks = param.numel() <= window.block_size or window.block_size % window.bucket_size == 0
     return in_blocks and param.is_contiguous() and grad.is_contiguous()

@@ -15,5 +15,4 @@ class CpuPasses(InPasses):
         return library() is not None
 
 
-CPU_PASSES = CpuPasses("cpu_passes", {"micro_adam": MICRO_ADAM}, devices=("cpu",))
-CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF}, devices=("cpu",))
+CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cpu",))

@@ -25,5 +25,4 @@ class InPlace(InPasses):
             super().step(bucket, hyper)
 
 
-IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "micro_adam": MICRO_ADAM})
-IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "smmf": SMMF})
+IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "smmf": SMMF, "micro_adam": MICRO_ADAM})

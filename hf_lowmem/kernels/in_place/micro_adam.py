@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Hyper, ParamStep
