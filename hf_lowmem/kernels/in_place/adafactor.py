@@ -75,7 +75,7 @@ def factored(step: ParamStep, hyper: Hyper, step_size: float | Tensor, decay: fl
     energy = torch.zeros_like(row.sum(dims, keepdim=True))
     for index in indices:
         broadcast_tile(energy, index).add_(unclipped_update(index).square_().sum(dims, keepdim=True))
-    yield [Sum(energy, dims_of_matrix(step))]
+    yield [Sum(energy, dims_of_matrix(step, energy.ndim))]
     rms = (energy / entries_of_matrix(step)).sqrt()
     factor = step_size / (rms / hyper.flags["clip_threshold"]).clamp(min=1.0)
     for index in indices:

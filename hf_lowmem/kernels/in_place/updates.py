@@ -52,15 +52,14 @@ def entries_of_matrix(step: ParamStep) -> int:
 
 
 def sum_of_squares(tensor: Tensor, step: ParamStep) -> Sum:
-    """Return the sum of squares of a tensor of the weight's shape, or that of each matrix of a stack.
+    """Return the sum of squares of a tensor of the weight's shape, 0-D, or that of each matrix of a stack.
 
-    It is broadcastable to the tensor.
+    The latter is broadcastable to the tensor.
     """
-    dims = matrix_dims(step)
-    norm = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True) if tensor.ndim else tensor.abs()
-    return Sum(norm.square(), dims_of_matrix(step))
+    norm = torch.linalg.vector_norm(tensor, dim=matrix_dims(step), keepdim=step.plan.stacked)
+    return Sum(norm.square(), dims_of_matrix(step, norm.ndim))
 
 
-def dims_of_matrix(step: ParamStep) -> tuple[int | None, ...]:
+def dims_of_matrix(step: ParamStep, ndim: int) -> tuple[int | None, ...]:
     """Return the `dims` of a statistic that has one number, or one for each matrix of a stack."""
-    return tuple(axis if step.plan.stacked and axis == 0 else None for axis in range(step.param.ndim))
+    return tuple(0 if step.plan.stacked and axis == 0 else None for axis in range(ndim))
