@@ -108,7 +108,8 @@ def packed(bits: Tensor) -> Tensor:
     """Return booleans (..., N) as bits, eight to a byte, uint8 (..., ceil(N / 8)); the lowest bit comes first."""
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+    found: Tensor = (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+    return found
 
 
 def unpacked(codes: Tensor, entries: int) -> Tensor:

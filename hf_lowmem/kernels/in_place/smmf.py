@@ -37,9 +37,9 @@ def numbers_of(step: ParamStep, hyper: Hyper) -> Numbers:
 
 
 class Square(NamedTuple):
-    """A weight in its square view: how many squares there are, and the sides of each."""
+    """A weight in its square view: the number of squares, and the sides of each."""
 
-    count: int
+    squares: int
     n: int
     m: int
 
@@ -93,9 +93,9 @@ def in_tiles(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
     rows = max(limit // square.m // 8, 1) * 8
     weight = step.weight().map(lambda tensor: tensor.view(square))
     flat = step._replace(grad=step.grad.view(square))
-    signs = step.state["exp_avg_sign"].view(square.count, -1)
-    factors, totals = ({name: each[name].view(square.count, -1) for name in sums} for each in (step.state, sums))
-    for number in range(square.count):
+    signs = step.state["exp_avg_sign"].view(square.squares, -1)
+    factors, totals = ({name: each[name].view(square.squares, -1) for name in sums} for each in (step.state, sums))
+    for number in range(square.squares):
         for start in range(0, square.n, rows):
             cut = slice(start, min(start + rows, square.n))
             index, codes = (slice(number, number + 1), cut), slice(start * square.m // 8, -(-cut.stop * square.m // 8))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from hf_lowmem.kernels.passes import InPasses
+from hf_lowmem.kernels.triton.smmf import SMMF
 from hf_lowmem.kernels.triton.variants import triton_kernels
 
 
 class TritonPasses(InPasses):
     """Steps in passes that Triton kernels take over contiguous weights."""
 
+    takes_numbers_on_device = True
+
     def available(self) -> bool:
         return triton_kernels() is not None
 
 
-TRITON_PASSES = TritonPasses("triton_passes", {}, devices=("cuda",))
+TRITON_PASSES = TritonPasses("triton_passes", {"smmf": SMMF}, devices=("cuda",))
