@@ -31,9 +31,9 @@ class Numbers(NamedTuple):
 
 def numbers_of(step: ParamStep, hyper: Hyper) -> Numbers:
     """Return the numbers of `smmf_rule` at this step."""
-    flags, decay = hyper.flags, 1 - hyper.lr * hyper.weight_decay
-    beta1 = hyper.beta1 * flags["growth_rate"] ** (step.step - 1)
-    return Numbers(decay, hyper.lr, hyper.eps, beta1, 1 - step.step ** flags["decay_rate"])
+    number = step.step.double() if isinstance(step.step, Tensor) else step.step
+    decay, beta1 = 1 - hyper.lr * hyper.weight_decay, hyper.beta1 * hyper.flags["growth_rate"] ** (number - 1)
+    return Numbers(decay, hyper.lr, hyper.eps, beta1, 1 - number ** hyper.flags["decay_rate"])
 
 
 class Square(NamedTuple):

@@ -14,7 +14,7 @@ from hf_lowmem.kernels.passes import RulePasses
 from hf_lowmem.kernels.triton.launch import uploaded
 from hf_lowmem.kernels.triton.variants import WEIGHTS
 
-TILE, COLUMNS = 1 << 12, 1 << 9  # entries that a program steps at a time, and columns of them at most
+TILE, COLUMNS = 1 << 11, 1 << 9  # entries that a program steps at a time, and columns of them at most
 PROGRAMS = 1 << 10  # that a large weight is divided among, if its rows are enough
 PACKED = 1 << 9  # bytes of signs that a program packs
 
@@ -41,10 +41,8 @@ def by_kernels(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
     groups = min(max(PROGRAMS // (count * blocks), 1), -(-n // rows))
     rows_each = -(-n // groups // rows) * rows
     groups = -(-n // rows_each)
-    row_sums, col_sums = (
-        torch.empty(2, *shape, dtype=torch.float32, device=device)
-        for shape in ((count, n, blocks), (count, groups, m))
-    )
+    row_sums = torch.empty(2, count, n, blocks, dtype=torch.float32, device=device)
+    col_sums = torch.empty(2, count, groups, m, dtype=torch.float32, device=device)
     signs, in_bytes = state["exp_avg_sign"], m % 8 == 0
     positives = signs if in_bytes else torch.empty(count * n * m, dtype=torch.uint8, device=device)
     factors = [state[name] for name in sums]
