@@ -199,3 +199,20 @@ def root_mean_square(tensor: Tensor, stacked: bool) -> Tensor:
     """Return the root mean square of a tensor, 0-D, or that of each matrix of a stack, broadcastable to it."""
     dims = tuple(range(1 if stacked else 0, tensor.ndim))
     return tensor.square().mean(dims, keepdim=stacked).sqrt()
+
+
+def finite_root_mean_square(tensor: Tensor, stacked: bool) -> Tensor:
+    """Return what `root_mean_square` does, where a square that is not finite counts as zero.
+
+    A gradient that is not finite then spoils its own entry only.
+    """
+    squares = tensor.square()
+    return root_mean_square(torch.where(squares.isfinite(), tensor, 0.0), stacked)
+
+
+def unbiased_decay(beta: Number, step: Number) -> Number:
+    """Return the decay rate at a step by which an average equals Adam's after the correction of its bias.
+
+    At the first step it is 0, so that what the average starts from does not matter.
+    """
+    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)

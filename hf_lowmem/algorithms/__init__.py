@@ -9,6 +9,8 @@ from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
 from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
 from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
 from hf_lowmem.algorithms.micro_adam import MicroAdam, MicroAdamRecipe
+from hf_lowmem.algorithms.fadam import FAdam, FAdamRecipe
+from hf_lowmem.algorithms.h_fac import HFac, HFacRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
 from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe, SlimAdamW
 from hf_lowmem.algorithms.smmf import Smmf, SmmfRecipe
@@ -28,6 +30,8 @@ RECIPES: dict[str, type[Recipe]] = {
         SoapRecipe,
         MicroAdamRecipe,
         SmmfRecipe,
+        FAdamRecipe,
+        HFacRecipe,
     )
 }
 
@@ -36,6 +40,8 @@ __all__ = [
     "AdamMini",
     "CoapAdafactor",
     "CoapAdamW",
+    "FAdam",
+    "HFac",
     "LowMemAdamW",
     "MicroAdam",
     "RECIPES",

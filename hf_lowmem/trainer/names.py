@@ -40,6 +40,9 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "soap_8bit": OptimName("soap", 8, 5.378, "SOAP, both moments in 8 bit"),
     "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
     "smmf": OptimName("smmf", None, 0.128, "SMMF: rank-1 factors of both moments and one bit for each sign"),
+    "fadam": OptimName("fadam", None, 8.000, "FAdam: a natural gradient step; for quality, not for memory"),
+    "fadam_8bit": OptimName("fadam", 8, 2.031, "FAdam, both moments in 8 bit"),
+    "h_fac": OptimName("h_fac", None, 0.004, "H-Fac: row and column means only; experimental"),
 }
 
 

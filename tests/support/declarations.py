@@ -22,6 +22,11 @@ from hf_lowmem.algorithms import (
     Signum,
     SlimAdamW,
     Smmf,
+    FAdam,
+    HFac,
+    LowMemAdamW,
+    Signum,
+    SlimAdamW,
     Soap,
 )
 from hf_lowmem.optimizer import LowMemOptimizer
@@ -90,6 +95,16 @@ FULL_SPACE = [
         geometries=[({"axes": (1, 2)}, (3, 8, 64)), ({"axes": (1, 2)}, (12, 3, 25))],
     ),
     Declaration(Signum, [({}, (16, 128))], geometries=[({}, (6, 3, 5, 5))], by_sign=True),
+    Declaration(
+        FAdam,
+        [({"weight_decay": 0.1}, (16, 128)), ({"stacked": True}, (3, 8, 64))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({"weight_decay": 0.1}, (6, 3, 5, 5))],
+    ),
+    Declaration(
+        HFac,
+        [({}, (16, 128)), ({"momentum_in_correction": "previous", "stacked": True}, (3, 8, 64))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({"weight_decay": 0.1}, (6, 3, 5, 5))],
+    ),
 ]
 PROJECTED = [
     Declaration(
