@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_lowmem.state import Moments
 
 Number = Any  # a float or a 0-D tensor
+SMALLEST = 1e-30  # what rules add so that zeros are not divided by zero
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")  # what every rule takes
 
 

@@ -16,6 +16,7 @@ from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moments, StatePlan
 from hf_lowmem.update_rules import (
+    SMALLEST,
     BoundProjection,
     Number,
     finite_root_mean_square,
@@ -24,7 +25,7 @@ from hf_lowmem.update_rules import (
     update_rule,
 )
 
-SMALLEST_EPS = 1e-30  # keeps zeros from being divided by zero
+
 
 
 @update_rule("fadam", elementwise=False)
@@ -46,7 +47,7 @@ def fadam_rule(
     """FAdam (arXiv:2405.12807, algorithm 1), in which a gradient that is all zero decays nothing."""
     f = moments["fim"].ema(grad.square(), unbiased_decay(beta2, step))
     rms = finite_root_mean_square(grad, space.stacked)
-    scale = f.sqrt() + (eps * rms.clamp(max=1.0)).clamp(min=SMALLEST_EPS)
+    scale = f.sqrt() + (eps * rms.clamp(max=1.0)).clamp(min=SMALLEST)
     n = grad / scale
     n = n / (finite_root_mean_square(n, space.stacked) / clip_threshold).clamp(min=1.0)
     m = moments["exp_avg"].ema(n, beta1)

@@ -16,10 +16,14 @@ from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment, Moments, StatePlan
-from hf_lowmem.update_rules import BoundProjection, Number, finite_root_mean_square, unbiased_decay, update_rule
-
-SMALLEST_SQUARE = 1e-30  # added to each square, as in Adafactor
-
+from hf_lowmem.update_rules import (
+    SMALLEST,
+    BoundProjection,
+    Number,
+    finite_root_mean_square,
+    unbiased_decay,
+    update_rule,
+)
 
 @update_rule("h_fac", elementwise=False)
 def h_fac_rule(
@@ -47,7 +51,7 @@ def h_fac_rule(
     factor, correction = grad, 0.0
     for side, axes in (("row", tuple(matrix[1:])), ("col", (matrix[0],))):
         mean = moments[f"exp_avg_{side}"].ema(finite, decay1)
-        mean_sq = moments[f"exp_avg_sq_{side}"].ema(finite.square() + SMALLEST_SQUARE, decay2)
+        mean_sq = moments[f"exp_avg_sq_{side}"].ema(finite.square() + SMALLEST, decay2)
         correction = correction + (mean - finite.mean(axes, keepdim=True)) / mean_sq.sqrt()
         factor = factor * mean_sq.rsqrt()
     unclipped = factor * mean_sq.mean(tuple(matrix), keepdim=True).sqrt()  # rows and columns have one mean

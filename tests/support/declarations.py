@@ -97,13 +97,13 @@ FULL_SPACE = [
     Declaration(Signum, [({}, (16, 128))], geometries=[({}, (6, 3, 5, 5))], by_sign=True),
     Declaration(
         FAdam,
-        [({"weight_decay": 0.1}, (16, 128)), ({"stacked": True}, (3, 8, 64))],
-        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({"weight_decay": 0.1}, (6, 3, 5, 5))],
+        [({}, (16, 128)), ({"stacked": True}, (3, 8, 64))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
     ),
     Declaration(
         HFac,
         [({}, (16, 128)), ({"momentum_in_correction": "previous", "stacked": True}, (3, 8, 64))],
-        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({"weight_decay": 0.1}, (6, 3, 5, 5))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
     ),
 ]
 PROJECTED = [
