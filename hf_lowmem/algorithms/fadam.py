@@ -26,8 +26,6 @@ from hf_lowmem.update_rules import (
 )
 
 
-
-
 @update_rule("fadam", elementwise=False)
 def fadam_rule(
     param: Tensor,
@@ -67,8 +65,8 @@ class FAdamOptions(Options):
     )
     mask_decay: bool = flag(
         True,
-        "leave entries without weight decay as long as their Fisher information is zero, as that of tokens and experts "
-        "that no batch had is; false erases them within some hundred steps, as the public code does.",
+        "do not decay entries whose Fisher information is zero, as that of tokens and experts that no batch had is; "
+        "false erases them within some hundred steps, as the public code does.",
     )
     stacked: bool = decided_by_role(
         False, "take the first axis as a stack of weights, each with root mean squares of its own."
@@ -91,9 +89,9 @@ class FAdam(LowMemOptimizer):
     gradient are not erased; d is never 0, so that LoRA's first gradients, which are 0, do not turn its weights to NaN;
     a gradient that is not finite spoils its own entry only; each expert of a stack has its own rms.
 
-    `weight_decay` is not on AdamW's scale: r has an rms of up to 1 however small w is, so that the decay moves a weight
-    by up to lr weight_decay per step, as momentum moves it by lr. The paper decays by 0.001, the public code by 0.1.
-    m is not corrected for bias, so the first steps are small.
+    `weight_decay` is not on AdamW's scale: r has an rms of about clip_threshold however small w is, so that a step
+    moves w by lr weight_decay towards zero where AdamW moves it by lr weight_decay w. The paper decays by 0.001, the
+    public code by 0.1. m is not corrected for bias, so the first steps are small.
 
     The state of a weight is exp_avg (the momentum m) and fim (f) of its shape, and step. In 8 bits both are as the
     moments of `LowMemAdamW`, where the codes of f hold its root.

@@ -25,6 +25,7 @@ from hf_lowmem.update_rules import (
     update_rule,
 )
 
+
 @update_rule("h_fac", elementwise=False)
 def h_fac_rule(
     param: Tensor,
@@ -48,7 +49,7 @@ def h_fac_rule(
     decay1, decay2 = unbiased_decay(beta1, step), unbiased_decay(beta2, step)
     matrix = range(1 if space.stacked else 0, grad.ndim)
     finite = torch.where(grad.square().isfinite(), grad, 0.0)
-    factor, correction = grad, 0.0
+    factor, correction = grad, torch.zeros_like(grad)
     for side, axes in (("row", tuple(matrix[1:])), ("col", (matrix[0],))):
         mean = moments[f"exp_avg_{side}"].ema(finite, decay1)
         mean_sq = moments[f"exp_avg_sq_{side}"].ema(finite.square() + SMALLEST, decay2)

@@ -87,7 +87,9 @@ class InTiles:
             fim = self._fim(index, grad)
             scale, param = self._scale(index, fim), tile.load(self.scratch)
             natural = torch.div(grad, scale, out=self.scratch.get("quotient", grad.shape))
-            momentum = moments["exp_avg"].load().lerp_(natural.div_(broadcast_tile(clip[0], index)), 1 - self.hyper.beta1)
+            momentum = (
+                moments["exp_avg"].load().lerp_(natural.div_(broadcast_tile(clip[0], index)), 1 - self.hyper.beta1)
+            )
             if self.hyper.weight_decay:
                 decay = self._decay(index, fim, scale, param).div_(broadcast_tile(clip[1], index))
                 param = param.sub_(decay, alpha=self.hyper.lr * self.hyper.weight_decay)
