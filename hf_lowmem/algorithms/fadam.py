@@ -49,7 +49,7 @@ def fadam_rule(
     n = grad / scale
     n = n / (finite_root_mean_square(n, space.stacked) / clip_threshold).clamp(min=1.0)
     m = moments["exp_avg"].ema(n, beta1)
-    decays = param.isfinite() & (rms > 0)
+    decays = param.isfinite() & f.isfinite() & (rms > 0)
     w = torch.where(decays & (f > 0) if mask_decay else decays, param / scale, 0.0)
     w = w / (root_mean_square(w, space.stacked) / clip_threshold).clamp(min=1.0)  # by infinity where that overflows
     new_param: Tensor = param - lr * (m + weight_decay * w)

@@ -33,23 +33,6 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------------- one run */
 
-/* Intel's processors stop fetching by themselves at every page. AMD's go on, and are slowed down by our fetches. */
-static int fetches = 1;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((constructor)) static void ask_the_processor(void) {
-    __builtin_cpu_init();
-    fetches = !__builtin_cpu_is("amd");
-}
-#endif
-
-INLINE void fetch_ahead(const void *data, int64_t dtype, int64_t at, int n) {
-    if (!fetches) return;
-    int64_t size = dtype == FLOAT32 ? 4 : dtype == BFLOAT16 ? 2 : 1;
-    const char *next = (const char *)data + (at + AHEAD) * size;
-    for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(next + byte, 1);
-}
-
 /* Step one run. Where the second moment is a mean, exp_avg is multiplied by `scales`, one factor per column, or by
  * `scale`. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {

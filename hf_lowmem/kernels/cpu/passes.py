@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_lowmem.kernels.cpu.fadam import FADAM
 from hf_lowmem.kernels.cpu.library import library
 from hf_lowmem.kernels.cpu.micro_adam import MICRO_ADAM
 from hf_lowmem.kernels.cpu.smmf import SMMF
@@ -16,3 +17,4 @@ class CpuPasses(InPasses):
 
 
 CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cpu",))
+CPU_PASSES = CpuPasses("cpu_passes", {"fadam": FADAM}, devices=("cpu",))

@@ -107,7 +107,7 @@ class InTiles:
 
     def _decay(self, index: Index, fim: Tensor, scale: Tensor, param: Tensor) -> Tensor:
         """Return r before it is clipped, in place of the quotient by the scale."""
-        decays = param.isfinite() & broadcast_tile(self.has_grad, index)
+        decays = param.isfinite() & fim.isfinite() & broadcast_tile(self.has_grad, index)
         if self.hyper.flags["mask_decay"]:
             decays &= fim > 0
         return torch.div(param, scale, out=scale).masked_fill_(~decays, 0.0)
