@@ -53,7 +53,7 @@ class InLibrary:
         entries = step.param.numel() // count
         block_size, row = (codec.block_size, codec.ragged_row(shape)) if isinstance(codec, Int8Blockwise) else (1, None)
         kept = [1 if axis in matrix_dims(step) else size for axis, size in enumerate(shape)]
-        self.sums = torch.zeros(*kept, 3, dtype=torch.float64)
+        self.sums = torch.zeros(*kept, 3, dtype=torch.float64, device="cpu")
         self.decays = hyper.weight_decay > 0
         moments = {name: state[name].data_ptr() for name in MOMENTS}
         scales = {name: state[name].data_ptr() for name in (f"{each}_absmax" for each in MOMENTS) if name in state}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_lowmem.kernels.cpu.fadam import FADAM
+from hf_lowmem.kernels.cpu.h_fac import H_FAC
 from hf_lowmem.kernels.cpu.library import library
 from hf_lowmem.kernels.cpu.micro_adam import MICRO_ADAM
 from hf_lowmem.kernels.cpu.smmf import SMMF
@@ -18,3 +19,4 @@ class CpuPasses(InPasses):
 
 CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cpu",))
 CPU_PASSES = CpuPasses("cpu_passes", {"fadam": FADAM}, devices=("cpu",))
+CPU_PASSES = CpuPasses("cpu_passes", {"fadam": FADAM, "h_fac": H_FAC}, devices=("cpu",))
