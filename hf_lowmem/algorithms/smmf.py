@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.algorithms.adamw import codec_of
@@ -41,7 +43,8 @@ def smmf_rule(
     g = space.project(grad)
     m = moments["exp_avg"].ema(g, beta1 * growth_rate ** (step - 1))
     v = moments["exp_avg_sq"].ema(g.square(), 1 - step**decay_rate)
-    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(m / (v.sqrt() + eps))
+    decayed = (param * (1 - lr * weight_decay)).to(grad.dtype)  # which is bfloat16 under `reference_rounding`
+    new_param: Tensor = decayed - lr * space.project_back(m / (v.sqrt() + eps))
     return new_param
 
 
@@ -65,6 +68,11 @@ class SmmfOptions(Options):
         "let the momentum of an entry whose gradient is exactly zero count as zero, so that embeddings of tokens that "
         "a batch does not have stay where they are; the authors' code moves them.",
     )
+    reference_rounding: bool = schedule(
+        True,
+        "round a bfloat16 weight after its decay too, as the authors' code does, which loses a decay of "
+        "`lr * weight_decay` below 2^-9; it takes `rounding=nearest`.",
+    )
     vector_reshape: bool = layout(
         True, "factor vectors too; false keeps both moments of each entry of a vector, in `state_bits`."
     )
@@ -82,7 +90,9 @@ class Smmf(LowMemOptimizer):
 
     Source: arXiv:2412.08894; authors' code KwangryeolPark/Official.SMMF@b4139f0.
     It departs from the code: signs take one bit, as in the paper, not one byte; gradients are widened to float32
-    before they are squared; decay is decoupled only. Without momentum, betas[0] = 0, it is their beta=None.
+    before they are squared; decay is decoupled only. Without momentum, betas[0] = 0, it is their beta=None. The
+    defaults of this class are theirs; an optim name sets decay_rate=-0.8, mask_zero_grads=true and
+    reference_rounding=false.
 
     The state of a weight of N = n m entries is exp_avg_row (n), exp_avg_col (m), exp_avg_sq_row and exp_avg_sq_col in
     float32; exp_avg_sign, N bits in uint8; and step. Vectors without `vector_reshape` have the state of `LowMemAdamW`;
@@ -113,6 +123,12 @@ class Smmf(LowMemOptimizer):
             moments = {"exp_avg": Full(), "exp_avg_sq": Full(signed=False)}
         return StatePlan(moments, codec_of(shape, options), stacked=stacked)
 
+    @classmethod
+    def state_plan(cls, shape: tuple[int, ...], dtype: torch.dtype, values: Mapping[str, Any]) -> StatePlan:
+        plan = super().state_plan(shape, dtype, values)
+        follows = values["reference_rounding"] and dtype == torch.bfloat16 and plan.rounding.kind == "nearest"
+        return replace(plan, arithmetic=dtype) if follows and isinstance(plan.moments["exp_avg"], RankOne) else plan
+
 
 @dataclass(frozen=True)
 class SmmfRecipe(Recipe, SmmfOptions):
@@ -120,6 +136,7 @@ class SmmfRecipe(Recipe, SmmfOptions):
 
     decay_rate: float = with_default(-0.8, SmmfOptions, "decay_rate")
     mask_zero_grads: bool = with_default(True, SmmfOptions, "mask_zero_grads")
+    reference_rounding: bool = with_default(False, SmmfOptions, "reference_rounding")
 
     optimizer_cls = Smmf
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_lowmem.state import Codec, State, TensorSpec
+from hf_lowmem.state import Codec, State, TensorSpec, widened
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RankOne:
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         stack, n, m = self.view_of(tuple(value.shape))
-        square, row, col = value.reshape(*stack, n, m), state[f"{name}_row"], state[f"{name}_col"]
+        square, row, col = widened(value).reshape(*stack, n, m), state[f"{name}_row"], state[f"{name}_col"]
         old = row.unsqueeze(-1) * col.unsqueeze(-2)
         if self.signed:
             signs = state[f"{name}_sign"].view(*stack, -1)

@@ -38,8 +38,8 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "coap_adafactor_8bit": OptimName("coap_adafactor", 8, 0.564, "COAP with Adafactor's, first moment in 8 bit"),
     "soap": OptimName("soap", None, 12.462, "SOAP: Adam in Shampoo's eigenbasis; for quality, not for memory"),
     "soap_8bit": OptimName("soap", 8, 5.378, "SOAP, both moments in 8 bit"),
-    "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
     "smmf": OptimName("smmf", None, 0.128, "SMMF: rank-1 factors of both moments and one bit for each sign"),
+    "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
     "fadam": OptimName("fadam", None, 8.000, "FAdam: a natural gradient step; for quality, not for memory"),
     "fadam_8bit": OptimName("fadam", 8, 2.031, "FAdam, both moments in 8 bit"),
     "h_fac": OptimName("h_fac", None, 0.004, "H-Fac: row and column means only; experimental"),
@@ -53,7 +53,7 @@ def optim_names() -> list[str]:
     """Return the names that `register()` adds to transformers' `optim` choices.
 
     >>> hf_lowmem.optim_names()
-    ['lowmem_adamw', 'lowmem_adamw_8bit', ..., 'soap', 'soap_8bit']
+    ['lowmem_adamw', 'lowmem_adamw_8bit', ..., 'fadam_8bit', 'h_fac']
     """
     return list(OPTIM_NAMES)
 

@@ -87,6 +87,5 @@ def test_golden_without_kernels(case: str, device: str, force: Any) -> None:
 def test_every_reduced_algorithm_has_a_golden_case() -> None:
     covered = {recipe_for(name).algorithm for name, _ in CASES.values()}
     covered |= {"coap_adamw", "coap_adafactor", "soap"}  # test_golden_projected.py
-    covered |= {"smmf"}  # test_golden_smmf.py
-    covered |= {"fadam", "h_fac"}  # test_golden_fisher.py
+    covered |= {"smmf", "micro_adam", "fadam", "h_fac"}  # test_golden_tensors.py
     assert covered == {recipe_for(name).algorithm for name in hf_lowmem.optim_names()}

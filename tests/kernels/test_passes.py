@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from hf_lowmem.algorithms import CoapAdafactor, FAdam, HFac
+from hf_lowmem.algorithms import FAdam, HFac
 from hf_lowmem.kernels import BACKENDS, forced
-from hf_lowmem.kernels.bucket import Clip, Hyper, ParamStep
-from hf_lowmem.kernels.passes import InPasses, Sum
 from hf_lowmem.optimizer import LowMemOptimizer
-from hf_lowmem.rounding import noise_key
-from hf_lowmem.state import TensorSpec
-from hf_lowmem.update_rules import RULE_FLAGS
 from tests.support.kernel_runs import by_rule, run
 
 built = pytest.mark.skipif(not BACKENDS["cpu_passes"].available(), reason="the compiled kernels are missing")
@@ -74,5 +66,8 @@ def test_each_backend_follows_the_rule(backend: str, case: Case, bits: int, dtyp
         off, largest = (value - reference).abs(), float(reference.abs().max())
         exact = off <= 2e-6 * largest + 2e-6 * reference.abs()
         assert flips or exact.all(), (name, off.max())
-        assert exact.sum() >= (0.99 if bits == 32 else 0.95) * exact.numel() - (bits == 8), (name, exact.float().mean())
+        assert exact.sum() >= (0.99 if bits == 32 else 0.95) * exact.numel() - (bits == 8), (
+            name,
+            exact.float().mean(),
+        )
         assert off.max() <= 2.0**-5 * largest, (name, off.max())

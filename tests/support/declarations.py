@@ -17,16 +17,13 @@ from hf_lowmem.algorithms import (
     AdamMini,
     CoapAdafactor,
     CoapAdamW,
+    FAdam,
+    HFac,
     LowMemAdamW,
     MicroAdam,
     Signum,
     SlimAdamW,
     Smmf,
-    FAdam,
-    HFac,
-    LowMemAdamW,
-    Signum,
-    SlimAdamW,
     Soap,
 )
 from hf_lowmem.optimizer import LowMemOptimizer
@@ -95,16 +92,6 @@ FULL_SPACE = [
         geometries=[({"axes": (1, 2)}, (3, 8, 64)), ({"axes": (1, 2)}, (12, 3, 25))],
     ),
     Declaration(Signum, [({}, (16, 128))], geometries=[({}, (6, 3, 5, 5))], by_sign=True),
-    Declaration(
-        FAdam,
-        [({}, (16, 128)), ({"stacked": True}, (3, 8, 64))],
-        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
-    ),
-    Declaration(
-        HFac,
-        [({}, (16, 128)), ({"momentum_in_correction": "previous", "stacked": True}, (3, 8, 64))],
-        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
-    ),
 ]
 PROJECTED = [
     Declaration(
@@ -134,15 +121,7 @@ PROJECTED = [
         soon={"precondition_frequency": 2},
     ),
 ]
-SPARSE = [
-    Declaration(
-        MicroAdam,
-        [({"state_bits": 32}, (16, 128)), ({"top_k_block_size": 96, "m": 2, "alpha": 0.1}, (3, 8, 64))],
-        storages=("32-bit", "kahan"),
-        dense={"density": 1.0},
-    ),
-]
-FACTORED = [
+IN_PASSES = [
     Declaration(
         Smmf,
         [
@@ -158,8 +137,24 @@ FACTORED = [
             ({"stacked": True}, (3, 40, 64)),
         ],
     ),
+    Declaration(
+        MicroAdam,
+        [({"state_bits": 32}, (16, 128)), ({"top_k_block_size": 96, "m": 2, "alpha": 0.1}, (3, 8, 64))],
+        storages=("32-bit", "kahan"),
+        dense={"density": 1.0},
+    ),
+    Declaration(
+        FAdam,
+        [({}, (16, 128)), ({"stacked": True}, (3, 8, 64))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
+    ),
+    Declaration(
+        HFac,
+        [({}, (16, 128)), ({"momentum_in_correction": "previous", "stacked": True}, (3, 8, 64))],
+        geometries=[({"clip_threshold": 0.5}, (5, 67)), ({}, (131,)), ({}, (6, 3, 5, 5))],
+    ),
 ]
-DECLARED = FULL_SPACE + PROJECTED + SPARSE + FACTORED
+DECLARED = FULL_SPACE + PROJECTED + IN_PASSES
 CLASSES = [declared.cls for declared in DECLARED]
 BY_SIGN = {declared.cls for declared in DECLARED if declared.by_sign}
 DENSE = {declared.cls: declared.dense for declared in DECLARED}

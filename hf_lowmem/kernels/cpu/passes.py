@@ -17,6 +17,6 @@ class CpuPasses(InPasses):
         return library() is not None
 
 
-CPU_PASSES = CpuPasses("cpu_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cpu",))
-CPU_PASSES = CpuPasses("cpu_passes", {"fadam": FADAM}, devices=("cpu",))
-CPU_PASSES = CpuPasses("cpu_passes", {"fadam": FADAM, "h_fac": H_FAC}, devices=("cpu",))
+CPU_PASSES = CpuPasses(
+    "cpu_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM, "fadam": FADAM, "h_fac": H_FAC}, devices=("cpu",)
+)

@@ -32,7 +32,9 @@ def covers(step: ParamStep) -> bool:
     """Return whether the library steps a parameter: float32 or bfloat16, with a gradient of the same dtype."""
     if step.param.dtype not in (torch.float32, torch.bfloat16) or step.grad.dtype != step.param.dtype:
         return False
-    return is_contiguous_square(step) and not isinstance(step.step, Tensor)
+    if step.plan.arithmetic != torch.float32 or isinstance(step.step, Tensor):
+        return False
+    return is_contiguous_square(step)
 
 
 def by_library(step: ParamStep, numbers: Numbers, sums: Sums) -> None:

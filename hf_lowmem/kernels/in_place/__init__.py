@@ -2,10 +2,10 @@
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.in_place.adafactor import ADAFACTOR
-from hf_lowmem.kernels.in_place.micro_adam import MICRO_ADAM
-from hf_lowmem.kernels.in_place.smmf import SMMF
 from hf_lowmem.kernels.in_place.fadam import FADAM
 from hf_lowmem.kernels.in_place.h_fac import H_FAC
+from hf_lowmem.kernels.in_place.micro_adam import MICRO_ADAM
+from hf_lowmem.kernels.in_place.smmf import SMMF
 from hf_lowmem.kernels.in_place.soap import SOAP
 from hf_lowmem.kernels.in_place.subspace import SUBSPACE_RULE, is_in_subspace, subspace_adamw
 from hf_lowmem.kernels.passes import InPasses
@@ -27,5 +27,14 @@ class InPlace(InPasses):
             super().step(bucket, hyper)
 
 
-IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "smmf": SMMF, "micro_adam": MICRO_ADAM})
-IN_PLACE = InPlace("in_place", {"adafactor": ADAFACTOR, "soap": SOAP, "fadam": FADAM, "h_fac": H_FAC})
+IN_PLACE = InPlace(
+    "in_place",
+    {
+        "adafactor": ADAFACTOR,
+        "soap": SOAP,
+        "smmf": SMMF,
+        "micro_adam": MICRO_ADAM,
+        "fadam": FADAM,
+        "h_fac": H_FAC,
+    },
+)

@@ -36,7 +36,7 @@ def in_passes(sweeps_of: Callable[[ParamStep, Hyper], Sweeps]) -> Callable[[Para
     """Return how `fadam_rule` is taken by what `sweeps_of` returns."""
 
     def fadam(step: ParamStep, hyper: Hyper) -> Passes:
-        sweeps, dims = sweeps_of(step, hyper), dims_of_matrix(step)
+        sweeps, dims = sweeps_of(step, hyper), dims_of_matrix(step, step.param.ndim)
         yield [Sum(sweeps.sum_gradient(), dims)]
         yield [Sum(found, dims) for found in sweeps.sum_quotients()]
         sweeps.update()

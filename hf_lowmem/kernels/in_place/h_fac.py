@@ -59,7 +59,7 @@ def in_passes(sweeps_of: Callable[[ParamStep, Hyper], Sweeps]) -> Callable[[Para
         )  # that of the rows is the same
         col = col._replace(factor=col.factor * mean_square.sqrt())
         energy = sweeps.sum_energy(row, col)
-        yield [Sum(energy, dims_of_matrix(step))]
+        yield [Sum(energy, dims_of_matrix(step, step.param.ndim))]
         rms = (energy / entries_of_matrix(step)).sqrt()
         sweeps.update(row, col, hyper.lr / (rms / hyper.flags["clip_threshold"]).clamp(min=1.0))
 

@@ -57,11 +57,15 @@ def first_moment(step: ParamStep) -> RankOne:
 
 
 def is_contiguous_square(step: ParamStep) -> bool:
-    """Return whether a step in float32 has factored moments, of a weight that can be viewed as a square."""
+    """Return whether a step has factored moments, of a weight that can be viewed as a square."""
     kinds = {name: type(moment) for name, moment in step.plan.moments.items()}
-    if step.plan.arithmetic != torch.float32 or kinds != dict.fromkeys(MOMENTS, RankOne):
-        return False
-    return step.param.is_contiguous() and step.grad.is_contiguous()
+    return kinds == dict.fromkeys(MOMENTS, RankOne) and step.param.is_contiguous() and step.grad.is_contiguous()
+
+
+def covers(step: ParamStep) -> bool:
+    """Return whether a step is taken in float32, but for a bfloat16 weight that is rounded after its decay."""
+    in_float32 = step.plan.arithmetic in (torch.float32, torch.bfloat16)
+    return in_float32 and is_contiguous_square(step) and not isinstance(step.step, Tensor)
 
 
 Sums = dict[str, Tensor]  # of the rows and of the columns of both moments, by the names of the factors
@@ -126,7 +130,8 @@ def step_rows(
     mask_zeros: bool,
     scratch: Scratch,
 ) -> None:
-    """Step rows of one square."""
+    """Step rows of one square, whose gradient has the dtype that the decayed weight is rounded to."""
+    arithmetic, grad = grad.dtype, grad.float()
 
     def moment(name: str) -> Tensor:
         row, col = factors[f"{name}_row"].unsqueeze(-1), factors[f"{name}_col"]
@@ -150,7 +155,8 @@ def step_rows(
     signs.copy_(packed((m > 0).view(-1)))
     add_up("exp_avg", torch.abs(m, out=scratch.get("sign", grad.shape)))
     add_up("exp_avg_sq", v)
-    weight.store(weight.load(scratch).mul_(numbers.decay).addcdiv_(m, v.sqrt_().add_(numbers.eps), value=-numbers.lr))
+    decayed = weight.load(scratch).mul_(numbers.decay).to(arithmetic).float()
+    weight.store(decayed.addcdiv_(m, v.sqrt_().add_(numbers.eps), value=-numbers.lr))
 
 
-SMMF = RulePasses(lambda step: is_contiguous_square(step) and not isinstance(step.step, Tensor), in_one_pass(in_tiles))
+SMMF = RulePasses(covers, in_one_pass(in_tiles))

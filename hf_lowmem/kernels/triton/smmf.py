@@ -29,7 +29,9 @@ def smmf_kernels() -> Any:
 
 def covers(step: ParamStep) -> bool:
     """Return whether the kernels step a parameter: one whose gradient has its dtype."""
-    return step.param.dtype in WEIGHTS and step.grad.dtype == step.param.dtype and is_contiguous_square(step)
+    if step.param.dtype not in WEIGHTS or step.grad.dtype != step.param.dtype:
+        return False
+    return step.plan.arithmetic == torch.float32 and is_contiguous_square(step)
 
 
 def by_kernels(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
