@@ -37,6 +37,7 @@ from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.launch import Launch
 from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for, tuned
 from hf_lowmem.state import Rounding, StatePlan
+from tests.support import smmf_runs
 from tests.support.backend_steps import PLANS, check_reduce_then_apply
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
@@ -446,3 +447,13 @@ def test_a_clipping_outside_of_the_graph_of_its_step_is_one_sentence(monkeypatch
     monkeypatch.setattr("hf_lowmem.clipping.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="capture both in one"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("number", range(len(smmf_runs.CASES)))
+@pytest.mark.parametrize("capturable", [False, True])
+def test_smmf_steps_as_the_rule(capturable: bool, number: int) -> None:
+    """Each case with another weight, and with float32."""
+    options, shape = smmf_runs.CASES[number]
+    dtype, rounding = smmf_runs.WEIGHTS[number % len(smmf_runs.WEIGHTS) if capturable else 0]
+    clip = 0.5 if number % 2 else None
+    smmf_runs.check("triton_passes", {**options, "capturable": capturable}, shape, dtype, rounding, DEVICE, clip)

@@ -28,6 +28,7 @@ from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.columns import Geometry
 from hf_lowmem.kernels.parts import elementwise, geometries
+from hf_lowmem.kernels.triton import smmf, smmf_kernels
 from hf_lowmem.kernels.triton import step as kernels
 from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
 from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
@@ -37,6 +38,10 @@ SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "part_numbers": "*i32"}
 SIGNATURE |= dict.fromkeys(("grad_scale", "sums", "totals"), "*fp32")
 SIGNATURE |= {"weights": "*bf16", "comps": "*i16", "updates": "*fp32", "decays": "*fp32"}  # of `add`
 SIGNATURE |= {"scale": "fp32", "key": "i32", "entries": "i32"}
+# Of SMMF's kernels.
+FACTORS = [f"{side}{sums}{sq}" for side in ("row", "col") for sums in ("", "_sums") for sq in ("", "_sq")]
+SIGNATURE |= dict.fromkeys(FACTORS, "*fp32") | dict.fromkeys(("signs", "positives"), "*u8")
+SIGNATURE |= {"grads": "*bf16", "numbers": "*fp64", "n": "i32", "m": "i32", "rows_each": "i32"}
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
 
 
@@ -104,7 +109,7 @@ class Report:
         names = kernel.arg_names
         signature = {name: SIGNATURE.get(name, "constexpr") for name in names}
         places = {(names.index(name),): value for name, value in constants.items()}
-        even = [name for name, kind in signature.items() if kind.startswith("*") or name == "entries"]
+        even = [name for name, kind in signature.items() if kind.startswith("*") or name in ("entries", "n", "m")]
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
         target, options = GPUTarget("cuda", arch, 32), dict(num_warps=warps, enable_fp_fusion=True)
         compiled = triton.compile(ASTSource(kernel, signature, places, aligned), target=target, options=options)
@@ -285,3 +290,14 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
         current_arch.cache_clear()
     assert compiled[:5] == ["step", "sum_squares", "combine", "step", "step"]
     assert compiled[5:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_smmf_goes_over_a_weight_without_spills(arch: int, tmp_path: Path) -> None:
+    sizes = {"ROWS": smmf.TILE // smmf.COLUMNS, "COLUMNS": smmf.COLUMNS}
+    flags = {"ROUNDING": "nearest", "CLIP": False, "MASK_ZEROS": True}
+    for whole_bytes in (True, False):
+        report = Report(smmf_kernels.go_over, tmp_path, arch, 4, **flags, **sizes, WHOLE_BYTES=whole_bytes)
+        assert (report.spills, report.stack) == (0, 0)
+    packing = Report(smmf_kernels.pack, tmp_path, arch, 4, BYTES=smmf.PACKED)
+    assert (packing.spills, packing.stack) == (0, 0)
