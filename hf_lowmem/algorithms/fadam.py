@@ -101,7 +101,7 @@ class FAdam(LowMemOptimizer):
     >>> weight.square().sum().backward()
     >>> optimizer.step()
     >>> print(optimizer)
-    FAdam(): groups: 1, parameters: 1 of 8,192 entries, state: 64.00 KiB
+    FAdam(weight_decay=0.001): groups: 1, parameters: 1 of 8,192 entries, state: 64.00 KiB
     """
 
     algorithm = "fadam"

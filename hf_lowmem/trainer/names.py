@@ -42,7 +42,7 @@ OPTIM_NAMES: dict[str, OptimName] = {
     "micro_adam": OptimName("micro_adam", None, 0.963, "MicroAdam: the largest 1 % of the last 10 gradients"),
     "fadam": OptimName("fadam", None, 8.000, "FAdam: a natural gradient step; for quality, not for memory"),
     "fadam_8bit": OptimName("fadam", 8, 2.031, "FAdam, both moments in 8 bit"),
-    "h_fac": OptimName("h_fac", None, 0.004, "H-Fac: row and column means only; experimental"),
+    "h_fac": OptimName("h_fac", None, 0.003, "H-Fac: row and column means only; experimental"),
 }
 
 

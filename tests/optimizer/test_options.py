@@ -140,7 +140,9 @@ def test_a_checkpoint_keeps_the_layout_and_takes_another_schedule() -> None:
 
 
 # The defaults of recipes that are not those of the optimizer class.
-OWN_DEFAULTS: dict[str, dict[str, Any]] = {"smmf": {"decay_rate": -0.8, "mask_zero_grads": True}}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "smmf": {"decay_rate": -0.8, "mask_zero_grads": True, "reference_rounding": False}
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -41,7 +41,7 @@ def smmf_steps(
     """Return weight and state after a few steps, whose gradients have zeros; under Kahan with what is compensated."""
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-    optimizer = Smmf([param], lr=1e-2, weight_decay=0.1, **options)
+    optimizer = Smmf([param], lr=1e-2, weight_decay=0.1, reference_rounding=False, **options)
     for _ in range(steps):
         grad = torch.randn(shape, generator=generator)
         param.grad = torch.where(grad.abs() < 0.1, 0.0, grad).to(device, dtype)
