@@ -2,72 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from hf_lowmem.algorithms import FAdam, HFac
+from hf_lowmem.algorithms import CoapAdafactor, FAdam, HFac
 from hf_lowmem.kernels import BACKENDS, forced
+from hf_lowmem.kernels.bucket import Hyper, ParamStep
+from hf_lowmem.kernels.passes import InPasses, Sum
 from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.state import TensorSpec
+from hf_lowmem.update_rules import RULE_FLAGS
 from tests.support.kernel_runs import by_rule, run
 
-built = pytest.mark.skipif(not BACKENDS["cpu_passes"].available(), reason="the compiled kernels are missing")
-BACKENDS_HERE = ["in_place", pytest.param("cpu_passes", marks=built)]
-
 Case = tuple[type[LowMemOptimizer], dict[str, Any], tuple[int, ...]]
-# What is cut into several tiles and units, rows that are longer than a run, stacks, and weights of other than two axes.
+# Several units, rows that are longer than a run, stacks, and weights of other than two axes.
 CASES: list[Case] = [
-    (FAdam, {}, (300, 1024)),
+    (FAdam, {}, (90, 1024)),
     (FAdam, {"clip_threshold": 0.5, "mask_decay": False}, (37, 5, 3, 3)),
-    (FAdam, {"stacked": True}, (3, 70, 1024)),
-    (FAdam, {"stacked": True}, (300, 7)),
+    (FAdam, {"stacked": True}, (3, 70, 100)),
+    (FAdam, {"stacked": True}, (30, 7)),
     (FAdam, {}, (1031,)),
-    (HFac, {}, (300, 1024)),
+    (HFac, {}, (90, 1024)),
     (HFac, {"momentum_in_correction": "previous", "clip_threshold": 0.5}, (37, 5, 3, 3)),
-    (HFac, {"stacked": True}, (3, 70, 1024)),
+    (HFac, {"stacked": True}, (3, 70, 300)),
     (HFac, {}, (1031, 3)),
-    (HFac, {}, (2, 70_001)),
+    (HFac, {}, (2, 40_001)),
 ]
-WEIGHTS = [
-    (torch.float32, "nearest"),
-    (torch.bfloat16, "nearest"),
-    (torch.bfloat16, "stochastic"),
-    (torch.bfloat16, "kahan"),
-    (torch.float16, "nearest"),
+COVERED = [
+    ("in_place", torch.float32, "nearest"),
+    ("in_place", torch.float16, "kahan"),
+    ("cpu_passes", torch.float32, "nearest"),
+    ("cpu_passes", torch.bfloat16, "stochastic"),
+    ("cpu_passes", torch.bfloat16, "kahan"),
 ]
-# A case that keeps no full moments has nothing to store in 16 or 8 bits.
-STORED = [(case, bits) for case in CASES for bits in ((32, 16, 8) if case[0] is FAdam else (32,))]
+# A weight that keeps no full moments has nothing to store in 16 or 8 bits.
+STORED = [(case, 32) for case in CASES] + [(CASES[0], 16)] + [(case, 8) for case in CASES if case[0] is FAdam]
 
 
-def named(value: Any) -> str:
-    cls, options, shape = value if isinstance(value, tuple) and len(value) == 3 else (None, None, value)
-    return f"{cls.__name__}{options}{shape}".replace(" ", "") if cls else str(shape)
+def named(value: Any) -> str | None:
+    return "-".join(str(part) for part in (value[0].__name__, *value[2])) if isinstance(value, tuple) else None
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), WEIGHTS)
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem.kernels.means.TILE", 1 << 14)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rounding"), COVERED)
 @pytest.mark.parametrize(("case", "bits"), STORED, ids=named)
-@pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_each_backend_follows_the_rule(backend: str, case: Case, bits: int, dtype: torch.dtype, rounding: str) -> None:
+    if not BACKENDS[backend].available():
+        pytest.skip("the compiled kernels are missing")
     cls, options, shape = case
-    if backend == "cpu_passes" and dtype == torch.float16:
-        pytest.skip("the compiled kernels do not know float16")
     options = {**options, "state_bits": bits, "min_8bit_size": 0, "rounding": rounding}
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     with forced(backend):
-        mine, state = run(cls, options, start)
-    theirs, expected = by_rule(cls, options, start)
+        mine, state = run(cls, options, start, clip=30.0)
+    theirs, expected = by_rule(cls, options, start, 3, None, 30.0, (backend,))
     # A code, or a narrow number's neighbour, may fall to either side of a boundary in a few places.
-    flips = bits < 32 or rounding == "stochastic" or (rounding == "nearest" and dtype != torch.float32)
+    # One that does changes the root mean square, and with it every entry a little.
+    flips = bits < 32 or rounding == "stochastic"
+    tolerance = 1e-3 if flips else 2e-6
     for name, value in {"param": mine, **state}.items():
         if name == "kahan_comp":
             continue  # in units of the weight's last place: compared with the weight
         reference = theirs if name == "param" else expected[name]
         off, largest = (value - reference).abs(), float(reference.abs().max())
-        exact = off <= 2e-6 * largest + 2e-6 * reference.abs()
-        assert flips or exact.all(), (name, off.max())
-        assert exact.sum() >= (0.99 if bits == 32 else 0.95) * exact.numel() - (bits == 8), (
-            name,
-            exact.float().mean(),
-        )
+        close = off <= tolerance * (largest + reference.abs())
+        assert close.all() if not flips else close.float().mean() >= 0.95, (name, off.max())
         assert off.max() <= 2.0**-5 * largest, (name, off.max())
+
+
+@pytest.mark.parametrize("backend", ["in_place", "cpu_passes"])
+@pytest.mark.parametrize(
+    "case", [*CASES, (CoapAdafactor, {"scale_parameter": True, "project": False}, (90, 48))], ids=named
+)
+def test_shards_that_add_up_their_sums_take_the_whole_weights_step(backend: str, case: Case) -> None:
+    """Two shards along the first axis, as a mesh of two devices would hold them."""
+    cls, options, shape = case
+    passes = BACKENDS[backend]
+    assert isinstance(passes, InPasses)
+    if cls.rule not in passes.rules or not passes.available():
+        pytest.skip(f"{backend} does not step {cls.rule} here")
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = cls([param], **options)
+    plan, group = optimizer.plan_of(param), optimizer.param_groups[0]
+    flags = {flag: group[flag] for flag in RULE_FLAGS[cls.rule]}
+    hyper = Hyper(1e-2, 0.9, 0.95, 1e-8, 0.1, flags)
+    specs = plan.specs(shape)
+    held = {name: spec.zeros(param.device) for name, spec in specs.items()}
+    whole = ParamStep(param.detach().clone(), torch.randn(shape), held, plan, 1.0)
+    cuts = [slice(0, shape[0] // 3), slice(shape[0] // 3, None)]
+    shards = [shard(whole, cut, specs) for cut in cuts]
+    for number in (1.0, 2.0, 3.0):
+        grad = torch.randn(shape)
+        steps = [whole._replace(grad=grad, step=number)]
+        steps += [each._replace(grad=grad[cut].clone(), step=number) for each, cut in zip(shards, cuts, strict=True)]
+        run_all, *run_shards = (passes.rules[cls.rule].passes(step, hyper) for step in steps)
+        list(run_all)
+        for found in zip(*run_shards, strict=True):
+            add_up(found)
+    torch.testing.assert_close(torch.cat([each.param for each in shards]), whole.param, rtol=1e-5, atol=1e-6)
+    for name, spec in specs.items():
+        parts = [each.state[name] for each in shards]
+        joined = torch.cat(parts, spec.param_dims.index(0)) if 0 in spec.param_dims else parts[1]
+        torch.testing.assert_close(joined, whole.state[name], rtol=1e-5, atol=1e-6)
+
+
+def shard(step: ParamStep, cut: slice, specs: dict[str, TensorSpec]) -> ParamStep:
+    """Return the step of the rows of a weight, with the state that runs along them, and copies of all other state."""
+    state = {}
+    for name, spec in specs.items():
+        along = [cut if dim == 0 else slice(None) for dim in spec.param_dims]
+        state[name] = step.state[name][tuple(along)].clone()
+    return step._replace(param=step.param[cut].clone(), grad=step.grad[cut].clone(), state=state, whole=step.shape)
+
+
+def add_up(found: Sequence[list[Sum]]) -> None:
+    """Replace the sums of all shards of a pass by what they add up to, where no shard has a complete one."""
+    for sums in zip(*found, strict=True):
+        if 0 not in sums[0].dims:
+            total = torch.stack([each.values for each in sums]).sum(0)
+            for each in sums:
+                each.values.copy_(total)
+
+
+def test_the_result_is_the_same_on_any_number_of_threads() -> None:
+    found = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append([run(cls, {}, torch.ones(300, 1024))[0] for cls in (FAdam, HFac)])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

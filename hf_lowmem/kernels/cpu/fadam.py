@@ -51,9 +51,9 @@ class InLibrary:
         weight, state, shape, codec = step.weight(), step.state, tuple(step.param.shape), step.plan.codec
         count = shape[0] if step.plan.stacked else 1
         entries = step.param.numel() // count
-        block_size, row = (
-            (codec.block_size, codec.ragged_row(shape)) if isinstance(codec, Int8Blockwise) else (1, None)
-        )
+        block_size, row = 1, None
+        if isinstance(codec, Int8Blockwise):
+            block_size, row = codec.block_size, codec.ragged_row(shape)
         kept = [1 if axis in matrix_dims(step) else size for axis, size in enumerate(shape)]
         self.sums = torch.zeros(*kept, 3, dtype=torch.float64, device="cpu")
         self.decays = hyper.weight_decay > 0

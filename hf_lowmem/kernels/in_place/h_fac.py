@@ -51,7 +51,9 @@ def in_passes(sweeps_of: Callable[[ParamStep, Hyper], Sweeps]) -> Callable[[Para
     def h_fac(step: ParamStep, hyper: Hyper) -> Passes:
         sweeps = sweeps_of(step, hyper)
         row_sums, row_squares, col_sums, col_squares = sums = sweeps.sum_sides()
-        yield [Sum(values, dims_of(step, side)) for values, side in zip(sums, "rrcc", strict=True)]
+        yield [
+            Sum(values, dims_of(step, side)) for values, side in zip(sums, ("row", "row", "col", "col"), strict=True)
+        ]
         row = averaged(step, hyper, "row", row_sums, row_squares)
         col = averaged(step, hyper, "col", col_sums, col_squares)
         mean_square = step.state["exp_avg_sq_col"].mean(
