@@ -115,8 +115,8 @@ INLINE void sum_quotients(const Weight *weight, int64_t at, int n, double *sums)
     fetch_ahead((const void *)weight->part.grad, weight->part.dtype, at, n);
     fetch_ahead(second->data, second->dtype, at, n);
     if (weight->decay == 0.0f || !weight->has_grad) {
-        SIMD for (int i = 0; i < n; i++)
-            naturals[i] = grad[i] * reciprocal(updated(weight, held[i], grad[i]), weight->eps);
+        SIMD for (int i = 0; i < n; i++) naturals[i] =
+            grad[i] * reciprocal(updated(weight, held[i], grad[i]), weight->eps);
     } else {
         const float *param = load_param(&weight->part, at, n, params);
         fetch_ahead((const void *)weight->part.param, weight->part.dtype, at, n);
@@ -172,6 +172,7 @@ CLONES static void sweep(const Weight *weight, enum Pass pass, int64_t first, in
 /* Returns 0, or 1 without having changed anything when there is no memory for the sums. */
 int hf_lowmem_fadam(const FAdam *fadam, int pass, int threads) {
     const int64_t entries = fadam->entries, columns = fadam->columns;
+    if (fadam->count == 0 || entries == 0) return 0; /* a shard without an entry */
     const int64_t size = run_size(fadam->fim_dtype == CODES, fadam->block_size);
     const int64_t chunk = columns > UNIT ? UNIT / size * size : parts_of(UNIT, columns) * columns;
     const int64_t units = parts_of(entries, chunk), all = fadam->count * units;
@@ -185,10 +186,15 @@ int hf_lowmem_fadam(const FAdam *fadam, int pass, int threads) {
     part.param = fadam->param, part.grad = fadam->grad, part.kahan_comp = fadam->kahan_comp;
     part.dtype = fadam->dtype, part.rounding = fadam->rounding;
     part.noise_key = fadam->noise_key, part.grad_scale = fadam->grad_scale;
-    part.first = (Moment){(void *)fadam->exp_avg, (float *)fadam->exp_avg_absmax, fadam->exp_avg_dtype,
-                          fadam->block_size, fadam->row, fadam->maps};
-    part.second = (Moment){(void *)fadam->fim, (float *)fadam->fim_absmax, fadam->fim_dtype,
-                           fadam->block_size, fadam->row, fadam->maps + 1};
+    part.first = (Moment){(void *)fadam->exp_avg,
+                          (float *)fadam->exp_avg_absmax,
+                          fadam->exp_avg_dtype,
+                          fadam->block_size,
+                          fadam->row,
+                          fadam->maps};
+    part.second =
+        (Moment){(void *)fadam->fim, (float *)fadam->fim_absmax, fadam->fim_dtype, fadam->block_size, fadam->row,
+                 fadam->maps + 1};
     for (int64_t w = 0; w < fadam->count; w++) weights[w] = weight_of(fadam, &part, fadam->sums + 3 * w);
     _Pragma("omp parallel for schedule(dynamic) num_threads(threads) if (all > 1)")
     for (int64_t number = 0; number < all; number++) {

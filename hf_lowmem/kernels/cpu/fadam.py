@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class InLibrary:
     def __init__(self, step: ParamStep, hyper: Hyper) -> None:
         weight, state, shape, codec = step.weight(), step.state, tuple(step.param.shape), step.plan.codec
         count = shape[0] if step.plan.stacked else 1
-        entries = step.param.numel() // count
+        entries = math.prod(shape[1:] if step.plan.stacked else shape)
         block_size, row = 1, None
         if isinstance(codec, Int8Blockwise):
             block_size, row = codec.block_size, codec.ragged_row(shape)

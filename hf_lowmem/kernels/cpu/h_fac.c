@@ -61,8 +61,8 @@ INLINE void update(const Part *part, int64_t at, int n, float step_size, float r
     float params[RUN], grads[RUN];
     const float *grad = load_grad(part, at, n, grads), decay = (float)part->decay;
     float *param = load_param(part, at, n, params);
-    SIMD for (int i = 0; i < n; i++)
-        param[i] = param[i] * decay - (grad[i] * row * cols[i] * step_size + (row_shift + col_shifts[i]));
+    SIMD for (int i = 0; i < n; i++) param[i] =
+        param[i] * decay - (grad[i] * row * cols[i] * step_size + (row_shift + col_shifts[i]));
     store_param(part, at, n, param);
 }
 
@@ -75,8 +75,7 @@ CLONES static void sweep(const HFac *h_fac, const Part *part, enum Pass pass, in
         for (int64_t column = 0; column < columns; column += RUN) {
             const int64_t at = row * columns + column, col = from + column;
             const int n = (int)least(RUN, columns - column);
-            if (pass == SUM_SIDES)
-                add_sides(part, at, n, sums, col_sums + column, col_squares + column);
+            if (pass == SUM_SIDES) add_sides(part, at, n, sums, col_sums + column, col_squares + column);
             else if (pass == SUM_ENERGY)
                 *energy += energy_of(part, at, n, h_fac->row_factors[row], h_fac->col_factors + col);
             else
@@ -100,6 +99,7 @@ CLONES static void add_up(const HFac *h_fac, int64_t matrix, int64_t groups, con
 /* Returns 0, or 1 without having changed anything when there is no memory for the sums. */
 int hf_lowmem_h_fac(const HFac *h_fac, int pass, int threads) {
     const int64_t rows = h_fac->rows, columns = h_fac->columns, count = h_fac->count;
+    if (count == 0 || rows == 0 || columns == 0) return 0; /* a shard without a row */
     int64_t groups = parts_of(rows * columns, UNIT);
     if (pass == SUM_SIDES) groups = least(groups, least(GROUPS, COLUMN_SUMS / columns) / count);
     if (groups < 1) groups = 1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class InLibrary:
             rounding=ROUNDINGS[step.plan.rounding.kind],
             count=count,
             rows=rows,
-            columns=step.param.numel() // (count * rows),
+            columns=math.prod(step.param.shape[axis] for axis in matrix[1:]),
             noise_key=step.noise_key,
             grad_scale=1.0 if step.clip is None else step.clip.scale.item(),
             decay=1 - hyper.lr * hyper.weight_decay,
