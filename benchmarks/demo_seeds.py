@@ -1,8 +1,7 @@
 """Merges runs of the demo with several seeds, to compare differences between optimizers with those between seeds.
 
     for seed in 0 1 2; do
-        hf-lowmem demo --seed $seed --output-dir runs/$seed --optims "adamw_torch,coap_adamw_8bit,soap_8bit,\\
-    coap_adafactor_8bit,coap_adamw update_interval=10,coap_adamw update_interval=10 eq5_scale=rms"
+        hf-lowmem demo --seed $seed --output-dir runs/$seed --optims "adamw_torch,slim_adamw_8bit,coap_adamw_8bit"
     done
     python benchmarks/demo_seeds.py --commit "$(git rev-parse HEAD)" runs/*/demo.json
 

@@ -48,6 +48,7 @@ ON_8B_SHAPES = {
     "baselines": ("bf16",),  # a float32 baseline would not fit into memory beside the bfloat16 one
 }
 TRAINED_1B = ("adamw_torch_fused", "coap_adamw_8bit")
+IN_PASSES = ("smmf", "micro_adam", "fadam_8bit", "h_fac")
 # Optimizers of other packages may hang. They come early, but after the two that matter most, and in their own process.
 FIRST = ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "flashoptim")
 
@@ -89,6 +90,7 @@ PARTS: dict[int, Stages] = {
             *(Call("gpu_stages.training:run", 8, {"optim": optim, "preset": "1b"}) for optim in TRAINED_1B),
             Call("gpu_stages.core:run", 25, {"names": ("soap_8bit",)}),  # its first step decomposes every weight
         ),
+        "passes": (Call("gpu_stages.core:run", 30, {"names": IN_PASSES}, on_cpu=2),),
         "graphs": (Call("gpu_stages.graphs:run", 12),),
         "rlhf": tuple(
             Call("gpu_stages.rlhf:run", 22, {"method": method, "optim": optim}, on_cpu=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -17,10 +17,15 @@ from gpu_stages.session import Session
 from hf_lowmem.algorithms import LowMemAdamW, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import decode_table
 from hf_lowmem.kernels import forced
+from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.kernels.triton import launch
 from hf_lowmem.kernels.triton.launch import Launch
+from hf_lowmem.kernels.triton.passes import TritonPasses
 
-NAMES = ("lowmem_adamw_8bit", "slim_adamw", "slim_adamw_8bit", "adam_mini_8bit", "signum_8bit", "coap_adamw_8bit")
+NAMES = (
+    *("lowmem_adamw_8bit", "slim_adamw", "slim_adamw_8bit", "adam_mini_8bit", "signum_8bit", "coap_adamw_8bit"),
+    *("smmf", "micro_adam", "fadam_8bit", "h_fac"),
+)
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=256,
@@ -104,9 +109,9 @@ def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
 
 @contextmanager
 def launched() -> Iterator[set[str]]:
-    """Return the kinds of launch, by the second moment and by when its means are computed."""
+    """Return the kinds of launch, by the second moment and by when its means are computed, or by the rule in passes."""
     kinds: set[str] = set()
-    step, add = Launch.step, launch.add
+    step, add, passes = Launch.step, launch.add, TritonPasses.step
 
     def one_launch(self: Launch, *args: Any) -> None:
         kinds.add(f"{self.variant.second} {self.variant.means}")
@@ -116,7 +121,17 @@ def launched() -> Iterator[set[str]]:
         kinds.add("add")
         add(*args)
 
-    with mock.patch.object(Launch, "step", one_launch), mock.patch.object(launch, "add", one_add):
+    def in_passes(self: TritonPasses, bucket: Bucket, hyper: Hyper) -> None:
+        kinds.add(bucket.rule)
+        passes(self, bucket, hyper)
+
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (Launch, "step", one_launch),
+            (launch, "add", one_add),
+            (TritonPasses, "step", in_passes),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
         yield kinds
 
 

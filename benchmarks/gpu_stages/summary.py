@@ -27,6 +27,7 @@ LEGENDS = {
     "quality": "The held-out loss of a new model after equal steps; one seed.",
 }
 LEGENDS["step-8b-8layers"] = LEGENDS["core"]
+LEGENDS["passes"] = LEGENDS["core"]
 LEGENDS["coap"] = f"{LEGENDS['core']} Then fine-tuning, batches of 4 x 2,048 tokens on a GPU."
 NAMES = {
     "to_bf16": "ratio to AdamW bf16",
