@@ -109,7 +109,7 @@ def follows_the_rule(name: str, dtype: torch.dtype, device: str) -> str:
 
 @contextmanager
 def launched() -> Iterator[set[str]]:
-    """Return the kinds of launch, by the second moment and by when its means are computed, or by the rule in passes."""
+    """Return the kinds of launch: second moment and when its means are computed, or the rule of a step in passes."""
     kinds: set[str] = set()
     step, add, passes = Launch.step, launch.add, TritonPasses.step
 
