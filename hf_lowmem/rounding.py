@@ -93,6 +93,11 @@ class StoredWeight:
         return torch.where(value.isfinite(), torch.copysign(units.mul_(unit), value), value)
 
 
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """Return the number of a dtype that is nearest to `number`."""
+    return float(torch.tensor(number, dtype=dtype, device="cpu"))
+
+
 def last_place(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return one unit in the last place of `dtype` at each entry of the float32 `value`.
 

@@ -16,6 +16,7 @@ from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import DECAY, Legal, Options, at_least, flag, layout, recipe_only
 from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
+from hf_lowmem.rounding import rounded
 from hf_lowmem.state import Moments, StatePlan
 from hf_lowmem.update_rules import BoundProjection, Number, update_rule
 
@@ -57,7 +58,9 @@ def micro_adam_rule(
         update = update + window.error(state, *whole, dtype, alpha)
         window.encode_error(state, window.error(state, *whole, dtype, 1 - alpha), 0)
     decayed, update = (param * (1 - lr * weight_decay)).to(dtype), update.view(param.shape)
-    return decayed - lr * update if isinstance(lr, Tensor) else torch.add(decayed, update, alpha=-lr)
+    alike = lr if isinstance(lr, Tensor) else rounded(lr, dtype)  # torch.add does so on a CPU alone
+    new_param: Tensor = decayed - alike * update if isinstance(lr, Tensor) else decayed.add(update, alpha=-alike)
+    return new_param
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class MicroAdam(LowMemOptimizer):
     Q keeps the smallest and the largest entry of each bucket and the nearest of 16 levels between them. With `alpha`,
     a share of e is added to the update and taken off e. It departs from the code in these ways: each weight counts its
     own steps; blocks have 32768 entries whatever the device; buckets have 64; an entry that is not finite makes its
-    weight NaN and does not enter e; weights other than bfloat16 that are rounded to nearest are stepped in float32, and
-    rounded once. Without AMSGrad's maximum, as the code.
+    weight NaN and does not enter e. Only bfloat16 weights that are rounded to nearest are stepped in bfloat16, as there;
+    all others are stepped in float32 and rounded once. Neither has AMSGrad's maximum.
 
     The sums have m terms while the bias corrections assume t, so the step grows with t: an entry that is kept at every
     step moves by lr at first, 2 lr after 100 steps, 5.2 lr after 1000 and 6.5 lr in the end; see docs/micro_adam.md.
@@ -128,8 +131,14 @@ class MicroAdam(LowMemOptimizer):
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
-        sizes = [options[name] for name in ("m", "density", "top_k_block_size", "quant_block_size")]
-        return StatePlan({"window": TopKWindow(*sizes, BITS[options["state_bits"]])}, Float32())
+        window = TopKWindow(
+            length=options["m"],
+            density=options["density"],
+            block_size=options["top_k_block_size"],
+            bucket_size=options["quant_block_size"],
+            dtype=BITS[options["state_bits"]],
+        )
+        return StatePlan({"window": window}, Float32())
 
     @classmethod
     def state_plan(cls, shape: tuple[int, ...], dtype: torch.dtype, values: Mapping[str, Any]) -> StatePlan:

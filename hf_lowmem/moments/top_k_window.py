@@ -28,8 +28,8 @@ class TopKWindow:
     Source: arXiv:2405.15593, algorithm 1.
 
     State, under these names whatever the moment is called, and independent of the plan's codec: `window_index` and
-    `window_value` (length, entries kept), the former counted from the start of the block; `error_codes`, two in a byte,
-    the first one in the high bits; `error_lo` and `error_hi`, a number per bucket.
+    `window_value` (length, entries kept), the former counted from the start of the block; `error_codes`, two in a
+    byte, the first one in the high bits; `error_lo` and `error_hi`, a number per bucket.
 
     Args:
         length: how many gradients the window holds.
@@ -82,15 +82,20 @@ class TopKWindow:
         )
         return ((codes * unit + low) * scale).to(dtype)
 
-    def push(self, state: State, grad: Tensor, start: int, step: float | Tensor) -> None:
-        """Put the largest entries of whole blocks into the window, in place of those of `length` steps ago."""
+    def push(self, state: State, grad: Tensor, start: int, step: float | Tensor) -> Tensor:
+        """Put the largest entries of whole blocks into the window, in place of those of `length` steps ago.
+
+        Returns:
+            Their places in the part.
+        """
         index, columns = self._largest(grad), slice(self.columns(start), self.columns(start + len(grad)))
-        values, row = grad[index + self._block_starts(index)], (step - 1) % self.length
-        for tensor, new in ((state[INDEX][:, columns], index), (state[VALUE][:, columns], values)):
+        places, row = index + self._block_starts(index), (step - 1) % self.length
+        for tensor, new in ((state[INDEX][:, columns], index), (state[VALUE][:, columns], grad[places])):
             if isinstance(row, Tensor):
                 tensor.index_copy_(0, row.long().view(1), new.to(tensor.dtype).unsqueeze(0))
             else:
                 tensor[int(row)] = new.to(tensor.dtype)
+        return places
 
     def set_error(self, state: State, grad: Tensor, start: int, step: float | Tensor) -> None:
         """Store what whole buckets have beside the newest gradient of the window as the error.
@@ -158,7 +163,7 @@ class TopKWindow:
         return found[start - first * self.block_size : stop - first * self.block_size]
 
     def _block_starts(self, columns: Tensor) -> Tensor:
-        """Return where the block of each of some columns starts, which are those of whole blocks, from the first one."""
+        """Return where the block of each column starts, for the columns of whole blocks from the first one on."""
         return torch.arange(len(columns), device=columns.device) // self.kept(self.block_size) * self.block_size
 
 

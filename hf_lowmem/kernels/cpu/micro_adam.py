@@ -14,6 +14,7 @@ from hf_lowmem.kernels.cpu.step import DTYPES, ROUNDINGS
 from hf_lowmem.kernels.passes import Passes, RulePasses
 from hf_lowmem.moments import TopKWindow
 from hf_lowmem.moments.top_k_window import CODES, HIGH, INDEX, LOW, VALUE
+from hf_lowmem.rounding import rounded
 
 # torch.add takes two vectors of bfloat16 numbers at a time, and rounds the product of the rest on its own.
 VECTORS = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
@@ -79,7 +80,7 @@ def micro_adam(step: ParamStep, hyper: Hyper) -> Passes:
         noise_key=step.noise_key,
         grad_scale=1.0 if step.clip is None else step.clip.scale.item(),
         decay=1 - lr * hyper.weight_decay,
-        lr=torch.tensor(lr, dtype=torch.bfloat16, device="cpu").item() if follows else lr,
+        lr=rounded(lr, step.plan.arithmetic),
         eps=hyper.eps,
         first_correction=(1 - hyper.beta1) / (1 - hyper.beta1**number),
         second_correction=(1 - hyper.beta2) / (1 - hyper.beta2**number),

@@ -11,6 +11,7 @@ from hf_lowmem.kernels.bucket import Hyper, ParamStep
 from hf_lowmem.kernels.means import scaled_grad, tile_size
 from hf_lowmem.kernels.passes import Passes, RulePasses
 from hf_lowmem.moments import TopKWindow
+from hf_lowmem.rounding import rounded
 
 MOST = 1 << 22  # entries of a part, which take some 40 bytes each while their largest are found
 
@@ -43,7 +44,9 @@ def micro_adam(step: ParamStep, hyper: Hyper) -> Passes:
             update += error(part, alpha)
         tile = weight[(part,)]
         decayed, lr = (tile.load() * decay).to(dtype), hyper.lr
-        tile.store(decayed - lr * update if isinstance(lr, Tensor) else decayed.add_(update, alpha=-lr))
+        tile.store(
+            decayed - lr * update if isinstance(lr, Tensor) else decayed.add_(update, alpha=-rounded(lr, dtype))
+        )
     for part in buckets if alpha else ():
         window.encode_error(state, error(part, 1 - alpha), part.start)
     yield from ()

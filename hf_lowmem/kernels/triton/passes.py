@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_lowmem.kernels.passes import InPasses
+from hf_lowmem.kernels.triton.micro_adam import MICRO_ADAM
 from hf_lowmem.kernels.triton.smmf import SMMF
 from hf_lowmem.kernels.triton.variants import triton_kernels
 
@@ -16,4 +17,4 @@ class TritonPasses(InPasses):
         return triton_kernels() is not None
 
 
-TRITON_PASSES = TritonPasses("triton_passes", {"smmf": SMMF}, devices=("cuda",))
+TRITON_PASSES = TritonPasses("triton_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cuda",))
