@@ -107,8 +107,8 @@ class MicroAdam(LowMemOptimizer):
     Q keeps the smallest and the largest entry of each bucket and the nearest of 16 levels between them. With `alpha`,
     a share of e is added to the update and taken off e. It departs from the code in these ways: each weight counts its
     own steps; blocks have 32768 entries whatever the device; buckets have 64; an entry that is not finite makes its
-    weight NaN and does not enter e. Only bfloat16 weights that are rounded to nearest are stepped in bfloat16, as there;
-    all others are stepped in float32 and rounded once. Neither has AMSGrad's maximum.
+    weight NaN and does not enter e. bfloat16 weights that are rounded to nearest are stepped in bfloat16, as in the
+    code; all others are stepped in float32 and rounded once. Neither has AMSGrad's maximum.
 
     The sums have m terms while the bias corrections assume t, so the step grows with t: an entry that is kept at every
     step moves by lr at first, 2 lr after 100 steps, 5.2 lr after 1000 and 6.5 lr in the end; see docs/micro_adam.md.

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdamW, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, FAdam, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import forced
@@ -37,7 +37,7 @@ from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.launch import Launch
 from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for, tuned
 from hf_lowmem.state import Rounding, StatePlan
-from tests.support import smmf_runs
+from tests.support import passes_runs, smmf_runs
 from tests.support.backend_steps import PLANS, check_reduce_then_apply
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
@@ -457,3 +457,22 @@ def test_smmf_steps_as_the_rule(capturable: bool, number: int) -> None:
     dtype, rounding = smmf_runs.WEIGHTS[number % len(smmf_runs.WEIGHTS) if capturable else 0]
     clip = 0.5 if number % 2 else None
     smmf_runs.check("triton_passes", {**options, "capturable": capturable}, shape, dtype, rounding, DEVICE, clip)
+
+
+# Several tiles, of which one is not full; stacks; and the flags.
+FADAM = [
+    ({}, (9, 768)),
+    ({"clip_threshold": 0.5, "mask_decay": False}, (7, 5, 64)),
+    ({"stacked": True}, (3, 10, 256)),
+    ({"stacked": True, "mask_decay": False}, (5, 192)),
+]
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("number", range(len(FADAM)))
+def test_fadam_steps_as_the_rule(number: int, bits: int) -> None:
+    """Each case with another weight, and with float32."""
+    other, clip = smmf_runs.WEIGHTS[1 + (number + bits // 8) % 4], 30.0 if number % 2 else None
+    for dtype, rounding in (smmf_runs.WEIGHTS[0], other):
+        case = (FAdam, *FADAM[number])
+        passes_runs.check("triton_passes", case, bits, dtype, rounding, DEVICE, clip, capturable=bits == 16)

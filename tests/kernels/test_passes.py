@@ -9,28 +9,14 @@ import pytest
 import torch
 
 from hf_lowmem.algorithms import CoapAdafactor, FAdam, HFac
-from hf_lowmem.kernels import BACKENDS, forced
+from hf_lowmem.kernels import BACKENDS
 from hf_lowmem.kernels.bucket import Hyper, ParamStep
 from hf_lowmem.kernels.passes import InPasses, Sum
-from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.state import TensorSpec
 from hf_lowmem.update_rules import RULE_FLAGS
-from tests.support.kernel_runs import by_rule, run
+from tests.support.kernel_runs import run
+from tests.support.passes_runs import CASES, Case, check
 
-Case = tuple[type[LowMemOptimizer], dict[str, Any], tuple[int, ...]]
-# Several units, rows that are longer than a run, stacks, and weights of other than two axes.
-CASES: list[Case] = [
-    (FAdam, {}, (90, 1024)),
-    (FAdam, {"clip_threshold": 0.5, "mask_decay": False}, (37, 5, 3, 3)),
-    (FAdam, {"stacked": True}, (3, 70, 100)),
-    (FAdam, {"stacked": True}, (30, 7)),
-    (FAdam, {}, (1031,)),
-    (HFac, {}, (90, 1024)),
-    (HFac, {"momentum_in_correction": "previous", "clip_threshold": 0.5}, (37, 5, 3, 3)),
-    (HFac, {"stacked": True}, (3, 70, 300)),
-    (HFac, {}, (1031, 3)),
-    (HFac, {}, (2, 40_001)),
-]
 COVERED = [
     ("in_place", torch.float32, "nearest"),
     ("in_place", torch.float16, "kahan"),
@@ -56,24 +42,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_backend_follows_the_rule(backend: str, case: Case, bits: int, dtype: torch.dtype, rounding: str) -> None:
     if not BACKENDS[backend].available():
         pytest.skip("the compiled kernels are missing")
-    cls, options, shape = case
-    options = {**options, "state_bits": bits, "min_8bit_size": 0, "rounding": rounding}
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with forced(backend):
-        mine, state = run(cls, options, start, clip=30.0)
-    theirs, expected = by_rule(cls, options, start, 3, None, 30.0, (backend,))
-    # A code, or a narrow number's neighbour, may fall to either side of a boundary in a few places.
-    # One that does changes the root mean square, and with it every entry a little.
-    flips = bits < 32 or rounding == "stochastic"
-    tolerance = 1e-3 if flips else 2e-6
-    for name, value in {"param": mine, **state}.items():
-        if name == "kahan_comp":
-            continue  # in units of the weight's last place: compared with the weight
-        reference = theirs if name == "param" else expected[name]
-        off, largest = (value - reference).abs(), float(reference.abs().max())
-        close = off <= tolerance * (largest + reference.abs())
-        assert close.all() if not flips else close.float().mean() >= 0.95, (name, off.max())
-        assert off.max() <= 2.0**-5 * largest, (name, off.max())
+    check(backend, case, bits, dtype, rounding)
 
 
 @pytest.mark.parametrize("backend", ["in_place", "cpu_passes"])

@@ -28,7 +28,7 @@ from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.columns import Geometry
 from hf_lowmem.kernels.parts import elementwise, geometries
-from hf_lowmem.kernels.triton import smmf, smmf_kernels
+from hf_lowmem.kernels.triton import fadam, fadam_kernels, smmf, smmf_kernels
 from hf_lowmem.kernels.triton import step as kernels
 from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
 from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
@@ -42,6 +42,8 @@ SIGNATURE |= {"scale": "fp32", "key": "i32", "entries": "i32"}
 FACTORS = [f"{side}{sums}{sq}" for side in ("row", "col") for sums in ("", "_sums") for sq in ("", "_sq")]
 SIGNATURE |= dict.fromkeys(FACTORS, "*fp32") | dict.fromkeys(("signs", "positives"), "*u8")
 SIGNATURE |= {"grads": "*bf16", "numbers": "*fp64", "n": "i32", "m": "i32", "rows_each": "i32"}
+# Of FAdam's kernels, whose moments are 8-bit codes or floats.
+SIGNATURE |= dict.fromkeys(("fim_scales", "average_scales", "energies", "natural_sums", "decay_sums"), "*fp32")
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
 
 
@@ -107,7 +109,8 @@ class Report:
 
     def __init__(self, kernel: Any, folder: Path, arch: int, warps: int, **constants: Any) -> None:
         names = kernel.arg_names
-        signature = {name: SIGNATURE.get(name, "constexpr") for name in names}
+        moments = dict.fromkeys(("fims", "averages"), constants.pop("moments", "*fp32"))
+        signature = {name: (SIGNATURE | moments).get(name, "constexpr") for name in names}
         places = {(names.index(name),): value for name, value in constants.items()}
         even = [name for name, kind in signature.items() if kind.startswith("*") or name in ("entries", "n", "m")]
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
@@ -301,3 +304,14 @@ def test_smmf_goes_over_a_weight_without_spills(arch: int, tmp_path: Path) -> No
         assert (report.spills, report.stack) == (0, 0)
     packing = Report(smmf_kernels.pack, tmp_path, arch, 4, BYTES=smmf.PACKED)
     assert (packing.spills, packing.stack) == (0, 0)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_fadam_goes_over_a_weight_without_spills(bits: int, arch: int, tmp_path: Path) -> None:
+    sizes = {"BLOCKS": fadam.TILE // 256, "BLOCK": 256, "CLIP": False}
+    flags = {"ROUNDING": "nearest", "DECAYS": True, "MASK_DECAY": True, "moments": "*u8" if bits == 8 else "*fp32"}
+    reports = [Report(fadam_kernels.sum_gradient, tmp_path, arch, fadam.WARPS, **sizes)]
+    for kernel in (fadam_kernels.sum_quotients, fadam_kernels.update):
+        reports.append(Report(kernel, tmp_path, arch, fadam.WARPS, **sizes, **flags))
+    assert all((report.spills, report.stack) == (0, 0) for report in reports)

@@ -44,12 +44,16 @@ def in_passes(sweeps_of: Callable[[ParamStep, Hyper], Sweeps]) -> Callable[[Para
     return fadam
 
 
-def covers(step: ParamStep) -> bool:
+def has_fisher_moments(step: ParamStep) -> bool:
     """Return whether a step in float32 has a full momentum and a full Fisher information, and nothing else."""
     plan = step.plan
-    if plan.arithmetic != torch.float32 or plan.projection is not FULL_SPACE or isinstance(step.step, Tensor):
+    if plan.arithmetic != torch.float32 or plan.projection is not FULL_SPACE:
         return False
     return plan.moments == {"exp_avg": Full(), "fim": Full(signed=False)}
+
+
+def covers(step: ParamStep) -> bool:
+    return has_fisher_moments(step) and not isinstance(step.step, Tensor)
 
 
 class InTiles:

@@ -196,6 +196,16 @@ def add(step: ParamStep, update: Tensor, scale: float, decay: float | Tensor) ->
         add_kernel(param, comps, update, decays.float(), scale, step.noise_key, entries, **sizes, **options)
 
 
+def numbers_on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return the numbers of a step, float64; computed on the device where one of them is there."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return uploaded(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
+    found = torch.empty(len(values), dtype=torch.float64, device=device)
+    for place, value in enumerate(values):
+        found[place] = value
+    return found
+
+
 @cache
 def lasting_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     found = uploaded(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)

@@ -109,13 +109,8 @@ def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.cons
         return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=0))
     # An entry past the end of a row must not count in the scale that is stored.
     found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=CODE_OF_ZERO)
-    # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
-    values = decoded(tl.arange(0, 256), SIGNED)
     scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, mask=block_mask, other=0.0)
-    if not SIGNED:
-        values, scale = values * values, scale * scale
-    values = tl.gather(values, tl.reshape(as_index(found), [at.numel]), 0)
-    return tl.reshape(values, at.shape) * scale[:, None]
+    return from_codes(found, scale, SIGNED)
 
 
 @triton.jit
@@ -125,11 +120,28 @@ def store(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, value, SIGNED: t
     if DTYPE != tl.uint8:
         tl.store(pointer(part, FIELD, DTYPE, v.align) + at, value.to(DTYPE), mask=mask)
     else:
-        value = tl.where(tl.abs(value) < INFINITY, value, 0.0)
-        scale = tl.max(tl.abs(value), 1)
+        codes, scale = to_codes(value, SIGNED)
         tl.store(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, scale, mask=block_mask)
-        codes = encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED)
-        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes.to(tl.uint8), mask=mask)
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes, mask=mask)
+
+
+@triton.jit
+def from_codes(codes, scale, SIGNED: tl.constexpr):
+    """Return a tile as float32, of codes and the scale of each block; unsigned codes give the square."""
+    # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
+    values = decoded(tl.arange(0, 256), SIGNED)
+    if not SIGNED:
+        values, scale = values * values, scale * scale
+    values = tl.gather(values, tl.reshape(as_index(codes), [codes.numel]), 0)
+    return tl.reshape(values, codes.shape) * scale[:, None]
+
+
+@triton.jit
+def to_codes(value, SIGNED: tl.constexpr):
+    """Return the codes of a tile and the scale of each block; NaN and Inf become zero, and never reach a scale."""
+    value = tl.where(tl.abs(value) < INFINITY, value, 0.0)
+    scale = tl.max(tl.abs(value), 1)
+    return encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED).to(tl.uint8), scale
 
 
 @triton.jit

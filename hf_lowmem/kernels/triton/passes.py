@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_lowmem.kernels.passes import InPasses
+from hf_lowmem.kernels.triton.fadam import FADAM
 from hf_lowmem.kernels.triton.micro_adam import MICRO_ADAM
 from hf_lowmem.kernels.triton.smmf import SMMF
 from hf_lowmem.kernels.triton.variants import triton_kernels
@@ -17,4 +18,6 @@ class TritonPasses(InPasses):
         return triton_kernels() is not None
 
 
-TRITON_PASSES = TritonPasses("triton_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM}, devices=("cuda",))
+TRITON_PASSES = TritonPasses(
+    "triton_passes", {"smmf": SMMF, "micro_adam": MICRO_ADAM, "fadam": FADAM}, devices=("cuda",)
+)

@@ -13,20 +13,26 @@ WEYL, MIX_1, MIX_2 = (tl.constexpr(n) for n in (rounding.WEYL, rounding.MIX_1, r
 @triton.jit
 def take(weights, comps, at, mask, decay, update, key, WEIGHT: tl.constexpr, ROUNDING: tl.constexpr):
     """param <- decay * param + update, rounded as `rounding.StoredWeight` does."""
-    param = widened(tl.load(weights + at, mask=mask, other=0))
-    if ROUNDING == "kahan":
-        fraction = tl.load(comps + at, mask=mask, other=0).to(tl.float32) * 2.0**-16
-        param = tl.fma(last_place(param, WEIGHT), fraction, param)
-    param = tl.fma(param, decay, update)
+    param = tl.fma(held(weights, comps, at, mask, WEIGHT, ROUNDING), decay, update)
     if ROUNDING == "stochastic":
         param = rounded_at_random(param, at, key, WEIGHT)
     narrow = param.to(WEIGHT)
     tl.store(weights + at, narrow, mask=mask)
     if ROUNDING == "kahan":
-        held = narrow.to(tl.float32)
-        fraction = (param - held) * inverse(last_place(held, WEIGHT)) * 2.0**16
+        stored = narrow.to(tl.float32)
+        fraction = (param - stored) * inverse(last_place(stored, WEIGHT)) * 2.0**16
         fraction = tl.minimum(tl.maximum(fraction, -(2.0**15)), 2.0**15 - 1)
         tl.store(comps + at, (fraction + ROUNDER - ROUNDER).to(tl.int16), mask=mask)
+
+
+@triton.jit
+def held(weights, comps, at, mask, WEIGHT: tl.constexpr, ROUNDING: tl.constexpr):
+    """Return a tile of a weight as float32, with what rounding has cut off."""
+    param = widened(tl.load(weights + at, mask=mask, other=0))
+    if ROUNDING == "kahan":
+        fraction = tl.load(comps + at, mask=mask, other=0).to(tl.float32) * 2.0**-16
+        param = tl.fma(last_place(param, WEIGHT), fraction, param)
+    return param
 
 
 @triton.jit

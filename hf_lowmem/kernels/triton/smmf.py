@@ -6,12 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_lowmem.kernels.bucket import ParamStep
 from hf_lowmem.kernels.in_place.smmf import Numbers, Square, Sums, first_moment, in_one_pass, is_contiguous_square
 from hf_lowmem.kernels.passes import RulePasses
-from hf_lowmem.kernels.triton.launch import uploaded
+from hf_lowmem.kernels.triton.launch import numbers_on_device
 from hf_lowmem.kernels.triton.variants import WEIGHTS
 
 TILE, COLUMNS = 1 << 11, 1 << 9  # entries that a program steps at a time, and columns of them at most
@@ -37,6 +36,7 @@ def covers(step: ParamStep) -> bool:
 def by_kernels(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
     """Go over a weight in one launch, and pack the signs in another where bytes of them cross its rows."""
     (count, n, m), state, weight, device = Square.of(step), step.state, step.weight(), step.param.device
+    key = 0 if weight.noise_key is None else weight.noise_key
     columns = min(max(power_of_two(m), 8), COLUMNS)
     rows = min(TILE // columns, power_of_two(n))
     blocks = -(-m // columns)
@@ -61,7 +61,7 @@ def by_kernels(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
             col_sums[0],
             row_sums[1],
             col_sums[1],
-            numbers_on_device(step, numbers),
+            numbers_on_device((*numbers, 1 - numbers.beta1, 1 - numbers.beta2, key), device),
             n,
             m,
             rows_each,
@@ -79,18 +79,6 @@ def by_kernels(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
             smmf_kernels().pack[grid](positives, signs, n * m, BYTES=PACKED, num_warps=4, enable_fp_fusion=True)
     for name, parts in zip(sums, (row_sums[0], col_sums[0], row_sums[1], col_sums[1]), strict=True):
         torch.sum(parts, -1 if name.endswith("_row") else -2, out=sums[name].view(count, -1))
-
-
-def numbers_on_device(step: ParamStep, numbers: Numbers) -> Tensor:
-    """Return the numbers that the kernels read, float64; computed on the device where one of them is there."""
-    weight, device = step.weight(), step.param.device
-    values = (*numbers, 1 - numbers.beta1, 1 - numbers.beta2, 0 if weight.noise_key is None else weight.noise_key)
-    if not any(isinstance(value, Tensor) for value in values):
-        return uploaded(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
-    found = torch.empty(len(values), dtype=torch.float64, device=device)
-    for place, value in enumerate(values):
-        found[place] = value
-    return found
 
 
 def power_of_two(at_least: int) -> int:
