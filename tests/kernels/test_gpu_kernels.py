@@ -37,7 +37,7 @@ from hf_lowmem.kernels.triton.codes import decoded, encoded
 from hf_lowmem.kernels.triton.launch import Launch
 from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for, tuned
 from hf_lowmem.state import Rounding, StatePlan
-from tests.support import passes_runs, smmf_runs
+from tests.support import micro_adam_runs, passes_runs, smmf_runs
 from tests.support.backend_steps import PLANS, check_reduce_then_apply
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
@@ -476,3 +476,11 @@ def test_fadam_steps_as_the_rule(number: int, bits: int) -> None:
     for dtype, rounding in (smmf_runs.WEIGHTS[0], other):
         case = (FAdam, *FADAM[number])
         passes_runs.check("triton_passes", case, bits, dtype, rounding, DEVICE, clip, capturable=bits == 16)
+
+
+@pytest.mark.parametrize("number", range(len(micro_adam_runs.CASES)))
+def test_micro_adam_steps_as_the_rule(number: int) -> None:
+    """Each case with another weight."""
+    options, shape = micro_adam_runs.CASES[number]
+    dtype, rounding = micro_adam_runs.WEIGHTS[number % len(micro_adam_runs.WEIGHTS)]
+    micro_adam_runs.check("triton_passes", options, shape, dtype, rounding, DEVICE)

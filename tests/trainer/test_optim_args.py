@@ -84,7 +84,7 @@ def test_each_mistake_is_one_sentence(text, message):
 def test_a_name_fixes_its_algorithm_and_state_bits(name):
     recipe = recipe_for(name)
     assert type(recipe) is RECIPES[OPTIM_NAMES[name].algorithm]
-    assert recipe.state_bits == (8 if name.endswith("_8bit") else 32)
+    assert recipe.state_bits == (8 if name.endswith("_8bit") else 16 if name == "micro_adam" else 32)
 
 
 def test_state_bits_may_repeat_the_name_but_not_contradict_it():
