@@ -216,7 +216,8 @@ class LowMemOptimizer(PlannedOptimizer):
             optimizer.resize_state()
 
         Raises:
-            RuntimeError: the state cannot be carried over: another axis has changed, or the weight is projected.
+            RuntimeError: the state cannot be carried over: another axis has changed, the weight is projected, or its
+                state is not laid out by rows.
         """
         self._host_copies.fetch()
         resized: dict[Tensor, State] = {}

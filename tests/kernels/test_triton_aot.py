@@ -28,7 +28,7 @@ from hf_lowmem.algorithms import AdamMini, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.columns import Geometry
 from hf_lowmem.kernels.parts import elementwise, geometries
-from hf_lowmem.kernels.triton import fadam, fadam_kernels, smmf, smmf_kernels
+from hf_lowmem.kernels.triton import fadam, fadam_kernels, micro_adam, micro_adam_kernels, smmf, smmf_kernels
 from hf_lowmem.kernels.triton import step as kernels
 from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
 from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
@@ -44,6 +44,11 @@ SIGNATURE |= dict.fromkeys(FACTORS, "*fp32") | dict.fromkeys(("signs", "positive
 SIGNATURE |= {"grads": "*bf16", "numbers": "*fp64", "n": "i32", "m": "i32", "rows_each": "i32"}
 # Of FAdam's kernels, whose moments are 8-bit codes or floats.
 SIGNATURE |= dict.fromkeys(("fim_scales", "average_scales", "energies", "natural_sums", "decay_sums"), "*fp32")
+# Of MicroAdam's.
+SIGNATURE |= {"index": "*i16", "codes": "*u8"} | dict.fromkeys(("values", "lows", "highs"), "*bf16")
+SIGNATURE |= dict.fromkeys(("errors", "powers", "first", "second"), "*fp32") | {"start": "i64", "share": "fp32"}
+SIGNATURE |= dict.fromkeys(("decay", "lr", "eps", "first_correction", "second_correction", "alpha"), "fp32")
+SIGNATURE |= dict.fromkeys(("stride", "columns", "length", "kept", "block_size"), "i32")
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
 
 
@@ -315,3 +320,19 @@ def test_fadam_goes_over_a_weight_without_spills(bits: int, arch: int, tmp_path:
     for kernel in (fadam_kernels.sum_quotients, fadam_kernels.update):
         reports.append(Report(kernel, tmp_path, arch, fadam.WARPS, **sizes, **flags))
     assert all((report.spills, report.stack) == (0, 0) for report in reports)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_micro_adam_spills_nothing(arch: int, tmp_path: Path) -> None:
+    flags = {"BUCKET": 64, "SIZE": micro_adam.SIZE}
+    constants: dict[Any, dict[str, Any]] = {
+        micro_adam_kernels.accumulate: {**flags, "CLIP": True},
+        micro_adam_kernels.encode: {"BUCKET": 64, "WIDTH": 32, "ROWS": micro_adam.SIZE // 64},
+        micro_adam_kernels.add_window: {},
+        micro_adam_kernels.update: {**flags, "FOLLOWS": False, "ALPHA": True, "ROUNDING": "kahan"},
+        micro_adam_kernels.shrink: flags,
+    }
+    for kernel, values in constants.items():
+        report = Report(kernel, tmp_path, arch, 4, **values)
+        assert (report.spills, report.stack) == (0, 0), kernel
+        assert kernel is not micro_adam_kernels.add_window or "BAR.SYNC.DEFER_BLOCKING" in report.instructions

@@ -31,7 +31,7 @@ def covers(step: ParamStep) -> bool:
 
 
 @cache
-def kernels() -> Any:
+def micro_adam_kernels() -> Any:
     """Return the module of the kernels, which imports Triton."""
     from hf_lowmem.kernels.triton import micro_adam_kernels
 
@@ -59,7 +59,7 @@ def step_part(step: ParamStep, hyper: Hyper, part: slice) -> None:
     )
     columns = slice(window.columns(part.start), window.columns(part.stop))
     index, values = state[INDEX][:, columns], state[VALUE][:, columns]
-    run, programs = kernels(), (-(-entries // SIZE),)
+    run, programs = micro_adam_kernels(), (-(-entries // SIZE),)
     width = 1 << (bucket // 2 - 1).bit_length()
     rows = max(SIZE // 2 // width, 1)
     buckets = (-(-entries // (bucket * rows)),)

@@ -27,14 +27,14 @@ def error_of(codes, lows, highs, at, mask, BUCKET: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    grads, scale, codes, lows, highs, sums, entries, CLIP: tl.constexpr, BUCKET: tl.constexpr, SIZE: tl.constexpr
+    grads, grad_scale, codes, lows, highs, sums, entries, CLIP: tl.constexpr, BUCKET: tl.constexpr, SIZE: tl.constexpr
 ):
     """Add the error to the gradient, in the dtype of `sums`."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = at < entries
     grad = widened(tl.load(grads + at, mask=mask, other=0))
     if CLIP:
-        grad *= tl.load(scale)
+        grad *= tl.load(grad_scale)
     error = error_of(codes, lows, highs, at, mask, BUCKET)
     dtype = sums.dtype.element_ty
     tl.store(sums + at, grad.to(dtype).to(tl.float32) + error.to(dtype).to(tl.float32), mask=mask)
