@@ -130,6 +130,14 @@ class MicroAdam(LowMemOptimizer):
     options_cls = MicroAdamOptions
 
     @classmethod
+    def check_values(cls, values: Mapping[str, Any]) -> None:
+        super().check_values(values)
+        if values.get("compile"):
+            raise ValueError("compile=true does not go with micro_adam, which rewrites its window: leave it out.")
+        if values.get("eps", 1.0) == 0:
+            raise ValueError("eps=0 must be above 0 for micro_adam, which divides zero by it outside of its window.")
+
+    @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:
         window = TopKWindow(
             length=options["m"],

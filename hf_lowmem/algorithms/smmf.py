@@ -54,13 +54,13 @@ class SmmfOptions(Options):
     growth_rate: float = flag(
         0.999,
         "factor of the first moment's decay from one step to the next, from 0 to 1: momentum fades, and 1.0 keeps it.",
-        Legal("a number from 0 to 1", lambda value: 0 <= value <= 1),
+        Legal("a number from 0 to 1", lambda value: isinstance(value, int | float) and 0 <= value <= 1),
     )
     decay_rate: float = flag(
         -0.5,
         "exponent of the second moment's decay, from -1 to 0; the authors advise -0.5 for convolutional networks and "
         "-0.8 for Transformers.",
-        Legal("a number from -1 to 0", lambda value: -1 <= value <= 0),
+        Legal("a number from -1 to 0", lambda value: isinstance(value, int | float) and -1 <= value <= 0),
     )
     mask_zero_grads: bool = schedule(
         False,

@@ -66,7 +66,11 @@ class RankOne:
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         stack, n, m = self.view_of(tuple(value.shape))
-        square, row, col = widened(value).reshape(*stack, n, m), state[f"{name}_row"], state[f"{name}_col"]
+        square, row, col = (
+            widened(value).reshape(*stack, n, m).contiguous(),
+            state[f"{name}_row"],
+            state[f"{name}_col"],
+        )
         old = row.unsqueeze(-1) * col.unsqueeze(-2)
         if self.signed:
             signs = state[f"{name}_sign"].view(*stack, -1)
@@ -75,6 +79,8 @@ class RankOne:
             old = torch.where(square == 0, 0.0, old)
         estimate: Tensor = beta * old + (1 - beta) * square
         size = estimate.abs().nan_to_num(0.0, 0.0, 0.0)
+        if self.signed:  # nor does an entry count whose square has no place among those of the second moment
+            size = torch.where(square.square().isfinite(), size, 0.0)
         store_factors(row, col, size.sum(-1), size.sum(-2))
         if self.signed:
             signs.copy_(packed((estimate > 0).view(*stack, -1)))
@@ -87,7 +93,8 @@ class RankOne:
 def store_factors(row: Tensor, col: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
     """Store the factors of a non-negative matrix, or of each of a stack, whose row and column sums these are."""
     row.copy_(row_sums)
-    total = row_sums.sum(-1, keepdim=True).clamp_(min=torch.finfo(row.dtype).tiny)  # all sums are zero where it is
+    total = row_sums.sum(-1, keepdim=True, dtype=torch.float64)  # which may be too large for float32
+    total.clamp_(min=torch.finfo(row.dtype).tiny)  # all sums are zero where it is
     col.copy_(col_sums / total)
 
 

@@ -210,3 +210,9 @@ def test_the_scratch_of_a_large_weight_is_bounded() -> None:
     with hf_lowmem.kernels.forced("in_place"), Largest():
         optimizer.step()
     assert 0 < Largest.found <= 8 * TILE
+
+
+@pytest.mark.parametrize(("options", "match"), [({"compile": True}, "compile=true"), ({"eps": 0.0}, "eps=0 must be")])
+def test_what_would_step_wrongly_is_refused(options: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        MicroAdam([nn.Parameter(torch.zeros(8))], **options)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import hf_lowmem
 from hf_lowmem.algorithms import Smmf
 from hf_lowmem.codecs import Float32
+from hf_lowmem.kernels import BACKENDS, forced
 from hf_lowmem.moments import RankOne
 from hf_lowmem.moments.rank_one import packed, square_of, unpacked
 
@@ -170,3 +171,33 @@ def test_bits_are_packed_lowest_first() -> None:
     bits = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * 10]).bool()
     assert packed(bits).tolist() == [[129, 3], [0, 0]]
     assert torch.equal(unpacked(packed(bits), 10), bits)
+
+
+@pytest.mark.parametrize("backend", ["cpu_passes", "in_place", "rule"])
+def test_a_gradient_whose_square_overflows_harms_its_own_entry_alone(backend: str) -> None:
+    if not BACKENDS[backend].available():
+        pytest.skip("the compiled kernels are missing")
+    param = nn.Parameter(torch.zeros(24, 40))
+    optimizer = Smmf([param], lr=1e-3)
+    for number in range(6):
+        param.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(number))
+        if number == 2:
+            param.grad[3, 5] = 1e20
+        with forced(backend):
+            optimizer.step()
+    assert param.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("optim_args", [None, "mask_zero_grads=false"])
+def test_a_transposed_gradient_is_stepped_as_a_contiguous_one(optim_args: str | None) -> None:
+    found = []
+    for transposed in (True, False):
+        layer = nn.Linear(64, 64, bias=False)
+        nn.init.constant_(layer.weight, 0.5)
+        optimizer = hf_lowmem.build_optimizer(layer, "smmf", lr=1e-2, optim_args=optim_args)
+        for number in range(3):
+            grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(number))
+            layer.weight.grad = grad.t().contiguous().t() if transposed else grad
+            optimizer.step()
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(*found)

@@ -20,7 +20,10 @@ def test_the_tables_are_what_the_results_give(readme_tables):
     assert readme_tables.regenerate(text) == text, "run: python benchmarks/readme_tables.py"
 
 
-@pytest.mark.parametrize(("old", "new"), [("| 4.001 / 1.016 | one number per row", "| 4.001 / 1.015 | one number per row"), ("| 6.518 |", "| 6.517 |")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("| 4.001 / 1.016 | one number per row", "| 4.001 / 1.015 | one number per row"), ("| 6.518 |", "| 6.517 |")],
+)
 def test_a_changed_number_is_put_right(readme_tables, old, new):
     text = readme_tables.README.read_text(encoding="utf-8")
     assert text.count(old) == 1

@@ -208,8 +208,8 @@ INLINE void update(const MicroAdam *call, const Part *part, int64_t at, int64_t 
         int size = (int)least(RUN, n - run);
         float *value = load_param(part, at + run, size, buffer);
         const float *first = block->first + run, *second = block->second + run, *error = block->grad + run;
-        SIMD for (int i = 0; i < size; i++)
-            step[i] = first[i] * first_correction / (sqrtf(second[i] * second_correction) + eps);
+        SIMD for (int i = 0; i < size; i++) step[i] =
+            first[i] * first_correction / (sqrtf(second[i] * second_correction) + eps);
         if (!call->follows) {
             if (alpha > 0) SIMD for (int i = 0; i < size; i++) step[i] += error[i] * alpha;
             SIMD for (int i = 0; i < size; i++) value[i] = value[i] * decay - step[i] * lr;

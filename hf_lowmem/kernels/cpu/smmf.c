@@ -18,7 +18,7 @@ typedef struct {
     uint8_t *signs;
     const float *row, *col, *row_sq, *col_sq;
     float *row_sums, *col_sums, *row_sums_sq, *col_sums_sq;
-    int64_t count, n, m, mask_zeros;
+    int64_t count, n, m, mask_zeros, rounds_decay;
     double noise_key, grad_scale, decay, lr, eps, beta1, beta2;
 } Smmf;
 
@@ -85,8 +85,10 @@ INLINE void step_run(const Smmf *smmf, const Part *part, const uint8_t *signs, W
         float old = float_of(bits_of(row * col[i]) ^ flips[i]);
         old = (grad[i] != 0) | never ? old : 0.0f;
         float exp_avg = old + new_1 * grad[i], exp_avg_sq = row_sq * col_sq[i] + new_2 * (grad[i] * grad[i]);
-        float size = finite_or_zero(fabsf(exp_avg)), square = finite_or_zero(exp_avg_sq);
-        param[i] = param[i] * decay - lr * (exp_avg / (sqrtf(exp_avg_sq) + eps));
+        float square = finite_or_zero(exp_avg_sq), size = square == exp_avg_sq ? fabsf(exp_avg) : 0.0f;
+        float decayed = param[i] * decay;
+        decayed = smmf->rounds_decay ? from_bfloat16(to_bfloat16(decayed)) : decayed;
+        param[i] = decayed - lr * (exp_avg / (sqrtf(exp_avg_sq) + eps));
         moments[i] = exp_avg;
         sum += size, sum_sq += square;
         col_sums[i] += size, col_sums_sq[i] += square;

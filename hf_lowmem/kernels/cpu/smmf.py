@@ -23,7 +23,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("param", "grad", "kahan_comp", "dtype", "rounding", "signs")),
         *((name, ctypes.c_int64) for name in FACTORS),
         *((f"{name}_sums", ctypes.c_int64) for name in FACTORS),
-        *((name, ctypes.c_int64) for name in (*Square._fields, "mask_zeros")),
+        *((name, ctypes.c_int64) for name in (*Square._fields, "mask_zeros", "rounds_decay")),
         *((name, ctypes.c_double) for name in ("noise_key", "grad_scale", *Numbers._fields)),
     ]
 
@@ -32,9 +32,7 @@ def covers(step: ParamStep) -> bool:
     """Return whether the library steps a parameter: float32 or bfloat16, with a gradient of the same dtype."""
     if step.param.dtype not in (torch.float32, torch.bfloat16) or step.grad.dtype != step.param.dtype:
         return False
-    if step.plan.arithmetic != torch.float32 or isinstance(step.step, Tensor):
-        return False
-    return is_contiguous_square(step)
+    return is_contiguous_square(step) and not isinstance(step.step, Tensor)
 
 
 def by_library(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
@@ -51,6 +49,7 @@ def by_library(step: ParamStep, numbers: Numbers, sums: Sums) -> None:
         *(sums[name].data_ptr() for name in FACTORS),
         *Square.of(step),
         first_moment(step).mask_zeros,
+        step.plan.arithmetic == torch.bfloat16,
         step.noise_key,
         1.0 if step.clip is None else step.clip.scale.item(),
         *numbers,

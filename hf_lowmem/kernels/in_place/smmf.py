@@ -139,8 +139,8 @@ def step_rows(
 
     def add_up(name: str, values: Tensor) -> None:
         row_sums = values.sum(-1)
-        if not known_finite(row_sums):  # an entry that is not finite concerns itself alone
-            values = values.nan_to_num(0.0, 0.0, 0.0)
+        if not known_finite(v_sums):  # an entry that is not finite concerns itself alone
+            values = torch.where(v.isfinite(), values, 0.0)
             row_sums = values.sum(-1)
         sums[f"{name}_row"].add_(row_sums)
         sums[f"{name}_col"].add_(values.sum(0))
@@ -153,6 +153,7 @@ def step_rows(
     m.mul_(numbers.beta1).add_(grad, alpha=1 - numbers.beta1)
     v.mul_(numbers.beta2).addcmul_(grad, grad, value=1 - numbers.beta2)
     signs.copy_(packed((m > 0).view(-1)))
+    v_sums = v.sum(-1)
     add_up("exp_avg", torch.abs(m, out=scratch.get("sign", grad.shape)))
     add_up("exp_avg_sq", v)
     decayed = weight.load(scratch).mul_(numbers.decay).to(arithmetic).float()

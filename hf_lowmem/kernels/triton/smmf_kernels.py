@@ -100,9 +100,9 @@ def go_over(
         else:
             tl.store(positives + at, (exp_avg > 0).to(tl.uint8), mask=mask)
         # What is not finite counts as zero, as it concerns its own entry only.
-        size = tl.abs(exp_avg)
-        size = tl.where(mask & (size < INFINITY), size, 0.0)
-        squared = tl.where(mask & (exp_avg_sq < INFINITY), exp_avg_sq, 0.0)
+        counts = mask & (exp_avg_sq < INFINITY)
+        size = tl.where(counts, tl.abs(exp_avg), 0.0)
+        squared = tl.where(counts, exp_avg_sq, 0.0)
         tl.store(row_sums + (square * n + number) * blocks + block, tl.sum(size, 1), mask=own)
         tl.store(row_sums_sq + (square * n + number) * blocks + block, tl.sum(squared, 1), mask=own)
         total += tl.sum(size, 0)
