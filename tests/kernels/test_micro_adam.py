@@ -69,3 +69,21 @@ def test_what_a_backend_takes_for_granted_is_looked_at(backend: str, monkeypatch
         step_of()._replace(step=torch.tensor(1.0)),
     ):
         assert chosen.covers("micro_adam", step) == (backend == "in_place")
+
+
+@built
+@pytest.mark.parametrize("entries", [5, 101, 600, 672])
+def test_bfloat16_weights_are_stepped_by_the_kernel_as_by_torch(entries: int) -> None:
+    """To the last bit, where torch's own addition rounds the entries that its vectors leave over otherwise."""
+    generator, found = torch.Generator().manual_seed(0), []
+    start = (torch.randn(entries, generator=generator) / 20).bfloat16()
+    grads = [torch.randn(entries, generator=generator).bfloat16() for _ in range(40)]
+    for backend in ("rule", "cpu_passes"):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = MicroAdam([param], lr=1e-2, weight_decay=0.3, density=1.0, alpha=0.1)
+        for grad in grads:
+            param.grad = grad.clone()
+            with forced(backend):
+                optimizer.step()
+        found.append(param.detach())
+    assert torch.equal(*found)

@@ -16,8 +16,9 @@ from hf_lowmem.moments import TopKWindow
 from hf_lowmem.moments.top_k_window import CODES, HIGH, INDEX, LOW, VALUE
 from hf_lowmem.rounding import rounded
 
-# torch.add takes two vectors of bfloat16 numbers at a time, and rounds the product of the rest on its own.
-VECTORS = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+# torch.add takes so many bfloat16 numbers at once, and of those left over it rounds the product by itself.
+AT_ONCE = 32
+HAS_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class _Call(ctypes.Structure):
@@ -76,7 +77,7 @@ def micro_adam(step: ParamStep, hyper: Hyper) -> Passes:
         row=(number - 1) % window.length,
         filled=min(number, window.length),
         follows=follows,
-        rest=numel - numel % VECTORS,
+        rest=numel - numel % AT_ONCE if HAS_VECTORS else 0,
         noise_key=step.noise_key,
         grad_scale=1.0 if step.clip is None else step.clip.scale.item(),
         decay=1 - lr * hyper.weight_decay,
