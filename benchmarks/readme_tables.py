@@ -124,6 +124,10 @@ def step_time(_: str) -> str:
     return step_times("step_time_100m_cpu", lambda row: True)
 
 
+def step_time_passes(_: str) -> str:
+    return step_times("step_time_100m_cpu_passes", lambda row: True)
+
+
 def step_time_epyc(_: str) -> str:
     """Return the table of the rows that were measured with clipping."""
     return step_times("step_time_100m_cpu_epyc", lambda row: "clipped" in row)
@@ -155,7 +159,7 @@ def step_times(name: str, shown: Callable[[dict[str, Any]], bool]) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     function.__name__: function
-    for function in (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_epyc)
+    for function in (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc)
 }
 
 
