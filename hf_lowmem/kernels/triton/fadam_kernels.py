@@ -7,7 +7,16 @@ order that the shape alone decides, so a step is the same at every run.
 import triton
 import triton.language as tl
 
-from hf_lowmem.kernels.triton.memory import INFINITY, from_codes, reciprocal, scalar, to_codes, widened
+from hf_lowmem.kernels.triton.codes import decoded
+from hf_lowmem.kernels.triton.memory import (
+    INFINITY,
+    finite_and_scale,
+    from_codes,
+    reciprocal,
+    scalar,
+    to_codes,
+    widened,
+)
 from hf_lowmem.kernels.triton.rounding import held, take
 
 # The numbers of a step, float64. A mean of squares is over `entries` of a whole weight.
@@ -44,7 +53,8 @@ def loaded(moment, scales, tile, SIGNED: tl.constexpr):
     if moment.dtype.element_ty != tl.uint8:
         return widened(tl.load(moment + tile[0], mask=tile[1], other=0))
     codes = tl.load(moment + tile[0], mask=tile[1], other=127 if SIGNED else 0)  # of zero
-    return from_codes(codes, tl.load(scales + tile[2], mask=tile[3], other=0.0), SIGNED)
+    values = decoded(tl.arange(0, 256), SIGNED)
+    return from_codes(codes, values, tl.load(scales + tile[2], mask=tile[3], other=0.0), SIGNED)
 
 
 @triton.jit
@@ -52,9 +62,9 @@ def store(moment, scales, tile, value, SIGNED: tl.constexpr):
     if moment.dtype.element_ty != tl.uint8:
         tl.store(moment + tile[0], value.to(moment.dtype.element_ty), mask=tile[1])
     else:
-        codes, scale = to_codes(value, SIGNED)
+        value, scale = finite_and_scale(value)
         tl.store(scales + tile[2], scale, mask=tile[3])
-        tl.store(moment + tile[0], codes, mask=tile[1])
+        tl.store(moment + tile[0], to_codes(value, scale, SIGNED), mask=tile[1])
 
 
 @triton.jit

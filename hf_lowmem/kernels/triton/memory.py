@@ -109,8 +109,10 @@ def loaded(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, SIGNED: tl.cons
         return widened(tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=0))
     # An entry past the end of a row must not count in the scale that is stored.
     found = tl.load(pointer(part, FIELD, DTYPE, v.align) + at, mask=mask, other=CODE_OF_ZERO)
+    # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
+    values = decoded(tl.arange(0, 256), SIGNED)
     scale = tl.load(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, mask=block_mask, other=0.0)
-    return from_codes(found, scale, SIGNED)
+    return from_codes(found, values, scale, SIGNED)
 
 
 @triton.jit
@@ -120,16 +122,14 @@ def store(part, FIELD: tl.constexpr, DTYPE: tl.constexpr, tile, value, SIGNED: t
     if DTYPE != tl.uint8:
         tl.store(pointer(part, FIELD, DTYPE, v.align) + at, value.to(DTYPE), mask=mask)
     else:
-        codes, scale = to_codes(value, SIGNED)
+        value, scale = finite_and_scale(value)
         tl.store(pointer(part, FIELD + ABSMAX, tl.float32, 4) + block, scale, mask=block_mask)
-        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, codes, mask=mask)
+        tl.store(pointer(part, FIELD, DTYPE, v.align) + at, to_codes(value, scale, SIGNED), mask=mask)
 
 
 @triton.jit
-def from_codes(codes, scale, SIGNED: tl.constexpr):
-    """Return a tile as float32, of codes and the scale of each block; unsigned codes give the square."""
-    # The lines are cheaper for 256 codes than for all entries, which then look theirs up in shared memory.
-    values = decoded(tl.arange(0, 256), SIGNED)
+def from_codes(codes, values, scale, SIGNED: tl.constexpr):
+    """Return a tile of codes as float32, by the values of all 256; unsigned codes give the square."""
     if not SIGNED:
         values, scale = values * values, scale * scale
     values = tl.gather(values, tl.reshape(as_index(codes), [codes.numel]), 0)
@@ -137,11 +137,16 @@ def from_codes(codes, scale, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def to_codes(value, SIGNED: tl.constexpr):
-    """Return the codes of a tile and the scale of each block; NaN and Inf become zero, and never reach a scale."""
+def finite_and_scale(value):
+    """Return a tile with zeros for NaN and Inf, and the scale of each block, which these never reach."""
     value = tl.where(tl.abs(value) < INFINITY, value, 0.0)
-    scale = tl.max(tl.abs(value), 1)
-    return encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED).to(tl.uint8), scale
+    return value, tl.max(tl.abs(value), 1)
+
+
+@triton.jit
+def to_codes(value, scale, SIGNED: tl.constexpr):
+    """Return the codes of a tile of finite values."""
+    return encoded(value * (1.0 / tl.maximum(scale, TINY))[:, None], SIGNED).to(tl.uint8)
 
 
 @triton.jit
