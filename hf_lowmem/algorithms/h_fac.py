@@ -48,8 +48,11 @@ def h_fac_rule(
     """
     decay1, decay2 = unbiased_decay(beta1, step), unbiased_decay(beta2, step)
     matrix = range(1 if space.stacked else 0, grad.ndim)
-    finite = torch.where(grad.square().isfinite(), grad, 0.0)
-    factor, correction = grad, torch.zeros_like(grad)
+    has_square = grad.square().isfinite()
+    finite, correction = torch.where(has_square, grad, 0.0), torch.zeros_like(grad)
+    factor = torch.where(
+        has_square, grad, grad * 0.0
+    )  # NaN for NaN and Inf; an infinite second moment stops the others
     for side, axes in (("row", tuple(matrix[1:])), ("col", (matrix[0],))):
         mean = moments[f"exp_avg_{side}"].ema(finite, decay1)
         mean_sq = moments[f"exp_avg_sq_{side}"].ema(finite.square() + SMALLEST, decay2)

@@ -26,8 +26,10 @@ class Full:
         held = codec.decode(state, name, spec).to(value.dtype)
         if isinstance(beta, Tensor):  # a compiled step's
             estimate: Tensor = beta * held + (1 - beta) * value
-        else:
+        elif self.signed:
             estimate = held.lerp_(value, 1 - beta)
+        else:  # a square that overflows stays infinite, where lerp_ would make it NaN at the next step
+            estimate = held.mul_(beta).add_(value, alpha=1 - beta)
         if estimate is not state[name]:  # it is where the codec stores numbers as they are
             codec.encode(state, name, spec, estimate)
         return estimate

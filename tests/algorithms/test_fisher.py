@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem import kernels
 from hf_lowmem.algorithms import FAdam, HFac
 from hf_lowmem.moments import Full, GroupMean
 
@@ -91,3 +92,19 @@ def test_what_h_fac_keeps_depends_on_the_axes() -> None:
 
     assert kept((8,), False) == kept((), False) == kept((3, 8), True) == {Full}
     assert kept((8, 4), False) == kept((8, 4, 3, 3), False) == kept((3, 8, 4), True) == {GroupMean}
+
+
+@pytest.mark.parametrize("backend", ["cpu_passes", "in_place", "rule"])
+@pytest.mark.parametrize("cls", [FAdam, HFac])
+def test_a_gradient_whose_square_overflows_harms_no_weight(cls: type, backend: str, force: Any) -> None:
+    if not kernels.BACKENDS[backend].available():
+        pytest.skip("the compiled kernels are missing")
+    force(backend)
+    param = torch.nn.Parameter(torch.zeros(24, 40))
+    optimizer = cls([param], lr=1e-3)
+    for number in range(6):
+        param.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(number))
+        if number == 2:
+            param.grad[3, 5] = 1e20
+        optimizer.step()
+    assert param.abs().max() < 0.05

@@ -1,4 +1,4 @@
-"""What the backends that step in passes are compared with the rule on."""
+"""Comparisons of the backends that step in passes with the rule."""
 
 from __future__ import annotations
 

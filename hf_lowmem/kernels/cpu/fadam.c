@@ -11,9 +11,9 @@
 
 enum Pass { SUM_GRADIENT, SUM_QUOTIENTS, UPDATE };
 
-/* What one call is given, as `_Call` of fadam.py. There are `count` weights, of `entries` entries each, in a stack; runs
- * are within `columns` of them. `sums` holds three numbers for each weight: the sums of g^2, n^2 and r^2, over the
- * `whole` weight where this is a part of one. */
+/* The arguments of one call, laid out as `_Call` in fadam.py. There are `count` weights, of `entries` entries each,
+ * in a stack; runs are within `columns` of them. `sums` holds three numbers for each weight: the sums of g^2, n^2
+ * and r^2, over the `whole` weight where this is a part of one. */
 typedef struct {
     int64_t param, grad, kahan_comp, dtype, rounding;
     int64_t exp_avg, exp_avg_absmax, exp_avg_dtype, fim, fim_absmax, fim_dtype, block_size, row;

@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "fim")
 
 
 class _Call(ctypes.Structure):
-    """What one call is given, as `FAdam` of fadam.c."""
+    """The arguments of one call, laid out as `FAdam` in fadam.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("param", "grad", "kahan_comp", "dtype", "rounding")),

@@ -11,8 +11,8 @@
 enum Pass { SUM_SIDES, SUM_ENERGY, UPDATE };
 enum { GROUPS = 64, COLUMN_SUMS = 1 << 20 }; /* the most groups of rows with column sums, and entries of those sums */
 
-/* What one call is given, as `_Call` of h_fac.py. What belongs to the rows and to the columns of one matrix follows that
- * of the one before. */
+/* The arguments of one call, laid out as `_Call` in h_fac.py. The numbers of the rows and columns of one matrix
+ * follow those of the one before. */
 typedef struct {
     int64_t param, grad, kahan_comp, dtype, rounding;
     float *row_sums, *row_squares, *col_sums, *col_squares;
@@ -44,13 +44,16 @@ INLINE void add_sides(const Part *part, int64_t at, int n, double *row, float *c
     row[0] += sum, row[1] += square;
 }
 
+/* The gradient; one whose square overflows is stopped, as by an infinite second moment, and NaN and Inf are NaN. */
+INLINE float stepped(float grad) { return finite_or_zero(grad * grad) == grad * grad ? grad : grad * 0.0f; }
+
 INLINE double energy_of(const Part *part, int64_t at, int n, float row, const float *cols) {
     float grads[RUN], sum = 0;
     const float *grad = load_grad(part, at, n, grads);
     fetch_ahead((const void *)part->grad, part->dtype, at, n);
     _Pragma("omp simd reduction(+ : sum)")
     for (int i = 0; i < n; i++) {
-        float normalized = grad[i] * row * cols[i];
+        float normalized = stepped(grad[i]) * row * cols[i];
         sum += finite_or_zero(normalized * normalized);
     }
     return sum;
@@ -62,7 +65,7 @@ INLINE void update(const Part *part, int64_t at, int n, float step_size, float r
     const float *grad = load_grad(part, at, n, grads), decay = (float)part->decay;
     float *param = load_param(part, at, n, params);
     SIMD for (int i = 0; i < n; i++) param[i] =
-        param[i] * decay - (grad[i] * row * cols[i] * step_size + (row_shift + col_shifts[i]));
+        param[i] * decay - (stepped(grad[i]) * row * cols[i] * step_size + (row_shift + col_shifts[i]));
     store_param(part, at, n, param);
 }
 

@@ -18,7 +18,7 @@ from hf_lowmem.kernels.passes import RulePasses
 
 
 class _Call(ctypes.Structure):
-    """What one call is given, as `HFac` of h_fac.c."""
+    """The arguments of one call, laid out as `HFac` in h_fac.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("param", "grad", "kahan_comp", "dtype", "rounding")),

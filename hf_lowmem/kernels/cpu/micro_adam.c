@@ -20,9 +20,10 @@ static int thread_number(void) { return 0; }
 
 enum { SAMPLES = 1024, FEW = 16, LEVELS = 15 };
 
-/* What one call is given, as `_Call` of micro_adam.py. Of the window's `filled` rows, `row` takes this gradient; the
- * terms of a row are multiplied by its entries of `first_powers` and `second_powers`. `follows` says that each operation
- * is rounded to bfloat16, and `rest` is the entry from which on a product is rounded before it is subtracted. */
+/* The arguments of one call, laid out as `_Call` in micro_adam.py. Of the window's `filled` rows, `row` takes this
+ * gradient; the terms of a row are multiplied by its entries of `first_powers` and `second_powers`. `follows` says
+ * that each operation is rounded to bfloat16, and `rest` is the entry from which on a product is rounded before it
+ * is subtracted. */
 typedef struct {
     int64_t param, grad, kahan_comp, dtype, rounding;
     int64_t index, value, codes, low, high, state_dtype, first_powers, second_powers;
@@ -30,7 +31,7 @@ typedef struct {
     double noise_key, grad_scale, decay, lr, eps, first_correction, second_correction, alpha;
 } MicroAdam;
 
-/* What a thread keeps of a block: the gradient with the error, the sums of both moments, and places and keys of the
+/* The scratch of a thread for one block: the gradient with the error, the sums of both moments, and places and keys of the
  * entries that may be the largest. */
 typedef struct {
     float *grad, *first, *second;

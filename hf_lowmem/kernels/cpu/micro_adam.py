@@ -22,7 +22,7 @@ HAS_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class _Call(ctypes.Structure):
-    """What one call is given, as `MicroAdam` of micro_adam.c."""
+    """The arguments of one call, laid out as `MicroAdam` in micro_adam.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("param", "grad", "kahan_comp", "dtype", "rounding")),

@@ -11,8 +11,8 @@
 
 enum { GROUPS = 64, WORD = 32 }; /* the most groups of rows; the signs that are loaded and stored at once */
 
-/* What the caller passes: addresses, and the numbers of a step. The factors and sums of one square follow those of the
- * one before; its signs begin with a byte. */
+/* The arguments of one call, laid out as `_Call` in smmf.py: addresses, and the numbers of a step. The factors and
+ * sums of one square follow those of the one before; its signs begin with a byte. */
 typedef struct {
     int64_t param, grad, kahan_comp, dtype, rounding;
     uint8_t *signs;
@@ -22,7 +22,7 @@ typedef struct {
     double noise_key, grad_scale, decay, lr, eps, beta1, beta2;
 } Smmf;
 
-/* Where the signs of a group are written: bits that do not fill four bytes yet wait in `pending`. */
+/* A place where the signs of a group are written; bits that do not fill four bytes yet wait in `pending`. */
 typedef struct {
     uint8_t *to;
     uint64_t pending;

@@ -17,7 +17,7 @@ FACTORS = ("exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col")
 
 
 class _Call(ctypes.Structure):
-    """What one call is given, as `Smmf` of smmf.c."""
+    """The arguments of one call, laid out as `Smmf` in smmf.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("param", "grad", "kahan_comp", "dtype", "rounding", "signs")),

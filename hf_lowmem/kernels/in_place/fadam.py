@@ -20,7 +20,7 @@ from hf_lowmem.update_rules import SMALLEST, unbiased_decay
 
 
 class Sweeps(Protocol):
-    """What goes over a weight. Each sum has one number for the weight, or one for each weight of a stack."""
+    """The passes over a weight. Each sum has one number for the weight, or one for each weight of a stack."""
 
     def sum_gradient(self) -> Tensor:
         """Return the sum of g^2, without squares that are not finite."""
@@ -104,7 +104,7 @@ class InTiles:
     def _fim(self, index: Index, grad: Tensor) -> Tensor:
         """Return the new f of a tile."""
         square = torch.mul(grad, grad, out=self.scratch.get("fim", grad.shape))
-        return torch.lerp(full_moments(self.step, index)["fim"].load(), square, 1 - self.keep, out=square)
+        return square.mul_(1 - self.keep).add_(full_moments(self.step, index)["fim"].load(), alpha=self.keep)
 
     def _scale(self, index: Index, fim: Tensor) -> Tensor:
         return torch.sqrt(fim, out=self.scratch.get("scale", fim.shape)).add_(broadcast_tile(self.eps, index))

@@ -21,10 +21,10 @@ from hf_lowmem.update_rules import SMALLEST, unbiased_decay
 
 
 class Side(NamedTuple):
-    """What the rows or the columns of a matrix contribute to its step, broadcastable to the weight.
+    """The contribution of the rows, or of the columns, of a matrix to its step, broadcastable to the weight.
 
     Args:
-        factor: what their entries of the gradient are multiplied by; both sides' make it the normalized gradient.
+        factor: multiplies the gradient; the factors of both sides make it the normalized gradient.
         shift: their half of the correction, times the learning rate.
     """
 
@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 
 class Sweeps(Protocol):
-    """What goes over a weight; an entry whose square is not finite counts as zero in every sum."""
+    """The passes over a weight; an entry whose square is not finite counts as zero in every sum."""
 
     def sum_sides(self) -> list[Tensor]:
         """Return the sums of g and of g^2 of each row, then those of each column, of the shapes of the means."""
@@ -56,9 +56,8 @@ def in_passes(sweeps_of: Callable[[ParamStep, Hyper], Sweeps]) -> Callable[[Para
         ]
         row = averaged(step, hyper, "row", row_sums, row_squares)
         col = averaged(step, hyper, "col", col_sums, col_squares)
-        mean_square = step.state["exp_avg_sq_col"].mean(
-            matrix_dims(step), keepdim=True
-        )  # that of the rows is the same
+        # The mean over the rows is the same, but a shard does not have all rows.
+        mean_square = step.state["exp_avg_sq_col"].mean(matrix_dims(step), keepdim=True)
         col = col._replace(factor=col.factor * mean_square.sqrt())
         energy = sweeps.sum_energy(row, col)
         yield [Sum(energy, dims_of_matrix(step, step.param.ndim))]
@@ -106,6 +105,7 @@ class InTiles:
     def __init__(self, step: ParamStep, hyper: Hyper) -> None:
         self.step, self.hyper, self.weight = step, hyper, step.weight()
         self.indices, self.scratch = list(tiles_of(step)), Scratch(step.param.device)
+        self.overflows = False  # whether the square of an entry may not be finite
 
     def sum_sides(self) -> list[Tensor]:
         sides = [(side, averaged_axes(self.step, side)) for side in ("row", "col")]
@@ -114,7 +114,7 @@ class InTiles:
             grad = scaled_grad(self.step, index)
             square = torch.mul(grad, grad, out=self.scratch.get("square", grad.shape))
             if not known_finite(square.sum()):
-                finite = square.isfinite()
+                self.overflows, finite = True, square.isfinite()
                 grad, square = grad.masked_fill(~finite, 0.0), square.masked_fill_(~finite, 0.0)
             found = [tensor.sum(axes, keepdim=True) for _, axes in sides for tensor in (grad, square)]
             for total, tile in zip(totals, found, strict=True):
@@ -142,6 +142,8 @@ class InTiles:
 
     def _normalized(self, index: Index, row: Side, col: Side) -> Tensor:
         grad = scaled_grad(self.step, index)
+        if self.overflows:
+            grad = torch.where(grad.square().isfinite(), grad, grad * 0.0)
         scaled = torch.mul(grad, broadcast_tile(row.factor, index), out=self.scratch.get("square", grad.shape))
         return scaled.mul_(broadcast_tile(col.factor, index))
 

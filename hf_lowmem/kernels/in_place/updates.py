@@ -1,4 +1,4 @@
-"""What the steps in plain torch share: how an update is added to a weight, and what they ask of a plan."""
+"""Functions that the steps in plain torch share: they add updates to weights, look at plans, and take statistics."""
 
 from __future__ import annotations
 

@@ -100,6 +100,12 @@ def fisher_of(held_fim, grad, energies, numbers):
 
 
 @triton.jit
+def decays_by(fim, MASK_DECAY: tl.constexpr):
+    """Return which entries the Fisher information lets decay."""
+    return (fim < INFINITY) & (fim > 0) if MASK_DECAY else fim < INFINITY
+
+
+@triton.jit
 def sum_gradient(grads, grad_scale, sums, entries, CLIP: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the partial sums of g^2."""
     write_sum(sums, finite_squares(grad_of(grads, grad_scale, tile_of(entries, BLOCKS, BLOCK), CLIP)))
@@ -132,9 +138,7 @@ def sum_quotients(
     write_sum(natural_sums, finite_squares(grad * inverse))
     if DECAYS:
         param = held(weights, comps, tile[0], tile[1], weights.dtype.element_ty, ROUNDING)
-        decays = (tl.abs(param) < INFINITY) & (fim < INFINITY)
-        if MASK_DECAY:
-            decays = decays & (fim > 0)
+        decays = (tl.abs(param) < INFINITY) & decays_by(fim, MASK_DECAY)
         shrunk = tl.where(decays, param * inverse, 0.0) * has_grad
         write_sum(decay_sums, shrunk * shrunk)
 
@@ -172,11 +176,8 @@ def update(
     store(averages, average_scales, tile, exp_avg, True)
     shrink = tl.full(exp_avg.shape, 1.0, tl.float32)
     if DECAYS:
-        decays = fim < INFINITY
-        if MASK_DECAY:
-            decays = decays & (fim > 0)
         factor = scalar(numbers, DECAY) * clipping_of(decay_sums, numbers) * has_grad
-        shrink = tl.where(decays, 1.0 - factor * inverse, 1.0)
+        shrink = tl.where(decays_by(fim, MASK_DECAY), 1.0 - factor * inverse, 1.0)
     key = tl.load(numbers + NOISE_KEY).to(tl.int32)
     step = -scalar(numbers, LR) * exp_avg
     take(weights, comps, tile[0], tile[1], shrink, step, key, weights.dtype.element_ty, ROUNDING)
