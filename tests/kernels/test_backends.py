@@ -88,7 +88,8 @@ def test_tiles_take_the_means_of_the_rule(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_lowmem.kernels.means.TILE", data.draw(st.sampled_from([1, 16, 100])))
         found = stepped("tiles", "adamw", first_step(plan, shape))
-    assert_same(found, stepped("rule", "adamw", first_step(plan, shape)), 2e-6)
+    # Sums of up to 33^3 tiles of one entry each are rounded as often.
+    assert_same(found, stepped("rule", "adamw", first_step(plan, shape)), 2e-5)
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
