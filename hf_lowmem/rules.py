@@ -99,10 +99,15 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
     )
 
 
-def read_axes(value: Any) -> tuple[int, ...]:
-    """Read the axes of the tensor that its second moment is averaged over; without axes it is kept in full."""
+def read_axes(value: Any, also: str = "") -> tuple[int, ...]:
+    """Read the axes of the tensor that its second moment is averaged over; without axes it is kept in full.
+
+    Args:
+        also: what else a rule may be, for the message of the error.
+    """
     if value is None or value == "full":
         return ()
     if isinstance(value, list) and all(type(axis) is int for axis in value):
         return tuple(value)
-    raise ValueError('a list of axes, null or "full"')
+    others = ["a list of axes", *([also] if also else []), "null"]
+    raise ValueError(f'{", ".join(others)} or "full"')

@@ -9,6 +9,7 @@ from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
 from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
 from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
 from hf_lowmem.algorithms.fadam import FAdam, FAdamRecipe
+from hf_lowmem.algorithms.factored_adamw import FactoredAdamW, FactoredAdamWRecipe
 from hf_lowmem.algorithms.h_fac import HFac, HFacRecipe
 from hf_lowmem.algorithms.micro_adam import MicroAdam, MicroAdamRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe
@@ -21,6 +22,7 @@ RECIPES: dict[str, type[Recipe]] = {
     recipe.optimizer_cls.algorithm: recipe
     for recipe in (
         LowMemAdamWRecipe,
+        FactoredAdamWRecipe,
         SlimAdamRecipe,
         AdamMiniRecipe,
         AdalayerRecipe,
@@ -41,6 +43,7 @@ __all__ = [
     "CoapAdafactor",
     "CoapAdamW",
     "FAdam",
+    "FactoredAdamW",
     "HFac",
     "LowMemAdamW",
     "MicroAdam",

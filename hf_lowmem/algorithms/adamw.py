@@ -9,10 +9,13 @@ from typing import Any
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
-from hf_lowmem.options import Options, at_least, decided_by_role
+from hf_lowmem.options import Options, at_least, decided_by_role, recipe_only
 from hf_lowmem.param_groups import Recipe, RoleOptions
 from hf_lowmem.roles import ParamRole
+from hf_lowmem.rules import read_axes
 from hf_lowmem.state import Codec, Moment, StatePlan
+
+ROW_COL = "row_col"  # the rule that keeps a factored second moment
 
 
 def codec_of(shape: tuple[int, ...], options: Mapping[str, Any], any_divisor: bool = False) -> Codec:
@@ -63,18 +66,24 @@ class GroupedOptions(Options):
     axes: tuple[int, ...] = decided_by_role(
         (), "axes of the weight that the second moment is averaged over; without any, it keeps every entry."
     )
+    cross_axes: tuple[int, ...] = decided_by_role(
+        (),
+        "axes of a second mean beside the one over `axes`; the product of both, divided by the mean of all entries, is "
+        "then the second moment.",
+    )
     rows_per_block: int = decided_by_role(
         1, "number of consecutive entries of the last axis that is kept which share one number too.", at_least(1)
     )
     segments: tuple[tuple, ...] = decided_by_role(
         (),
-        "for fused weights, the tuple (name, axis, outer, start, stop, axes, rows_per_block) of each part instead: "
-        "`axis`, of size n, is viewed as (outer, n // outer), and the part is `[:, start:stop]` of it.",
+        "for fused weights, the tuple (name, axis, outer, start, stop, axes, rows_per_block) of each part instead, "
+        "with `cross_axes` at its end if it has any: `axis`, of size n, is viewed as (outer, n // outer), and the part "
+        "is `[:, start:stop]` of it.",
     )
 
 
 class GroupedAdamW(LowMemAdamW):
-    """AdamW whose second moment is the mean of g^2 over groups of entries: SlimAdam, Adam-mini and Adalayer.
+    """AdamW whose second moment is made of means of g^2: SlimAdam, Adam-mini, Adalayer and factored AdamW.
 
     Without `roles` the groups say what is averaged, by the options of `GroupedOptions`, which by default average
     nothing.
@@ -89,7 +98,7 @@ class GroupedAdamW(LowMemAdamW):
             moment.check(shape)
             return moment
         if options["axes"]:
-            return whole(shape, options["axes"], options["rows_per_block"])
+            return whole(shape, options["axes"], options["rows_per_block"], options["cross_axes"])
         return Full(signed=False)
 
 
@@ -101,6 +110,41 @@ class LowMemAdamWRecipe(Recipe):
 
     def options_of(self, role: ParamRole) -> RoleOptions:
         return {}, "AdamW keeps every entry"
+
+
+@dataclass(frozen=True)
+class RulesRecipe(Recipe):
+    """A recipe of `GroupedAdamW` whose choices a rules file overrides by name."""
+
+    rules: str | None = recipe_only(
+        None,
+        "path of a JSON file that goes before what the optimizer does by role: "
+        '`{"exact": {name: rule}, "regex": [[pattern, rule]], "unknown": rule}`, or a flat `{name: rule}` as '
+        "SlimAdam's authors write it. A rule is a list of axes to average over, "
+        '"row_col" (a factored second moment) or "full".',
+    )
+
+    def read_value(self, value: Any) -> Any:
+        return value if value == ROW_COL else read_axes(value, also=f'"{ROW_COL}"')
+
+    def options_from_file(self, role: ParamRole, value: Any) -> dict[str, Any]:
+        return factored(role) if value == ROW_COL else super().options_from_file(role, value)
+
+
+def factored(role: ParamRole) -> dict[str, Any]:
+    """Return the options of a weight with a factored second moment: each expert and each fused part by itself.
+
+    Raises:
+        ValueError: the weight is no matrix.
+    """
+    if role.parts:
+        part = {"axes": role.fan_in, "cross_axes": (role.fan_out,)}
+        return segments_of(role, [part] * len(role.parts))
+    if role.fan_out is not None and role.fan_in:
+        return {"axes": role.fan_in, "cross_axes": (role.fan_out,)}
+    if len(role.shape) == 2 and role.expert_axis is None:  # which of its axes is which makes no difference
+        return {"axes": (1,), "cross_axes": (0,)}
+    raise ValueError(f'"{ROW_COL}" does not fit {role.name} of shape {role.shape}, which is not known to be a matrix.')
 
 
 def segments_of(role: ParamRole, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +159,7 @@ def segments_of(role: ParamRole, parts: list[dict[str, Any]]) -> dict[str, Any]:
                 part.stop,
                 options.get("axes", ()),
                 options.get("rows_per_block", 1),
+                *([options["cross_axes"]] if "cross_axes" in options else []),
             )
             for part, options in zip(role.parts, parts, strict=True)
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
+from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
-from hf_lowmem.param_groups import Recipe, RoleOptions
+from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
 
 # Table 1 of the paper says which axes are averaged over. "One per token" for embeddings is their fan_in.
@@ -49,15 +49,9 @@ class SlimAdamW(GroupedAdamW):
 
 
 @dataclass(frozen=True)
-class SlimAdamRecipe(Recipe):
+class SlimAdamRecipe(RulesRecipe):
     """SlimAdam, and which axis of which weight is averaged."""
 
-    rules: str | None = recipe_only(
-        None,
-        "path of a JSON file that goes before the paper's table: "
-        '`{"exact": {name: axes}, "regex": [[pattern, axes]], "unknown": axes}`, or the authors\' flat '
-        "`{name: axes}`.",
-    )
     conservative: bool = recipe_only(
         False,
         "keep the full second moment of MLP up and gate projections, which the authors mark as inconsistent across "

@@ -35,7 +35,7 @@ def second_moment(rule: str, plan: StatePlan) -> str | None:
         return None
     if second == Full(signed=False):
         return "full"
-    return "mean" if type(second) is GroupMean else None
+    return "mean" if type(second) is GroupMean and not second.is_factored else None
 
 
 @lru_cache(maxsize=1 << 12)

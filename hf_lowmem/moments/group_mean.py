@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ class Segment:
     The split axis `axis`, of size n, is viewed as (outer, n // outer), and the segment is `[:, start:stop]` of that
     view. Its entries are averaged over `axes`, which are axes of the weight, and, where `axis` is not one of them,
     over each run of `rows_per_block` consecutive entries of the split axis.
+
+    With `cross_axes`, a segment is factored: it keeps a second mean, over those axes, and an entry's estimate is
+
+        row * col / mean(row)
+
+    where `row` is the mean over `axes` and `col` the one over `cross_axes` (arXiv:1804.04235, algorithm 4).
     """
 
     name: str
@@ -31,6 +37,21 @@ class Segment:
     stop: int
     axes: tuple[int, ...]
     rows_per_block: int = 1
+    cross_axes: tuple[int, ...] = ()
+
+    @property
+    def means(self) -> tuple[Segment, ...]:
+        """Return the segment as plain means: itself, or the row mean and the column mean of a factored one."""
+        if not self.cross_axes:
+            return (self,)
+        prefix = f"{self.name}_" if self.name else ""
+        row = replace(self, name=f"{prefix}row", cross_axes=())
+        return row, replace(row, name=f"{prefix}col", axes=self.cross_axes)
+
+    def factors(self, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two tensors of the shapes of both stored means whose product is the estimate."""
+        total = row.mean(self.cross_axes, keepdim=True)
+        return row, col / total.clamp(min=torch.finfo(row.dtype).tiny)  # all rows are zero where it is
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the segment of a tensor of the weight's shape as a view (..., outer, blocks, rows_per_block, ...)."""
@@ -71,14 +92,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class GroupMean:
-    """A moment with one number per group of entries.
+    """A moment with one number per group of entries, or two whose product is the estimate.
 
     The means are float32 under every codec: they take little memory, and in bfloat16 an average of squares stalls.
 
-    State: `name` for a weight of one segment; `name_<segment>` for each segment of a fused weight.
+    State: `name` for a weight of one segment; `name_<segment>` for each segment of a fused weight; with `_row` and
+    `_col` at the end for a segment that is factored.
     """
 
     segments: tuple[Segment, ...]
+
+    @cached_property
+    def means(self) -> tuple[Segment, ...]:
+        """The plain means that are stored, in the order of the segments."""
+        return tuple(mean for segment in self.segments for mean in segment.means)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the estimate of any segment is a product of two means."""
+        return len(self.means) > len(self.segments)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless the segments cover each entry of a weight of `shape` exactly once."""
@@ -95,8 +127,12 @@ class GroupMean:
                 raise ValueError(
                     f"segment {segment.name!r} leaves a gap, overlaps, is empty, or is not whole blocks of rows."
                 )
-            if any(not 0 <= axis < len(shape) for axis in segment.axes):
+            if any(not 0 <= axis < len(shape) for axis in (*segment.axes, *segment.cross_axes)):
                 raise ValueError(f"segment {segment.name!r}: axes={segment.axes} does not fit shape {shape}.")
+            if segment.cross_axes and (segment.rows_per_block > 1 or set(segment.axes) & set(segment.cross_axes)):
+                raise ValueError(
+                    f"segment {segment.name!r}: the two means of a factored segment share no axis and have no blocks."
+                )
             end = segment.stop
         covered, size = end * first.outer, shape[first.axis]
         if covered != size:
@@ -107,38 +143,40 @@ class GroupMean:
 
     def state_names(self, name: str) -> tuple[str, ...]:
         """Return the names of the state tensors, in the order of the segments."""
-        return tuple(self.state_name(name, segment) for segment in self.segments)
+        return tuple(self.state_name(name, mean) for mean in self.means)
 
     def stored(self, state: State, name: str) -> list[Tensor]:
         """Return the stored means, in the order of the segments."""
         return [state[key] for key in self.state_names(name)]
 
     def specs(self, name: str, shape: tuple[int, ...], codec: Codec) -> dict[str, TensorSpec]:
-        return {self.state_name(name, segment): segment.spec(shape) for segment in self.segments}
+        return {self.state_name(name, mean): mean.spec(shape) for mean in self.means}
 
     def describe(self, name: str) -> str:
         means = []
         for segment in self.segments:
             run = f" and {segment.rows_per_block} rows" if segment.rows_per_block > 1 else ""
-            axes = ",".join(map(str, segment.axes))
-            means.append(f"{segment.name + ': ' if segment.name else ''}axis {axes}{run}")
+            axes, cross = (",".join(map(str, axes)) for axes in (segment.axes, segment.cross_axes))
+            times = f" times that over axis {cross}" if cross else ""
+            means.append(f"{segment.name + ': ' if segment.name else ''}axis {axes}{run}{times}")
         return f"{name} mean over {'; '.join(means)}"
 
     def ema(self, state: State, name: str, codec: Codec, value: Tensor, beta: float | Tensor) -> Tensor:
         finite = value.nan_to_num(0.0, 0.0, 0.0)
+        for mean in self.means:
+            stored = mean.broadcast(state[self.state_name(name, mean)])
+            stored.copy_(beta * stored + (1 - beta) * mean.view(finite).mean(mean.mean_dims, keepdim=True))
         estimate = value.new_empty(value.shape)
-        for segment in self.segments:
-            stored = segment.broadcast(state[self.state_name(name, segment)])
-            mean = segment.view(finite).mean(segment.mean_dims, keepdim=True)
-            stored.copy_(beta * stored + (1 - beta) * mean)
-            segment.view(estimate).copy_(stored)
+        for segment, factors in zip(self.segments, self._factors(self.stored(state, name)), strict=True):
+            parts = [mean.broadcast(each) for mean, each in zip(segment.means, factors, strict=True)]
+            segment.view(estimate).copy_(parts[0] if len(parts) == 1 else parts[0] * parts[1])
         return estimate
 
     # -- a tile at a time -------------------------------------------------------------------------------------------
 
     def uncrossed_axes(self, ndim: int) -> int:
         """Return the number of leading axes of a weight along which a tile can be cut without splitting a group."""
-        crossed = {axis for segment in self.segments for axis in segment.axes}
+        crossed = {axis for mean in self.means for axis in mean.axes}
         if len(self.segments) > 1 or self.segments[0].rows_per_block > 1:
             crossed.add(self.segments[0].axis)
         return next((axis for axis in range(ndim) if axis in crossed), ndim)
@@ -149,7 +187,7 @@ class GroupMean:
         A square that is not finite counts as zero, so that it affects its own entry only.
         """
         square = square.view(1) if square.ndim == 0 else square
-        for segment, total in zip(self.segments, totals, strict=True):
+        for segment, total in zip(self.means, totals, strict=True):
             total = total.view(1) if total.ndim == 0 else total
             entries, groups = self._rows(segment, index, square.shape, square.device)
             if entries is not None and not len(entries):
@@ -186,7 +224,7 @@ class GroupMean:
     def average(self, stored: Sequence[Tensor], totals: Sequence[Tensor], entries: int, beta: float | Tensor) -> None:
         """Average sums of squares over `entries` entries, a weight or a tile that splits no group, into the means."""
         length = self._length * self.segments[0].outer
-        for segment, mean, total in zip(self.segments, stored, totals, strict=True):
+        for segment, mean, total in zip(self.means, stored, totals, strict=True):
             share = entries * segment.outer * (segment.stop - segment.start) // length
             mean.copy_(beta * mean + (1 - beta) * (total / (share // total.numel())))
 
@@ -194,15 +232,27 @@ class GroupMean:
         """Return the stored means for a tile of `shape`, broadcastable to the tile."""
         if not shape:
             return stored[0]
-        split, found = self.segments[0].axis, stored[0].new_empty(shape if len(stored) > 1 else 0)
-        for segment, mean in zip(self.segments, stored, strict=True):
-            entries, groups = self._rows(segment, index, shape, mean.device)
-            part = _tile_of(mean, index, None if groups is None else split)
-            part = part if groups is None else part.index_select(split, groups)
+        split = self.segments[0].axis
+        found = stored[0].new_empty(shape if len(self.segments) > 1 else 0)
+        for segment, factors in zip(self.segments, self._factors(stored), strict=True):
+            parts = []
+            for plain, mean in zip(segment.means, factors, strict=True):
+                entries, groups = self._rows(plain, index, shape, mean.device)
+                part = _tile_of(mean, index, None if groups is None else split)
+                parts.append(part if groups is None else part.index_select(split, groups))
+            part = parts[0] if len(parts) == 1 else parts[0] * parts[1]
             if entries is None:
                 return part
             found.index_copy_(split, entries, part.expand([*shape[:split], len(entries), *shape[split + 1 :]]))
         return found
+
+    def _factors(self, stored: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return, for each segment, the tensors whose product is its estimate, of the shapes of the stored means."""
+        each = iter(stored)
+        return [
+            segment.factors(next(each), next(each)) if segment.cross_axes else (next(each),)
+            for segment in self.segments
+        ]
 
     @property
     def _length(self) -> int:
@@ -218,16 +268,22 @@ class GroupMean:
         return _entries(segment, self._length, (start, start + shape[axis]), device)
 
 
-def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1) -> GroupMean:
+def whole(
+    shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1, cross_axes: tuple[int, ...] = ()
+) -> GroupMean:
     """Return the mean of a whole weight over `axes` and over each `rows_per_block` entries of its last kept axis.
 
+    With `cross_axes`, the weight is factored: see `Segment`.
+
     Raises:
-        ValueError: the weight lacks one of the axes, or `rows_per_block` does not divide the kept axis.
+        ValueError: the weight lacks one of the axes, `rows_per_block` does not divide the kept axis, or the axes of
+            both means overlap.
     """
     ndim = max(len(shape), 1)
-    if any(not -ndim <= axis < ndim for axis in axes):
-        raise ValueError(f"axes={axes} does not fit a parameter of shape {shape}: axes go from 0 to {ndim - 1}.")
-    averaged = tuple(sorted({axis % ndim for axis in axes}))
+    for name, given in (("axes", axes), ("cross_axes", cross_axes)):
+        if any(not -ndim <= axis < ndim for axis in given):
+            raise ValueError(f"{name}={given} does not fit a parameter of shape {shape}: axes go from 0 to {ndim - 1}.")
+    averaged, cross = (tuple(sorted({axis % ndim for axis in given})) for given in (axes, cross_axes))
     kept = [axis for axis in range(ndim) if axis not in averaged]
     axis = kept[-1] if kept else 0
     size = shape[axis] if shape else 1
@@ -237,7 +293,10 @@ def whole(shape: tuple[int, ...], axes: tuple[int, ...], rows_per_block: int = 1
             f"rows_per_block={rows_per_block} does not divide axis {axis} of a parameter of shape {shape}: "
             f"use a divisor of {size}."
         )
-    return GroupMean((Segment("", axis, 1, 0, size, averaged, blocks),))
+    moment = GroupMean((Segment("", axis, 1, 0, size, averaged, blocks, cross),))
+    if cross:
+        moment.check(shape)
+    return moment
 
 
 @lru_cache(maxsize=1 << 12)

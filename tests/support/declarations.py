@@ -17,6 +17,7 @@ from hf_lowmem.algorithms import (
     AdamMini,
     CoapAdafactor,
     CoapAdamW,
+    FactoredAdamW,
     FAdam,
     HFac,
     LowMemAdamW,
@@ -53,11 +54,20 @@ class Declaration:
     dense: dict[str, Any] = field(default_factory=dict)
 
 
-# The fields of moments.Segment: name, axis, outer, start, stop, axes, rows_per_block.
+# The fields of moments.Segment: name, axis, outer, start, stop, axes, rows_per_block, cross_axes.
 QKV = (("query", 0, 1, 0, 8, (1,), 4), ("key", 0, 1, 8, 12, (1,), 1), ("value", 0, 1, 12, 16, (0,), 1))
 INTERLEAVED = (("gate", 0, 8, 0, 1, (0,), 1), ("up", 0, 8, 1, 2, (0,), 1))
 LAST_AXIS = (("query", 1, 1, 0, 128, (0,), 64), ("key", 1, 1, 128, 256, (0,), 1), ("value", 1, 1, 256, 384, (1,), 1))
 ODD_LAST_AXIS = (("query", 1, 1, 0, 65, (0,), 5), ("key", 1, 1, 65, 130, (0,), 1), ("value", 1, 1, 130, 195, (1,), 1))
+
+FACTORED_QKV = (
+    ("query", 0, 1, 0, 8, (1,), 1, (0,)),
+    ("key", 0, 1, 8, 12, (1,), 4),
+    ("value", 0, 1, 12, 16, (1,), 1, (0,)),
+)
+FACTORED_HEADS = (("query", 0, 4, 0, 2, (1,), 1, (0,)), ("value", 0, 4, 2, 4, (1,), 1, (0,)))
+FACTORED_LAST_AXIS = (("query", 1, 1, 0, 64, (0,), 1, (1,)), ("value", 1, 1, 64, 192, (0,), 1, (1,)))
+FACTORED_EXPERTS = (("gate", 1, 8, 0, 1, (2,), 1, (1,)), ("up", 1, 8, 1, 2, (2,), 1, (1,)))
 
 FULL_SPACE = [
     Declaration(LowMemAdamW, [({}, (16, 128))], geometries=[({}, (5, 67)), ({}, (131,))]),
@@ -74,6 +84,19 @@ FULL_SPACE = [
             ({"axes": (2,)}, (5, 4, 23)),
             ({"segments": QKV}, (16, 131)),
             ({"segments": ODD_LAST_AXIS}, (24, 195)),
+        ],
+    ),
+    Declaration(
+        FactoredAdamW,
+        [({}, (16, 128)), ({"segments": FACTORED_QKV}, (16, 128)), ({}, (3, 8, 64))],
+        geometries=[
+            ({}, (7, 131)),
+            ({"axes": (0,), "cross_axes": (1,)}, (16, 65)),
+            ({"segments": FACTORED_HEADS}, (16, 128)),
+            ({"segments": FACTORED_LAST_AXIS}, (24, 192)),
+            ({"segments": FACTORED_EXPERTS}, (3, 16, 64)),
+            ({"axes": (1, 2, 3), "cross_axes": (0,)}, (6, 3, 5, 5)),
+            ({"factored": False}, (16, 128)),
         ],
     ),
     Declaration(
