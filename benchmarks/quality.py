@@ -1,0 +1,133 @@
+"""The quality study: held-out losses of all optimizers, each at its best learning rate, over several seeds.
+
+    python benchmarks/quality.py                                  # all names, 3.1 M parameters
+    python benchmarks/quality.py --optims adamw_torch,slim_adamw --beta2 0.999
+    python benchmarks/quality.py --report                         # writes the table and the picture again
+
+Each optimizer is tried at three learning rates, and at further ones for as long as the best is the lowest or the
+highest; then the best is repeated with other seeds. An 8-bit name takes the learning rate of the name without 8 bits.
+As many processes as cores run at once, with one thread each. Every run is a line of JSON in the results as soon as it
+has ended; a study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import ROOT, commit_of_the_tree, cpu_name
+from quality_report import write_report
+from quality_tasks import SCALES, Run, train_from_scratch
+
+sys.path.insert(0, str(ROOT))
+
+from hf_lowmem.trainer.names import OPTIM_NAMES  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+RATES = (1e-3, 2e-3, 4e-3)
+OTHER_RATES = {"signum": (1e-4, 2e-4, 4e-4)}  # of the algorithms whose updates have another size
+MOST_RATES = 6
+SEEDS = (0, 1, 2)
+Losses = dict[tuple[Any, ...], float]
+
+
+def wanted(optim: str, beta2: float, scale: str, losses: Losses) -> Iterator[Run]:
+    """Yield the runs of one optimizer that can be started, given those that are known."""
+    name, *options = optim.split()
+    swept = " ".join([name.removesuffix("_8bit"), *options])
+    tried = rates_of(swept, beta2, scale, losses)
+    missing = [Run(swept, lr, beta2, SEEDS[0], scale) for lr in tried]
+    missing = [run for run in missing if run.key not in losses]
+    if missing:
+        yield from missing if swept == optim else []
+        return
+    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, SEEDS[0], scale).key])
+    yield from (run for seed in SEEDS if (run := Run(optim, best, beta2, seed, scale)).key not in losses)
+
+
+def rates_of(optim: str, beta2: float, scale: str, losses: Losses) -> list[float]:
+    """Return the learning rates to try: the first ones, and others for as long as the best is at an end."""
+    rates = list(OTHER_RATES.get(optim.split()[0], RATES))
+    while len(rates) < MOST_RATES:
+        found = [losses.get(Run(optim, lr, beta2, SEEDS[0], scale).key) for lr in rates]
+        if None in found:
+            break
+        best = found.index(min(loss for loss in found if loss is not None))
+        if best == 0:
+            rates.insert(0, rates[0] / 2)
+        elif best == len(rates) - 1:
+            rates.append(rates[-1] * 2)
+        else:
+            break
+    return rates
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the results; a last line that was not finished is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses_of(rows: Iterable[dict[str, Any]]) -> Losses:
+    """Return the held-out losses by run; a run that diverged has an infinite one."""
+    return {
+        Run(**row["run"]).key: float("inf") if row["held_out_loss"] is None else row["held_out_loss"] for row in rows
+    }
+
+
+def start_worker(nice: int) -> None:
+    torch.set_num_threads(1)
+    os.nice(nice)
+
+
+def study(optims: list[str], betas: list[float], scale: str, path: Path, processes: int, nice: int) -> None:
+    """Run whatever is missing, and append a line for each run that has ended."""
+    machine = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit_of_the_tree()}
+    losses = losses_of(read(path))
+    running: dict[Future[dict[str, Any]], Run] = {}
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (nice,)) as pool:
+        while True:
+            started = {run.key for run in running.values()}
+            runs = (run for beta2 in betas for optim in optims for run in wanted(optim, beta2, scale, losses))
+            for run in runs:
+                if len(running) < processes and run.key not in started:
+                    running[pool.submit(train_from_scratch, run)] = run
+                    started.add(run.key)
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(done)
+                row = {"run": asdict(run), **done.result(), **machine}
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                losses |= losses_of([row])
+                print(run, row["held_out_loss"], f"{row['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optims", default=",".join(["adamw_torch", *OPTIM_NAMES]), help="separated by commas")
+    parser.add_argument("--beta2", default="0.95,0.999", help="separated by commas")
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--nice", type=int, default=0, help="how far the runs stand back behind other programs")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quality_cpu.jsonl")
+    parser.add_argument("--report", action="store_true", help="run nothing, and write the report of what there is")
+    args = parser.parse_args()
+    betas = [float(each) for each in args.beta2.split(",")]
+    if not args.report:
+        study(args.optims.split(","), betas, args.scale, args.output, args.processes, args.nice)
+    write_report(read(args.output), args.output.with_suffix(""))
+
+
+if __name__ == "__main__":
+    main()

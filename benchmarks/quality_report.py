@@ -1,0 +1,3 @@
+from typing import Any
+from pathlib import Path
+def write_report(rows: list[dict[str, Any]], path: Path) -> None: ...

@@ -1,0 +1,150 @@
+"""The tasks of the quality study, each of which trains one model with one optimizer and returns its held-out loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from corpus import Corpus, python_corpus
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+import hf_lowmem
+
+WEIGHT_DECAY, MAX_NORM, LAST_LR = 0.1, 1.0, 0.1  # the learning rate ends at this share of its peak
+WARMUP = 0.1  # share of the steps
+CURVE = 60  # points of a loss curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: `optim` is a name, which may be followed by options separated by spaces."""
+
+    optim: str
+    lr: float
+    beta2: float
+    seed: int
+    scale: str = "small"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(asdict(self).values())
+
+
+class Scale(NamedTuple):
+    """The size of a study: the Llama, the steps, and the rows of a batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+    batch: int
+    steps: int
+    characters: int
+    evaluated: int  # held-out rows
+
+
+SCALES = {
+    "tiny": Scale(32, 64, 1, 2, 512, 32, 2, 20, 300_000, 16),  # tries the study out
+    "small": Scale(192, 512, 4, 6, 4096, 128, 2, 3000, 16_000_000, 512),  # 3.1 M parameters
+    "medium": Scale(384, 1024, 8, 6, 8192, 256, 8, 6000, 64_000_000, 512),  # 19 M parameters
+}
+
+
+def train_from_scratch(run: Run) -> dict[str, Any]:
+    """Train a new Llama on Python source, and return its losses, its state and the seconds that it took.
+
+    Runs of the same seed start from the same weights and see the same batches.
+    """
+    scale = SCALES[run.scale]
+    corpus = python_corpus(scale.characters, scale.vocabulary, scale.length)
+    torch.manual_seed(run.seed)
+    model = llama(scale)
+    optimizer = build(model, run)
+    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run.seed))
+    started, losses, spans = time.perf_counter(), list[float](), list[float]()
+    for step in range(scale.steps):
+        rows = corpus.train[order[step * scale.batch : (step + 1) * scale.batch]]
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * schedule(step, scale.steps)
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        clip(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        if len(losses) == scale.steps // CURVE:
+            spans.append(sum(losses) / len(losses))
+            losses.clear()
+    params = sum(param.numel() for param in model.parameters())
+    state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if torch.is_tensor(t))
+    return {
+        "held_out_loss": evaluate(model, corpus, scale),
+        "training_losses": [round(loss, 4) for loss in spans],
+        "parameters": params,
+        "state_bytes_per_parameter": state / params,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def llama(scale: Scale) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=scale.vocabulary,
+        hidden_size=scale.hidden,
+        intermediate_size=scale.intermediate,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=max(scale.heads // 3, 1),
+        max_position_embeddings=scale.length,
+    )
+    return LlamaForCausalLM(config)
+
+
+def build(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Build the optimizer as a Trainer would; torch's AdamW with the Trainer's groups."""
+    name, *options = run.optim.split()
+    kwargs: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2), "eps": 1e-8}
+    if name != "adamw_torch":
+        return hf_lowmem.build_optimizer(
+            model, name, weight_decay=WEIGHT_DECAY, optim_args=",".join(options) or None, **kwargs
+        )
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if name in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=True, **kwargs)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: a linear warm-up, then a cosine."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return LAST_LR + (1 - LAST_LR) * cosine
+
+
+def clip(model: nn.Module, optimizer: Any) -> None:
+    if isinstance(optimizer, hf_lowmem.LowMemOptimizer):
+        optimizer.clip_grad_norm_(MAX_NORM)
+    else:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, scale: Scale) -> float | None:
+    """Return the mean loss of evenly spaced held-out rows, or None if it is not finite."""
+    every = max(len(corpus.held_out) // scale.evaluated, 1)
+    batches: tuple[Tensor, ...] = corpus.held_out[::every][: scale.evaluated].split(16)
+    losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in batches]
+    loss = sum(losses) / sum(map(len, batches))
+    return loss if math.isfinite(loss) else None
