@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import os
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -17,6 +20,7 @@ from torch import Tensor
 
 LEARNED_FROM = 4_000_000  # characters that the tokenizer is trained on
 HELD_OUT_PERCENT = 5
+SHORTEST = 200  # characters of a function
 
 
 class Corpus(NamedTuple):
@@ -24,7 +28,6 @@ class Corpus(NamedTuple):
 
     train: Tensor
     held_out: Tensor
-    vocab_size: int
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -41,13 +44,24 @@ def digest_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def python_corpus(characters: int, vocab_size: int, length: int) -> Corpus:
-    """Return about so many characters of Python files as rows of `length` tokens; they are kept in a temporary file."""
+def kept(make: Callable[..., Any], *args: Any) -> Any:
+    """Return `make(*args)`, which is kept in a temporary file for later calls with the same versions of packages."""
     versions = [version("torch"), version("transformers"), version("tokenizers")]
-    key = digest_of(f"{characters} {vocab_size} {length} {versions}")[:16]
-    cached = Path(tempfile.gettempdir()) / f"hf_lowmem_corpus_{key}.pt"
-    if cached.exists():
-        return Corpus(**torch.load(cached, weights_only=True))
+    name = f"hf_lowmem_{make.__name__}_{digest_of(f'{args} {versions}')[:16]}.pt"
+    path = Path(tempfile.gettempdir()) / name
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save(make(*args), unfinished)
+        unfinished.replace(path)  # at once, as several processes may write it
+    return torch.load(path, weights_only=True)
+
+
+def python_corpus(characters: int, vocab_size: int, length: int) -> Corpus:
+    """Return about so many characters of Python files as rows of `length` tokens."""
+    return Corpus(*kept(python_rows, characters, vocab_size, length))
+
+
+def python_rows(characters: int, vocab_size: int, length: int) -> tuple[Tensor, Tensor]:
     train: list[str] = []
     held_out: list[str] = []
     taken = 0
@@ -57,11 +71,7 @@ def python_corpus(characters: int, vocab_size: int, length: int) -> Corpus:
         taken += len(text)
         (held_out if int(digest_of(name)[-8:], 16) % 100 < HELD_OUT_PERCENT else train).append(text)
     tokenizer = train_tokenizer(train, vocab_size)
-    corpus = Corpus(rows_of(tokenizer, train, length), rows_of(tokenizer, held_out, length), vocab_size)
-    unfinished = cached.with_suffix(f".{torch.initial_seed()}.tmp")
-    torch.save(corpus._asdict(), unfinished)
-    unfinished.replace(cached)
-    return corpus
+    return rows_of(tokenizer, train, length), rows_of(tokenizer, held_out, length)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -84,3 +94,32 @@ def rows_of(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
     """Return the tokens of the texts, one after the other, as rows of `length`; the last tokens are left out."""
     tokens = torch.tensor([number for each in tokenizer.encode_batch(texts) for number in each.ids])
     return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def functions_by_module(classes: int, per_class: int) -> list[tuple[str, int]]:
+    """Return (source of a function, number of its module) in the order of a hash, as many for each module.
+
+    The modules are those parts of torch, such as torch/nn and torch/optim, that define the most functions.
+    """
+    found: dict[str, dict[str, str]] = {}
+    root = Path(torch.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        part = path.relative_to(root).parts[0]
+        text = path.read_text(errors="ignore")
+        lines = text.splitlines(keepends=True)
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:  # of a later Python
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+                if len(source) >= SHORTEST:
+                    found.setdefault(part, {})[digest_of(source)] = source
+    largest = sorted(found, key=lambda part: (-len(found[part]), part))[:classes]
+    rows = [
+        (digest, found[part][digest], label)
+        for label, part in enumerate(largest)
+        for digest in sorted(found[part])[:per_class]
+    ]
+    return [(source, label) for _, source, label in sorted(rows)]

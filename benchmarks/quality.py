@@ -26,39 +26,43 @@ from typing import Any
 import torch
 from machine import ROOT, commit_of_the_tree, cpu_name
 from quality_report import write_report
-from quality_tasks import SCALES, Run, train_from_scratch
+from quality_tasks import SCALES, TASKS, Run, train
 
 sys.path.insert(0, str(ROOT))
 
-from hf_lowmem.trainer.names import OPTIM_NAMES  # noqa: E402
+from hf_lowmem.trainer.names import OPTIM_NAMES
 
 RESULTS = ROOT / "benchmarks" / "results"
-RATES = (1e-3, 2e-3, 4e-3)
-OTHER_RATES = {"signum": (1e-4, 2e-4, 4e-4)}  # of the algorithms whose updates have another size
+RATES = {"scratch": (1e-3, 2e-3, 4e-3), "encoder": (5e-5, 1e-4, 2e-4)}
+OTHER_RATES = {  # of the algorithms whose updates have another size
+    "scratch": {"signum": (1e-4, 2e-4, 4e-4)},
+    "encoder": {"signum": (5e-6, 1e-5, 2e-5)},
+}
 MOST_RATES = 6
 SEEDS = (0, 1, 2)
 Losses = dict[tuple[Any, ...], float]
 
 
-def wanted(optim: str, beta2: float, scale: str, losses: Losses) -> Iterator[Run]:
+def wanted(optim: str, beta2: float, scale: str, task: str, losses: Losses) -> Iterator[Run]:
     """Yield the runs of one optimizer that can be started, given those that are known."""
     name, *options = optim.split()
     swept = " ".join([name.removesuffix("_8bit"), *options])
-    tried = rates_of(swept, beta2, scale, losses)
-    missing = [Run(swept, lr, beta2, SEEDS[0], scale) for lr in tried]
+    tried = rates_of(swept, beta2, scale, task, losses)
+    missing = [Run(swept, lr, beta2, SEEDS[0], scale, task) for lr in tried]
     missing = [run for run in missing if run.key not in losses]
     if missing:
-        yield from missing if swept == optim else []
+        yield from missing
         return
-    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, SEEDS[0], scale).key])
-    yield from (run for seed in SEEDS if (run := Run(optim, best, beta2, seed, scale)).key not in losses)
+    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, SEEDS[0], scale, task).key])
+    yield from (run for seed in SEEDS if (run := Run(optim, best, beta2, seed, scale, task)).key not in losses)
 
 
-def rates_of(optim: str, beta2: float, scale: str, losses: Losses) -> list[float]:
+def rates_of(optim: str, beta2: float, scale: str, task: str, losses: Losses) -> list[float]:
     """Return the learning rates to try: the first ones, and others for as long as the best is at an end."""
-    rates = list(OTHER_RATES.get(optim.split()[0], RATES))
+    name = optim.split()[0]
+    rates = list(OTHER_RATES[task].get(name, RATES[task]))
     while len(rates) < MOST_RATES:
-        found = [losses.get(Run(optim, lr, beta2, SEEDS[0], scale).key) for lr in rates]
+        found = [losses.get(Run(optim, lr, beta2, SEEDS[0], scale, task).key) for lr in rates]
         if None in found:
             break
         best = found.index(min(loss for loss in found if loss is not None))
@@ -89,7 +93,7 @@ def start_worker(nice: int) -> None:
     os.nice(nice)
 
 
-def study(optims: list[str], betas: list[float], scale: str, path: Path, processes: int, nice: int) -> None:
+def study(optims: list[str], betas: list[float], scale: str, task: str, path: Path, processes: int, nice: int) -> None:
     """Run whatever is missing, and append a line for each run that has ended."""
     machine = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit_of_the_tree()}
     losses = losses_of(read(path))
@@ -97,10 +101,10 @@ def study(optims: list[str], betas: list[float], scale: str, path: Path, process
     with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (nice,)) as pool:
         while True:
             started = {run.key for run in running.values()}
-            runs = (run for beta2 in betas for optim in optims for run in wanted(optim, beta2, scale, losses))
+            runs = (run for beta2 in betas for optim in optims for run in wanted(optim, beta2, scale, task, losses))
             for run in runs:
                 if len(running) < processes and run.key not in started:
-                    running[pool.submit(train_from_scratch, run)] = run
+                    running[pool.submit(train, run)] = run
                     started.add(run.key)
             if not running:
                 return
@@ -118,14 +122,15 @@ def main() -> None:
     parser.add_argument("--optims", default=",".join(["adamw_torch", *OPTIM_NAMES]), help="separated by commas")
     parser.add_argument("--beta2", default="0.95,0.999", help="separated by commas")
     parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--task", choices=TASKS, default="scratch")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--nice", type=int, default=0, help="how far the runs stand back behind other programs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality_cpu.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quality_cpu.jsonl", help="JSON lines")
     parser.add_argument("--report", action="store_true", help="run nothing, and write the report of what there is")
     args = parser.parse_args()
     betas = [float(each) for each in args.beta2.split(",")]
     if not args.report:
-        study(args.optims.split(","), betas, args.scale, args.output, args.processes, args.nice)
+        study(args.optims.split(","), betas, args.scale, args.task, args.output, args.processes, args.nice)
     write_report(read(args.output), args.output.with_suffix(""))
 
 

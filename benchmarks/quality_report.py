@@ -1,3 +1,146 @@
-from typing import Any
+"""The table and the picture of the quality study."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-def write_report(rows: list[dict[str, Any]], path: Path) -> None: ...
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+BASELINE = "adamw_torch"
+TITLES = {"scratch": "A new Llama on Python source", "encoder": "A pretrained encoder, fine-tuned"}
+SHOWN_ABOVE, SHOWN_BELOW = 3.0, -3.0  # percent; the picture has an arrow for what is further away
+Row = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What the runs of one optimizer at one beta2 have found.
+
+    Args:
+        losses: the held-out loss by seed at the best learning rate.
+        change: the mean over seeds of the loss relative to AdamW's at its own best learning rate, less 1, or None
+            where AdamW or a second seed is missing.
+        error: the standard error of `change`.
+        rates: the learning rates that were tried, with the first seed's losses.
+    """
+
+    optim: str
+    beta2: float
+    lr: float
+    losses: dict[int, float]
+    change: float | None
+    error: float | None
+    rates: dict[float, float]
+    state: float
+    accuracy: float | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses.values())
+
+
+def results_of(rows: Iterable[Row]) -> list[Result]:
+    """Return a result per optimizer and beta2, the smaller beta2 first, and then by loss."""
+    by_optim: dict[tuple[float, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        by_optim[row["run"]["beta2"], row["run"]["optim"]].append(row)
+    best = {key: at_best_rate(found) for key, found in by_optim.items()}
+    found = []
+    for (beta2, optim), (lr, losses, rates) in best.items():
+        baseline = best.get((beta2, BASELINE), (0.0, dict[int, float](), {}))[1]
+        changes = [loss / baseline[seed] - 1 for seed, loss in losses.items() if seed in baseline]
+        several = len(changes) > 1 and all(map(math.isfinite, changes))
+        change = statistics.mean(changes) if several else None
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if several else None
+        own = [row for row in by_optim[beta2, optim] if row["run"]["lr"] == lr]
+        accuracies = [row["accuracy"] for row in own if "accuracy" in row]
+        accuracy = statistics.mean(accuracies) if accuracies else None
+        state = own[0]["state_bytes_per_parameter"]
+        found.append(Result(optim, beta2, lr, losses, change, error, rates, state, accuracy))
+    return sorted(found, key=lambda result: (result.beta2, result.mean))
+
+
+def at_best_rate(rows: list[Row]) -> tuple[float, dict[int, float], dict[float, float]]:
+    """Return the best learning rate of the first seed, its losses by seed, and all rates with that seed's loss."""
+    losses: dict[int, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        loss = row["held_out_loss"]
+        losses[row["run"]["seed"]][row["run"]["lr"]] = math.inf if loss is None else loss
+    rates = losses[min(losses)]
+    best = min(rates, key=lambda lr: rates[lr])
+    return best, {seed: found[best] for seed, found in sorted(losses.items()) if best in found}, rates
+
+
+def write_report(rows: list[Row], path: Path) -> None:
+    """Write the table to `path` with the suffix .md, and the picture with .png."""
+    tasks = sorted({row["run"].get("task", "scratch") for row in rows}, reverse=True)
+    lines = ["# Held-out loss of all optimizers, each at its best learning rate", ""]
+    for task in tasks:
+        own = [row for row in rows if row["run"].get("task", "scratch") == task]
+        lines += [*table_of(task, own), ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
+    draw(rows, path.with_suffix(".png"))
+
+
+def table_of(task: str, rows: list[Row]) -> list[str]:
+    results = results_of(rows)
+    accuracy = any(result.accuracy is not None for result in results)
+    commits = sorted({row["commit"][:7] for row in rows})
+    lines = [
+        f"## {TITLES[task]}",
+        "",
+        f"{len(rows)} runs; {rows[0]['parameters']:,} parameters; {rows[0]['cpu']}, torch {rows[0]['torch']}; "
+        f"commits {', '.join(commits)}; how to run it: `benchmarks/quality.py`.",
+        "State in bytes per parameter of this model. The loss is the mean over seeds. Against AdamW: the mean of the",
+        "differences to AdamW with the same seed, each optimizer at its own best learning rate, and its standard error.",
+        "",
+        f"| `optim` | beta2 | state | learning rate | seeds | loss |{' accuracy |' if accuracy else ''} against AdamW |",
+        "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if accuracy else ""),
+    ]
+    for result in results:
+        share = f" {result.accuracy:.1%} |" if result.accuracy is not None else " |" if accuracy else ""
+        lines.append(
+            f"| `{result.optim}` | {result.beta2} | {result.state:.3f} | {result.lr:.2g} | {len(result.losses)} "
+            f"| {result.mean:.4f} |{share} {against(result)} |"
+        )
+    return lines
+
+
+def against(result: Result) -> str:
+    if result.optim == BASELINE or result.change is None:
+        return ""
+    return f"{result.change:+.2%} ± {result.error:.2%}"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw the change of the loss against the bytes of state, a panel for each task."""
+    tasks = sorted({row["run"].get("task", "scratch") for row in rows}, reverse=True)
+    figure = Figure(figsize=(8, 5 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), squeeze=False)[:, 0]
+    for task, panel in zip(tasks, axes, strict=True):
+        own = [row for row in rows if row["run"].get("task", "scratch") == task]
+        results = results_of(own)
+        beta2 = min(result.beta2 for result in results)
+        panel.axhline(0, color="#4c566a", linewidth=1)
+        for result in results:
+            if result.beta2 != beta2 or result.change is None or " " in result.optim:
+                continue
+            percent, error = 100 * result.change, 100 * (result.error or 0)
+            place = min(max(percent, SHOWN_BELOW), SHOWN_ABOVE)
+            inside = place == percent
+            color = "#4c566a" if result.optim == BASELINE else "#1b7f9e" if percent < 0.5 else "#d95f02"
+            panel.errorbar(
+                result.state, place, error if inside else 0, fmt="o" if inside else "^", color=color, capsize=2
+            )
+            label = result.optim if inside else f"{result.optim} ({percent:+.1f} %)"
+            panel.annotate(label, (result.state, place), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        panel.set_xscale("log")
+        panel.set_title(f"{TITLES[task]}: lower and further left is better")
+        panel.set_xlabel("optimizer state, bytes per parameter")
+        panel.set_ylabel("held-out loss against AdamW, %")
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

