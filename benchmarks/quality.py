@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
 RESULTS = ROOT / "benchmarks" / "results"
-RATES = {"scratch": (1e-3, 2e-3, 4e-3), "encoder": (5e-5, 1e-4, 2e-4)}
+RATES = {"scratch": (5e-4, 1e-3, 2e-3), "encoder": (5e-5, 1e-4, 2e-4)}
 OTHER_RATES = {  # of the algorithms whose updates have another size
     "scratch": {"signum": (1e-4, 2e-4, 4e-4)},
     "encoder": {"signum": (5e-6, 1e-5, 2e-5)},

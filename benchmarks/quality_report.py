@@ -96,9 +96,9 @@ def table_of(task: str, rows: list[Row]) -> list[str]:
         f"{len(rows)} runs; {rows[0]['parameters']:,} parameters; {rows[0]['cpu']}, torch {rows[0]['torch']}; "
         f"commits {', '.join(commits)}; how to run it: `benchmarks/quality.py`.",
         "State in bytes per parameter of this model. The loss is the mean over seeds. Against AdamW: the mean of the",
-        "differences to AdamW with the same seed, each optimizer at its own best learning rate, and its standard error.",
+        "differences to AdamW with the same seed, each at its own best learning rate, and its standard error.",
         "",
-        f"| `optim` | beta2 | state | learning rate | seeds | loss |{' accuracy |' if accuracy else ''} against AdamW |",
+        f"| `optim` | beta2 | state | lr | seeds | loss |{' accuracy |' if accuracy else ''} against AdamW |",
         "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if accuracy else ""),
     ]
     for result in results:
