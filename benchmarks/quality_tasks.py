@@ -64,6 +64,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "tiny": Scale(32, 64, 1, 2, 512, 32, 2, 20, 300_000, 16),  # tries the study out
+    "micro": Scale(128, 352, 3, 4, 2048, 128, 2, 3000, 16_000_000, 512),  # 1.1 M parameters, for ablations
     "small": Scale(192, 512, 4, 6, 4096, 128, 2, 3000, 16_000_000, 512),  # 3.1 M parameters
     "medium": Scale(384, 1024, 8, 6, 8192, 256, 8, 6000, 64_000_000, 512),  # 19 M parameters
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
+from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
-from hf_lowmem.param_groups import EMBEDDINGS, Recipe, RoleOptions
+from hf_lowmem.param_groups import EMBEDDINGS, RoleOptions
 from hf_lowmem.roles import ParamRole
 
 
@@ -37,7 +37,7 @@ class Adalayer(GroupedAdamW):
 
 
 @dataclass(frozen=True)
-class AdalayerRecipe(Recipe):
+class AdalayerRecipe(RulesRecipe):
     """Adalayer, and which weights get one number."""
 
     variant: Literal["star", "all", "slim_repo"] = recipe_only(

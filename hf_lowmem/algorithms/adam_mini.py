@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, segments_of
+from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
-from hf_lowmem.param_groups import Recipe, RoleOptions
+from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
 
 ELEMENTWISE = (
@@ -48,7 +48,7 @@ class AdamMini(GroupedAdamW):
 
 
 @dataclass(frozen=True)
-class AdamMiniRecipe(Recipe):
+class AdamMiniRecipe(RulesRecipe):
     """Adam-mini, and which entries of which weight form a block."""
 
     value: Literal["row", "tensor"] = recipe_only(
