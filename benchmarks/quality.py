@@ -39,22 +39,22 @@ OTHER_RATES = {  # of the algorithms whose updates have another size
     "encoder": {"signum": (5e-6, 1e-5, 2e-5)},
 }
 MOST_RATES = 6
-SEEDS = (0, 1, 2)
+FIRST_SEED = 0
 Losses = dict[tuple[Any, ...], float]
 
 
-def wanted(optim: str, beta2: float, scale: str, task: str, losses: Losses) -> Iterator[Run]:
+def wanted(optim: str, beta2: float, seeds: list[int], scale: str, task: str, losses: Losses) -> Iterator[Run]:
     """Yield the runs of one optimizer that can be started, given those that are known."""
     name, *options = optim.split()
     swept = " ".join([name.removesuffix("_8bit"), *options])
     tried = rates_of(swept, beta2, scale, task, losses)
-    missing = [Run(swept, lr, beta2, SEEDS[0], scale, task) for lr in tried]
+    missing = [Run(swept, lr, beta2, FIRST_SEED, scale, task) for lr in tried]
     missing = [run for run in missing if run.key not in losses]
     if missing:
         yield from missing
         return
-    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, SEEDS[0], scale, task).key])
-    yield from (run for seed in SEEDS if (run := Run(optim, best, beta2, seed, scale, task)).key not in losses)
+    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, FIRST_SEED, scale, task).key])
+    yield from (run for seed in seeds if (run := Run(optim, best, beta2, seed, scale, task)).key not in losses)
 
 
 def rates_of(optim: str, beta2: float, scale: str, task: str, losses: Losses) -> list[float]:
@@ -62,7 +62,7 @@ def rates_of(optim: str, beta2: float, scale: str, task: str, losses: Losses) ->
     name = optim.split()[0]
     rates = list(OTHER_RATES[task].get(name, RATES[task]))
     while len(rates) < MOST_RATES:
-        found = [losses.get(Run(optim, lr, beta2, SEEDS[0], scale, task).key) for lr in rates]
+        found = [losses.get(Run(optim, lr, beta2, FIRST_SEED, scale, task).key) for lr in rates]
         if None in found:
             break
         best = found.index(min(loss for loss in found if loss is not None))
@@ -93,7 +93,16 @@ def start_worker(nice: int) -> None:
     os.nice(nice)
 
 
-def study(optims: list[str], betas: list[float], scale: str, task: str, path: Path, processes: int, nice: int) -> None:
+def study(
+    optims: list[str],
+    betas: list[float],
+    seeds: list[int],
+    scale: str,
+    task: str,
+    path: Path,
+    processes: int,
+    nice: int,
+) -> None:
     """Run whatever is missing, and append a line for each run that has ended."""
     machine = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit_of_the_tree()}
     losses = losses_of(read(path))
@@ -101,7 +110,9 @@ def study(optims: list[str], betas: list[float], scale: str, task: str, path: Pa
     with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (nice,)) as pool:
         while True:
             started = {run.key for run in running.values()}
-            runs = (run for beta2 in betas for optim in optims for run in wanted(optim, beta2, scale, task, losses))
+            runs = (
+                run for beta2 in betas for optim in optims for run in wanted(optim, beta2, seeds, scale, task, losses)
+            )
             for run in runs:
                 if len(running) < processes and run.key not in started:
                     running[pool.submit(train, run)] = run
@@ -121,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optims", default=",".join(["adamw_torch", *OPTIM_NAMES]), help="separated by commas")
     parser.add_argument("--beta2", default="0.95,0.999", help="separated by commas")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas; the first learning rates take seed 0")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--task", choices=TASKS, default="scratch")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -129,8 +141,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, and write the report of what there is")
     args = parser.parse_args()
     betas = [float(each) for each in args.beta2.split(",")]
+    seeds = [int(each) for each in args.seeds.split(",")]
     if not args.report:
-        study(args.optims.split(","), betas, args.scale, args.task, args.output, args.processes, args.nice)
+        study(args.optims.split(","), betas, seeds, args.scale, args.task, args.output, args.processes, args.nice)
     write_report(read(args.output), args.output.with_suffix(""))
 
 
