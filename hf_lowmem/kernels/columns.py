@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# These are the addresses of the whole tensors that a part belongs to, and 0 for those that it does not have.
-ADDRESSES = ("param", "grad", "kahan_comp", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+# These are the addresses of the whole tensors that a part belongs to, and 0 for those that it does not have. A
+# factored part has the means of its columns at `exp_avg_sq` and those of its rows at `exp_avg_sq_rows`.
+ADDRESSES = (
+    *("param", "grad", "kahan_comp", "exp_avg", "exp_avg_absmax"),
+    *("exp_avg_sq", "exp_avg_sq_absmax", "exp_avg_sq_rows"),
+)
 
 
 class Geometry(NamedTuple):
     """The entries of a part: groups x rows x columns, of which groups and rows are each two nested loops.
 
-    Columns are contiguous. The entries of a group share a mean: all of them, or, `per_column`, those of each column.
+    Columns are contiguous. The entries of a group share a mean: all of them, or, `per_column`, those of each column. A
+    group of a factored part is a matrix, and is `per_column`.
     Strides, and the `start` in the weight, are in entries.
     """
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from hf_lowmem.codecs import BFloat16, Float32, Int8Blockwise
 from hf_lowmem.kernels.columns import Geometry
-from hf_lowmem.moments import Full, GroupMean
+from hf_lowmem.moments import Full, GroupMean, Segment
 from hf_lowmem.state import FULL_SPACE, KAHAN_COMP, State, StatePlan
 
 
 @lru_cache(maxsize=1 << 12)
 def second_moment(rule: str, plan: StatePlan) -> str | None:
-    """Return the kind of second moment that the compiled kernels know: "none" (Signum), "full" or "mean".
+    """Return the kind of second moment that the compiled kernels know: "none" (Signum), "full" or "mean", of which any
+    part may be factored.
 
     None says that they do not step such a plan: they know the first moment as `exp_avg`, one number per entry, and the
     second as `exp_avg_sq`, both in float32 arithmetic and in the space of the weight.
@@ -35,7 +36,7 @@ def second_moment(rule: str, plan: StatePlan) -> str | None:
         return None
     if second == Full(signed=False):
         return "full"
-    return "mean" if type(second) is GroupMean and not second.is_factored else None
+    return "mean" if type(second) is GroupMean else None
 
 
 @lru_cache(maxsize=1 << 12)
@@ -55,20 +56,26 @@ def geometries_of(plan: StatePlan, shape: tuple[int, ...], by_row: bool = False)
 
 
 @lru_cache(maxsize=1 << 12)
-def state_names(plan: StatePlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the state tensors whose addresses the kernels are given: those of all parts, and the second moment of
-    each part."""
+def state_names(plan: StatePlan, shape: tuple[int, ...]) -> tuple[dict[str, str], ...]:
+    """Return the state tensors of each part of a weight whose addresses the kernels are given, by address column."""
     moment = plan.moments.get("exp_avg_sq")
-    seconds = moment.state_names("exp_avg_sq") if isinstance(moment, GroupMean) else ("exp_avg_sq",)
-    return (KAHAN_COMP, "exp_avg", "exp_avg_absmax", "exp_avg_sq_absmax"), seconds
+    shared = {name: name for name in (KAHAN_COMP, "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")}
+    if not isinstance(moment, GroupMean):
+        return (shared,)
+    found = []
+    for segment in moment.segments:
+        names = [moment.state_name("exp_avg_sq", mean) for mean in columns_first(segment, shape)]
+        found.append({**shared, **dict(zip(("exp_avg_sq", "exp_avg_sq_rows"), names, strict=False))})
+    return tuple(found)
 
 
 def addresses_of(param: Tensor, grad: Tensor, state: State, plan: StatePlan) -> list[dict[str, int]]:
     """Return the address columns of each part of a weight."""
-    shared, seconds = state_names(plan)
-    found = {name: state[name].data_ptr() for name in shared if name in state}
-    found |= {"param": param.data_ptr(), "grad": grad.data_ptr()}
-    return [{**found, "exp_avg_sq": state[name].data_ptr()} if name in state else found for name in seconds]
+    given = {"param": param.data_ptr(), "grad": grad.data_ptr()}
+    return [
+        given | {column: state[name].data_ptr() for column, name in names.items() if name in state}
+        for names in state_names(plan, tuple(param.shape))
+    ]
 
 
 @cache
@@ -91,12 +98,37 @@ def geometries(
     """
     weight, found = torch.empty(shape, device="meta"), []
     for segment in moment.segments:
-        view = segment.view(weight)
-        one = geometry(view.shape, view.stride(), int(view.storage_offset()), segment.mean_dims, row)
+        view, (mean, *of_rows) = segment.view(weight), columns_first(segment, shape)
+        one = geometry(view.shape, view.stride(), int(view.storage_offset()), mean.mean_dims, row)
         if one is None or any(value % (row or block_size) for value in (one.columns, one.start)):
             return None
+        if of_rows:
+            if not _is_stack(view.shape, {*mean.mean_dims, *of_rows[0].mean_dims}, one.groups):
+                return None
+            one = one._replace(per_column=True)
         found.append(one)
     return found
+
+
+def columns_first(segment: Segment, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+    """Return the means of a segment; of a factored one, those of the columns of `Geometry`, then those of its rows.
+
+    Columns run along the last axis, over which the means of rows are taken.
+    """
+    view = segment.view(torch.empty(shape, device="meta"))
+    last = max((dim for dim, size in enumerate(view.shape) if size > 1), default=0)
+    return tuple(sorted(segment.means, key=lambda mean: last in mean.mean_dims))
+
+
+def _is_stack(shape: Sequence[int], averaged: set[int], groups: int) -> bool:
+    """Return whether a factored view is a stack of matrices, each one of the `groups` of its geometry.
+
+    It is not where a run along the last axis is a part of a matrix's row, or where other axes come before those of the
+    stack, as the means are in the order of the axes.
+    """
+    dims = [dim for dim, size in enumerate(shape) if size > 1]
+    stack = [dim for dim in dims if dim not in averaged]
+    return groups == math.prod(shape[dim] for dim in stack) and stack == dims[: len(stack)]
 
 
 def geometry(

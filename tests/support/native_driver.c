@@ -28,13 +28,14 @@ int main(void) {
     const Map map = {.slopes = {1e-2f}, .count_slopes = {127}, .last_counts = {127}, .first_count = -127};
     const Map maps[] = {map, map};
     for (int shape = 0; shape < 12; shape++)
-        for (int64_t variant = 0; variant < 2 * 2 * 3 * 3 * 3 * 2 * 3; variant++) {
+        for (int64_t variant = 0; variant < 3 * 3 * 3 * 3 * 2 * 3 * 2; variant++) {
             int64_t groups = shapes[shape][0], rows = shapes[shape][1], columns = shapes[shape][2];
-            int64_t entries = groups * rows * columns, per_column = variant % 2, codec = variant / 2 % 3;
-            int64_t rule = variant / 6 % 3, rounding = variant / 18 % 3, dtype = variant / 54 % 2;
-            int64_t block_size = block_sizes[variant / 108 % 3];
-            int averaged = (int)(variant / 324);
+            int64_t entries = groups * rows * columns, per_column = variant % 3 > 0, codec = variant / 3 % 3;
+            int64_t rule = variant / 9 % 3, rounding = variant / 27 % 3, dtype = variant / 81 % 2;
+            int64_t block_size = block_sizes[variant / 162 % 3];
+            int factored = variant % 3 == 2, averaged = (int)(variant / 486);
             if (block_size > 32 && (codec != CODES || entries > 1 << 20)) continue; /* once is enough */
+            if (per_column && rule != ADAMW_MEAN) continue;
             if (averaged && (rule != ADAMW_MEAN || block_size > 32)) continue;
             if (dtype == FLOAT32 && rounding != NEAREST) continue;
             size_t count = (size_t)entries, blocks = (size_t)(groups * rows * parts_of(columns, block_size));
@@ -43,8 +44,9 @@ int main(void) {
             void *param = filled(count, sizes[dtype]), *grad = filled(count, sizes[dtype]);
             void *kahan_comp = rounding == KAHAN ? filled(count, 2) : NULL;
             void *exp_avg = filled(count, sizes[codec]), *exp_avg_absmax = codec == CODES ? filled(blocks, 4) : NULL;
-            void *exp_avg_sq = NULL, *exp_avg_sq_absmax = NULL;
+            void *exp_avg_sq = NULL, *exp_avg_sq_absmax = NULL, *exp_avg_sq_rows = NULL;
             if (rule == ADAMW_MEAN) exp_avg_sq = filled(means, 4);
+            if (factored) exp_avg_sq_rows = filled((size_t)(groups * rows), 4);
             if (rule == ADAMW_FULL) exp_avg_sq = filled(count, sizes[second]);
             if (rule == ADAMW_FULL && codec == CODES) exp_avg_sq_absmax = filled(blocks, 4);
             PartRow row = {
@@ -55,6 +57,7 @@ int main(void) {
                 .exp_avg_absmax = (int64_t)exp_avg_absmax,
                 .exp_avg_sq = (int64_t)exp_avg_sq,
                 .exp_avg_sq_absmax = (int64_t)exp_avg_sq_absmax,
+                .exp_avg_sq_rows = (int64_t)exp_avg_sq_rows,
                 .groups = groups,
                 .inner_groups = groups,
                 .inner_group_stride = rows * columns,
@@ -85,7 +88,7 @@ int main(void) {
             };
             if (hf_lowmem_step(&row, &scalars, maps, 1, averaged, 2)) return 1;
             free(param), free(grad), free(kahan_comp), free(exp_avg), free(exp_avg_absmax);
-            free(exp_avg_sq), free(exp_avg_sq_absmax);
+            free(exp_avg_sq), free(exp_avg_sq_absmax), free(exp_avg_sq_rows);
             steps++;
         }
     printf("%d steps\n", steps);

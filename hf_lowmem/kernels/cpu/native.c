@@ -1,4 +1,5 @@
-/* Optimizer steps on the CPU: AdamW with a full second moment or with one number per group of entries, and Signum.
+/* Optimizer steps on the CPU: AdamW with a full second moment, one number per group of entries or one per row and one
+ * per column, and Signum.
  *
  * One call steps many weights. Each is cut into units of work whose bounds depend on its shape alone, so the result
  * is the same on any number of threads. A unit goes over its entries in runs of at most RUN.
@@ -34,7 +35,7 @@ typedef struct {
 /* ------------------------------------------------------------------------------------------------------- one run */
 
 /* Step one run. Where the second moment is a mean, exp_avg is multiplied by `scales`, one factor per column, or by
- * `scale`. */
+ * `scale`. Where it is factored, its root is `scale`, the row's factor, times `scales`, those of the columns. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
@@ -69,6 +70,11 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
             exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
             float sign = (float)((exp_avg[i] > 0) - (exp_avg[i] < 0));
             param[i] = param[i] * decay - step_size * (sign + 0.0f * exp_avg[i]); /* NaN where it is not finite */
+        }
+    } else if (part->row_means) {
+        SIMD for (int i = 0; i < n; i++) {
+            exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
+            param[i] = param[i] * decay - step_size * (exp_avg[i] / (scale * scales[i] + eps));
         }
     } else if (scales) {
         SIMD for (int i = 0; i < n; i++) {
@@ -118,32 +124,60 @@ INLINE double sum_squares(const Part *part, int64_t group, const Range *range) {
     return total;
 }
 
-/* The same for every column of a range of rows, added to `sums`. */
+/* Add the squares of a run to `to`, and return their sum. */
+INLINE float add_squares(const float *grad, int n, float *to) {
+    float sum = 0;
+    _Pragma("omp simd reduction(+ : sum)")
+    for (int i = 0; i < n; i++) {
+        float square = finite_or_zero(grad[i] * grad[i]);
+        to[i] += square;
+        sum += square;
+    }
+    return sum;
+}
+
+/* The same for every column of a range of rows, added to `sums`. The rows' own means, where there are any, are averaged
+ * on the way. */
 INLINE void sum_column_squares(const Part *part, int64_t group, const Range *range, float *few, double *sums) {
     enum { FEW = 32 }; /* rows that are summed in float32 */
-    float buffer[RUN];
+    const double weight = part->new_2 / (double)part->columns;
+    float buffer[RUN], *row_means = part->row_means ? part->row_means + group * part->rows : NULL;
     for (int64_t first = range->first_row; first < range->last_row; first += FEW) {
         memset(few, 0, (size_t)part->columns * sizeof *few);
         for (int64_t row = first; row < least(first + FEW, range->last_row); row++) {
             int64_t from = offset_of(part, group, row);
+            double row_sum = 0;
             for (int64_t column = 0; column < part->columns; column += RUN) {
                 int n = (int)least(RUN, part->columns - column);
                 const float *grad = load_grad(part, from + column, n, buffer);
                 float *to = few + column;
-                SIMD for (int i = 0; i < n; i++) to[i] += finite_or_zero(grad[i] * grad[i]);
+                if (row_means) row_sum += add_squares(grad, n, to);
+                else SIMD for (int i = 0; i < n; i++) to[i] += finite_or_zero(grad[i] * grad[i]);
             }
+            if (row_means) row_means[row] = (float)(part->beta2 * row_means[row] + weight * row_sum);
         }
         SIMD for (int64_t column = 0; column < part->columns; column++) sums[column] += few[column];
     }
 }
 
-/* Average the sums of squares of `count` means, over `entries` entries each, into the means, and compute the factors
- * step_size / (sqrt(mean) + eps). */
-INLINE void average(const Part *part, float *means, const double *sums, int64_t count, double entries, float *scales) {
-    const double weight = part->new_2 / entries;
-    SIMD for (int64_t i = 0; i < count; i++) {
-        if (!part->averaged) means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
-        scales[i] = (float)part->step_size / (sqrtf(means[i]) + (float)part->eps);
+INLINE int64_t means_of_group(const Part *part) { return part->per_column ? part->columns : 1; }
+
+/* Average the sums of squares of a group into its means, and compute the factors step_size / (sqrt(mean) + eps); those
+ * of a factored part are sqrt(mean / the mean of all entries). */
+INLINE void average(const Part *part, int64_t group, const double *sums, float *scales) {
+    int64_t count = means_of_group(part);
+    float *means = part->means + group * count;
+    const double weight = part->new_2 / (double)(part->rows * part->columns / count);
+    if (!part->averaged)
+        SIMD for (int64_t i = 0; i < count; i++) means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
+    if (part->row_means) {
+        double total = 0;
+        for (int64_t row = 0; row < part->rows; row++) total += part->row_means[group * part->rows + row];
+        const float mean = fmaxf((float)(total / (double)part->rows), 0x1p-126f); /* or a zero matrix is 0 / 0 */
+        SIMD for (int64_t i = 0; i < count; i++) scales[i] = sqrtf(means[i] / mean);
+    } else {
+        const float step_size = (float)part->step_size, eps = (float)part->eps;
+        SIMD for (int64_t i = 0; i < count; i++) scales[i] = step_size / (sqrtf(means[i]) + eps);
     }
 }
 
@@ -153,6 +187,7 @@ INLINE void step_range(const Part *part, int64_t group, const Range *range, cons
     float scale = scales ? scales[0] : 0;
     for (int64_t row = range->first_row; row < range->last_row; row++) {
         int64_t from = offset_of(part, group, row);
+        if (part->row_means) scale = sqrtf(part->row_means[group * part->rows + row]);
         for (int64_t column = range->first_column; column < range->last_column; column += size) {
             int n = (int)least(size, range->last_column - column);
             step_run(part, from + column, n, part->per_column ? scales + column : NULL, scale);
@@ -161,8 +196,6 @@ INLINE void step_range(const Part *part, int64_t group, const Range *range, cons
 }
 
 /* ---------------------------------------------------------------------------------------------------- cut into units */
-
-INLINE int64_t means_of_group(const Part *part) { return part->per_column ? part->columns : 1; }
 
 static int shares_means(const Part *part, const Cut *cut) {
     return part->rule == ADAMW_MEAN && cut->row_units * cut->column_units > 1;
@@ -178,6 +211,8 @@ static Cut cut_of(const Part *part) {
         cut.column_chunk = UNIT / size * size;
     } else {
         cut.row_chunk = parts_of(UNIT, part->columns);
+        /* The units' sums take eight bytes a column, which is to be little beside the entries. */
+        if (part->per_column && cut.row_chunk < LEAST_ROWS) cut.row_chunk = LEAST_ROWS;
     }
     cut.group_units = parts_of(part->groups, cut.group_chunk);
     cut.row_units = parts_of(part->rows, cut.row_chunk);
@@ -207,19 +242,17 @@ CLONES static void sum_unit(const Part *part, const Cut *cut, int64_t unit, Scra
 /* Add up what the units of each group have found. */
 CLONES static void combine(const Part *part, const Cut *cut) {
     int64_t count = means_of_group(part), units = cut->row_units * cut->column_units;
-    double entries = (double)(part->rows * part->columns / count);
     for (int64_t group = 0; group < part->groups; group++) {
         double *sums = cut->sums + group * units * count;
         for (int64_t unit = 1; unit < units; unit++)
             SIMD for (int64_t i = 0; i < count; i++) sums[i] += sums[unit * count + i];
-        average(part, part->means + group * count, sums, count, entries, cut->scales + group * count);
+        average(part, group, sums, cut->scales + group * count);
     }
 }
 
 CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch) {
     Range range = range_of(part, cut, unit);
     int64_t count = means_of_group(part);
-    double entries = (double)(part->rows * part->columns / count);
     for (int64_t group = range.first_group; group < range.last_group; group++) {
         const float *scales = NULL;
         if (cut->scales) {
@@ -233,7 +266,7 @@ CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scr
             } else {
                 scratch.sums[0] = sum_squares(part, group, &range);
             }
-            average(part, part->means + group * count, scratch.sums, count, entries, scratch.scales);
+            average(part, group, scratch.sums, scratch.scales);
             scales = scratch.scales;
         }
         step_range(part, group, &range, scales);
@@ -282,6 +315,7 @@ static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *m
     if (part.rule == ADAMW_FULL)
         part.second = moment_of(&part, part.exp_avg_sq, part.exp_avg_sq_absmax, part.exp_avg_sq_dtype, maps + 1);
     part.means = (float *)part.exp_avg_sq;
+    part.row_means = (float *)part.exp_avg_sq_rows;
     part.averaged = averaged;
     part.param += part.start * item_size(part.dtype);
     part.grad += part.start * item_size(part.dtype);

@@ -15,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD _Pragma("omp simd")
 
-enum { LANES = 8, RUN = 256, AHEAD = 4 * RUN, UNIT = 1 << 16, FUSED = 1 << 21 };
+enum { LANES = 8, RUN = 256, AHEAD = 4 * RUN, UNIT = 1 << 16, FUSED = 1 << 21, LEAST_ROWS = 64 };
 enum Dtype { FLOAT32, BFLOAT16, CODES };
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 enum Rule { ADAMW_FULL, ADAMW_MEAN, SIGNUM };
@@ -47,12 +47,13 @@ typedef struct { int64_t PART_COLUMNS; } PartRow;
 typedef struct { double SCALAR_COLUMNS; } ScalarRow;
 
 /* A part of a weight: its rows of both tables, and what they stand for. `means` holds one number per group, or one per
- * group and column; `averaged` says that it holds this step's gradient already. */
+ * group and column; `averaged` says that it holds this step's gradient already. A factored part has `row_means`, one per
+ * group and row, beside those of its columns. */
 typedef struct {
     struct { int64_t PART_COLUMNS; };
     struct { double SCALAR_COLUMNS; };
     Moment first, second;
-    float *means;
+    float *means, *row_means;
     int averaged;
 } Part;
 

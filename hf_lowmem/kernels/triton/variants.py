@@ -13,6 +13,7 @@ from hf_lowmem.kernels.columns import Geometry
 from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
 from hf_lowmem.kernels.triton.tuning import Tile, current_arch, generation, tile_for, warps_of
 from hf_lowmem.log import get_logger
+from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import StatePlan
 
 logger = get_logger(__name__)
@@ -143,7 +144,9 @@ def is_covered(rule: str, step: ParamStep) -> bool:
         return False
     if not (param.is_contiguous() and grad.is_contiguous()):
         return False
-    codec = step.plan.codec
+    moment, codec = step.plan.moments.get("exp_avg_sq"), step.plan.codec
+    if isinstance(moment, GroupMean) and moment.is_factored:
+        return False
     if isinstance(codec, Int8Blockwise) and codec.block_size not in (*BLOCK_SIZES, codec.row(shape)):
         return False
     return geometries_of(step.plan, shape, has_odd_blocks(step.plan)) is not None
