@@ -14,6 +14,7 @@ LAYERS = [
     {"planner"},
     {"algorithms"},
     {"param_groups"},
+    {"snr"},
     {"rules", "roles"},
     {"optimizer"},
     {"planned_optimizer"},

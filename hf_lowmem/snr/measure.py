@@ -1,0 +1,189 @@
+"""The signal-to-noise ratio of a second moment: how well a mean, or a product of means, stands for its entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.moments import Segment, whole
+from hf_lowmem.roles import ParamRole
+from hf_lowmem.scratch import known_finite
+
+TILE = 1 << 22  # entries that are copied to float64 at a time
+EXACT = 1e24  # a larger ratio is that of equal entries, between which float64 has found nothing but its own rounding
+BY_HEAD = ("attention_query", "attention_key")
+
+
+def snr(v: Tensor, axes: Sequence[int]) -> Tensor:
+    """Return the signal-to-noise ratio of a second moment whose entries are averaged over `axes`.
+
+        SNR_K(v) = mean over the other axes of [ mean_K(v)^2 / var_K(v) ]
+
+    The variance is that of the population. Groups whose ratio is not finite, because all their entries are equal, do
+    not count. The sums are float64, of `v` divided by its largest entry, because float32 squares would underflow.
+
+    Source: arXiv:2503.01843; authors' code dayal-kalra/low-memory-adam@bb3652c, `estimate_snr`.
+
+    Args:
+        v: the second moment, without bias correction, of at least one axis, in any floating dtype.
+        axes: the axes K.
+
+    Returns:
+        The ratio as a 0-D float64 tensor on the device of `v`; NaN if no group has a finite one.
+
+    >>> v = torch.tensor([[2.0, 4.0], [3.0, 3.0]])
+    >>> snr(v, (1,))  # 3^2 / 1 in the first row; the second has no variance
+    tensor(9., dtype=torch.float64)
+    """
+    return SecondMoment(v).ratio(axes).snr
+
+
+def factored_snr(v: Tensor, axes: Sequence[int], cross_axes: Sequence[int]) -> Tensor:
+    """Return the signal-to-noise ratio of the rank-1 estimate of a second moment from its row and column means.
+
+    The ratio of a matrix is mean(estimate^2) / mean((v - estimate)^2), where the estimate is row * col / mean(row).
+    For a constant estimate it would be `snr`, so the two compare. Matrices are averaged as the groups of `snr` are.
+
+    Args:
+        v: as for `snr`.
+        axes: the axes that the row means are over.
+        cross_axes: the axes that the column means are over. What is left of the axes counts matrices.
+
+    Returns:
+        As for `snr`; NaN also if the estimate is exact.
+
+    >>> v = torch.tensor([[1.0, 2.0], [2.0, 5.0]])
+    >>> factored_snr(v, (1,), (0,)) > snr(v, (0, 1))
+    tensor(True)
+    """
+    return SecondMoment(v).ratio(axes, cross_axes).snr
+
+
+def snr_of(v: Tensor, segment: Segment) -> Tensor:
+    """Return the signal-to-noise ratio of what `segment` keeps of the second moment `v` of a whole weight."""
+    return SecondMoment(segment.view(v)).ratio(*(mean.mean_dims for mean in segment.means)).snr
+
+
+def candidates(role: ParamRole) -> dict[str, dict[str, Segment]]:
+    """Return what the second moment of a weight may be reduced to, by part and by name.
+
+    The names are "fan_in" and "fan_out" (the axis that is averaged over), "head" (fan_in and the rows of a head, for
+    queries and keys), "both", and "row_col" (factored). The part is "" for a weight that is not fused. Axes of experts
+    are never averaged over. Vectors, norms, biases and tensors of unknown axes have no candidates.
+
+    >>> from hf_lowmem.roles import ParamRole
+    >>> role = ParamRole("k_proj.weight", (8, 16), "attention_key", fan_out=0, fan_in=(1,), head_dim=4)
+    >>> {name: segment.axes for name, segment in candidates(role)[""].items()}
+    {'fan_in': (1,), 'fan_out': (0,), 'head': (1,), 'both': (0, 1), 'row_col': (1,)}
+    """
+    if role.fan_out is None or not role.fan_in or len(role.shape) < 2:
+        return {}
+    if not role.parts:
+        kept = _reductions(role, role.role)
+        return {"": {name: whole(role.shape, *each).segments[0] for name, each in kept.items()}}
+    found = {}
+    for part in role.parts:
+        place = (part.role.rpartition("_")[2], role.fan_out, part.outer, part.start, part.stop)
+        found[place[0]] = {name: Segment(*place, *each) for name, each in _reductions(role, part.role).items()}
+    return found
+
+
+def layout_options(role: ParamRole, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Return the layout options of `GroupedAdamW` for a weight whose parts keep the candidates of these names.
+
+    Args:
+        role: the role of the weight.
+        chosen: names of `candidates(role)`, by part. A part that it lacks keeps every entry.
+    """
+    found = candidates(role)
+    if not chosen:
+        return {}
+    if not role.parts:
+        segment = found[""][chosen[""]]
+        blocks = {"rows_per_block": segment.rows_per_block} if segment.rows_per_block > 1 else {}
+        return {"axes": segment.axes, **blocks, **({"cross_axes": segment.cross_axes} if segment.cross_axes else {})}
+    segments = []
+    for part, named in found.items():
+        fields = astuple(named[chosen[part]] if part in chosen else replace(named["fan_in"], axes=()))
+        segments.append(fields if fields[-1] else fields[:-1])  # without cross_axes where there are none
+    return {"segments": tuple(segments)}
+
+
+def _reductions(role: ParamRole, name: str) -> dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]]:
+    """Return (axes, rows_per_block, cross_axes) of each candidate of a weight, or a part of it, called `name`."""
+    assert role.fan_out is not None
+    fan_in, fan_out = role.fan_in, (role.fan_out,)
+    head = {"head": (fan_in, role.head_dim, ())} if role.head_dim and name in BY_HEAD else {}
+    return {
+        "fan_in": (fan_in, 1, ()),
+        "fan_out": (fan_out, 1, ()),
+        **head,
+        "both": (tuple(sorted((*fan_in, *fan_out))), 1, ()),
+        "row_col": (fan_in, 1, fan_out),
+    }
+
+
+class Ratio(NamedTuple):
+    """A signal-to-noise ratio, and the means of what it is made of over all groups: 0-D float64 each."""
+
+    snr: Tensor
+    mean_sqr: Tensor
+    var: Tensor
+
+
+class SecondMoment:
+    """A second moment in float64, divided by its largest finite entry, of which any ratios are measured.
+
+    A large one is gone through in tiles along its longest axis, so that no float64 copy of all of it is made.
+    """
+
+    def __init__(self, v: Tensor) -> None:
+        self._v = v
+        self._axis = max(range(v.ndim), key=lambda axis: v.shape[axis])
+        self._size = max(1, TILE * v.shape[self._axis] // max(v.numel(), 1))
+        largest = torch.zeros((), dtype=v.dtype, device=v.device)
+        for start in range(0, v.shape[self._axis], self._size):
+            tile = self._cut(v, start)
+            most = tile.amax()
+            if not known_finite(most):
+                most = tile.where(tile.isfinite(), 0).amax()
+            largest = torch.maximum(largest, most)
+        self._largest = largest.double().clamp_(min=torch.finfo(torch.float64).tiny)
+        self._whole = v.double() / self._largest if v.numel() <= TILE else None  # it is read several times
+
+    def ratio(self, axes: Sequence[int], cross_axes: Sequence[int] = ()) -> Ratio:
+        """Return the ratio of the mean over `axes`, or with `cross_axes` of the rank-1 estimate from both means."""
+        dims = tuple(sorted({axis % self._v.ndim for axis in (*axes, *cross_axes)}))
+        row = self._mean(lambda tile, at: tile, axes)
+        if not cross_axes:
+            signal = row.square()
+            noise = self._mean(lambda tile, at: (tile - self._part(row, at)).square_(), dims)
+        else:
+            col = self._mean(lambda tile, at: tile, cross_axes) / row.mean(dims, keepdim=True)
+            signal = self._mean(lambda tile, at: (self._part(row, at) * self._part(col, at)).square_(), dims)
+            noise = self._mean(lambda tile, at: (self._part(row, at) * self._part(col, at) - tile).square_(), dims)
+        ratios, scale = signal / noise, self._largest.square()
+        counts = ratios < EXACT  # False for NaN too
+        return Ratio(ratios.where(counts, 0).sum() / counts.sum(), signal.mean() * scale, noise.mean() * scale)
+
+    def _mean(self, of: Callable[[Tensor, int], Tensor], axes: Sequence[int]) -> Tensor:
+        """Return the mean over `axes` of a function of each tile and the place where it starts; axes are kept."""
+        dims = tuple(sorted({axis % self._v.ndim for axis in axes}))
+        shape = [1 if axis in dims else size for axis, size in enumerate(self._v.shape)]
+        total = self._v.new_zeros(shape, dtype=torch.float64)
+        for start in range(0, self._v.shape[self._axis], self._size):
+            tile = self._cut(self._v, start).double() / self._largest if self._whole is None else self._whole
+            self._part(total, start).add_(of(tile, start).sum(dims, keepdim=True))
+        return total / (self._v.numel() // math.prod(shape))
+
+    def _part(self, means: Tensor, start: int) -> Tensor:
+        """Return the means of the tile at `start`, broadcastable to it."""
+        return means if means.shape[self._axis] == 1 else self._cut(means, start)
+
+    def _cut(self, tensor: Tensor, start: int) -> Tensor:
+        return tensor.narrow(self._axis, start, min(self._size, tensor.shape[self._axis] - start))
