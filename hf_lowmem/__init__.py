@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from hf_lowmem.trainer.explain import explain
     from hf_lowmem.trainer.names import optim_names
     from hf_lowmem.trainer.registration import register
+    from hf_lowmem.trainer.snr import SnrCallback
 
 _DEFINED_IN = {
     "LostUpdates": "hf_lowmem.trainer.callbacks",
     "LowMemOptimizer": "hf_lowmem.optimizer",
     "OffloadState": "hf_lowmem.trainer.callbacks",
+    "SnrCallback": "hf_lowmem.trainer.snr",
     "build_optimizer": "hf_lowmem.trainer.build",
     "explain": "hf_lowmem.trainer.explain",
     "optim_names": "hf_lowmem.trainer.names",
@@ -42,6 +44,7 @@ __all__ = [
     "LostUpdates",
     "LowMemOptimizer",
     "OffloadState",
+    "SnrCallback",
     "algorithms",
     "build_optimizer",
     "explain",

@@ -1,5 +1,6 @@
 """The signal-to-noise ratio of second moments: measured, recorded, and turned into rules of what may be averaged."""
 
 from hf_lowmem.snr.measure import Ratio, SecondMoment, candidates, factored_snr, layout_options, snr, snr_of
+from hf_lowmem.snr.tracker import SnrTracker
 
-__all__ = ["Ratio", "SecondMoment", "candidates", "factored_snr", "layout_options", "snr", "snr_of"]
+__all__ = ["SnrTracker", "Ratio", "SecondMoment", "candidates", "factored_snr", "layout_options", "snr", "snr_of"]

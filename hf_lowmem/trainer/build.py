@@ -122,12 +122,14 @@ def optimizer_cls_and_kwargs(
     return recipe.optimizer_cls, {**kwargs, "roles": roles}
 
 
-def refuse_sharding(args: Any) -> None:
+def refuse_sharding(args: Any, what: str | None = None) -> None:
     """Raise ValueError if a run with these arguments shards the weights, of which the optimizer needs all rows.
 
     Args:
         args: `TrainingArguments`, or the plain values of a command line that has not been launched yet.
+        what: what needs whole weights, for the sentence; by default the `optim` of the arguments.
     """
+    optim = f"optim={getattr(args.optim, 'value', args.optim)!r}"
     for scheme, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp), ("MEGATRON_LM", None)):
         variable = f"ACCELERATE_USE_{scheme.upper()}"
         asked = bool(chosen) or os.environ.get(variable, "").lower() in ("true", "1")
@@ -136,8 +138,8 @@ def refuse_sharding(args: Any) -> None:
                 f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
             )
             raise ValueError(
-                f"optim={getattr(args.optim, 'value', args.optim)!r} does not support {scheme} yet, because it needs "
-                f"whole weights: {remedy}, and train with DDP or in one process."
+                f"{what or optim} does not support {scheme} yet, because "
+                f"it needs whole weights: {remedy}, and train with DDP or in one process."
             )
 
 
