@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hf_lowmem.moments import Segment, whole
 from hf_lowmem.roles import ParamRole
-from hf_lowmem.scratch import known_finite
 
-TILE = 1 << 22  # entries that are copied to float64 at a time
+TILE, CPU_TILE = 1 << 22, 1 << 19  # entries that are converted to float64 at a time; fewer on a CPU, for its caches
 EXACT = 1e24  # a larger ratio is that of equal entries, between which float64 has found nothing but its own rounding
 BY_HEAD = ("attention_query", "attention_key")
 
@@ -25,7 +24,7 @@ def snr(v: Tensor, axes: Sequence[int]) -> Tensor:
         SNR_K(v) = mean over the other axes of [ mean_K(v)^2 / var_K(v) ]
 
     The variance is that of the population. Groups whose ratio is not finite, because all their entries are equal, do
-    not count. The sums are float64, of `v` divided by its largest entry, because float32 squares would underflow.
+    not count. The arithmetic is float64, because float32 squares of entries below 1e-22 underflow.
 
     Source: arXiv:2503.01843; authors' code dayal-kalra/low-memory-adam@bb3652c, `estimate_snr`.
 
@@ -137,48 +136,53 @@ class Ratio(NamedTuple):
 
 
 class SecondMoment:
-    """A second moment in float64, divided by its largest finite entry, of which any ratios are measured.
+    """A second moment of which any ratios are measured, in float64.
 
-    A large one is gone through in tiles along its longest axis, so that no float64 copy of all of it is made.
+    It is converted in tiles along its longest axis, which saves memory on a GPU and time on a CPU.
     """
 
     def __init__(self, v: Tensor) -> None:
         self._v = v
         self._axis = max(range(v.ndim), key=lambda axis: v.shape[axis])
-        self._size = max(1, TILE * v.shape[self._axis] // max(v.numel(), 1))
-        largest = torch.zeros((), dtype=v.dtype, device=v.device)
-        for start in range(0, v.shape[self._axis], self._size):
-            tile = self._cut(v, start)
-            most = tile.amax()
-            if not known_finite(most):
-                most = tile.where(tile.isfinite(), 0).amax()
-            largest = torch.maximum(largest, most)
-        self._largest = largest.double().clamp_(min=torch.finfo(torch.float64).tiny)
-        self._whole = v.double() / self._largest if v.numel() <= TILE else None  # it is read several times
+        tile = CPU_TILE if v.device.type == "cpu" else TILE
+        self._size = max(1, tile * v.shape[self._axis] // max(v.numel(), 1))
+        self._means: dict[tuple[int, ...], Tensor] = {}  # the means that are known, by their axes
 
     def ratio(self, axes: Sequence[int], cross_axes: Sequence[int] = ()) -> Ratio:
         """Return the ratio of the mean over `axes`, or with `cross_axes` of the rank-1 estimate from both means."""
-        dims = tuple(sorted({axis % self._v.ndim for axis in (*axes, *cross_axes)}))
-        row = self._mean(lambda tile, at: tile, axes)
-        if not cross_axes:
-            signal = row.square()
-            noise = self._mean(lambda tile, at: (tile - self._part(row, at)).square_(), dims)
+        rows, dims = self._positive(axes), self._positive((*axes, *cross_axes))
+        row = self._mean(rows)
+        if cross_axes:
+            col = self._mean(self._positive(cross_axes)) / row.mean(dims, keepdim=True)
+            signal = row.square().mean(dims, keepdim=True) * col.square().mean(dims, keepdim=True)
+            noise = self._mean_of(lambda tile, at: self._part(row, at) * self._part(col, at) - tile, dims)
         else:
-            col = self._mean(lambda tile, at: tile, cross_axes) / row.mean(dims, keepdim=True)
-            signal = self._mean(lambda tile, at: (self._part(row, at) * self._part(col, at)).square_(), dims)
-            noise = self._mean(lambda tile, at: (self._part(row, at) * self._part(col, at) - tile).square_(), dims)
-        ratios, scale = signal / noise, self._largest.square()
+            signal = row.square()
+            noise = self._mean_of(lambda tile, at: tile - self._part(row, at), dims)
+        ratios = signal / noise
         counts = ratios < EXACT  # False for NaN too
-        return Ratio(ratios.where(counts, 0).sum() / counts.sum(), signal.mean() * scale, noise.mean() * scale)
+        return Ratio(ratios.where(counts, 0).sum() / counts.sum(), signal.mean(), noise.mean())
 
-    def _mean(self, of: Callable[[Tensor, int], Tensor], axes: Sequence[int]) -> Tensor:
-        """Return the mean over `axes` of a function of each tile and the place where it starts; axes are kept."""
-        dims = tuple(sorted({axis % self._v.ndim for axis in axes}))
+    def _positive(self, axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({axis % self._v.ndim for axis in axes}))
+
+    def _mean(self, dims: tuple[int, ...]) -> Tensor:
+        """Return the mean over `dims`, from that over some of them where it is known."""
+        if dims not in self._means:
+            fewer = next((self._means[known] for known in self._means if set(known) < set(dims)), None)
+            mean = self._mean_of(None, dims) if fewer is None else fewer.mean(dims, keepdim=True)
+            self._means[dims] = mean
+        return self._means[dims]
+
+    def _mean_of(self, error: Callable[[Tensor, int], Tensor] | None, dims: tuple[int, ...]) -> Tensor:
+        """Return the mean over `dims`, with kept axes: of the entries, or of the squares of `error` of each tile."""
         shape = [1 if axis in dims else size for axis, size in enumerate(self._v.shape)]
         total = self._v.new_zeros(shape, dtype=torch.float64)
         for start in range(0, self._v.shape[self._axis], self._size):
-            tile = self._cut(self._v, start).double() / self._largest if self._whole is None else self._whole
-            self._part(total, start).add_(of(tile, start).sum(dims, keepdim=True))
+            tile = self._cut(self._v, start).double()
+            if error is not None:
+                tile = error(tile, start).square_()
+            self._part(total, start).add_(tile.sum(dims, keepdim=True))
         return total / (self._v.numel() // math.prod(shape))
 
     def _part(self, means: Tensor, start: int) -> Tensor:

@@ -18,10 +18,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "snr_cases.json").read_text())["snr_float64_rescaled"]
 
 
-@pytest.mark.parametrize("tile", [7, measure.TILE])
+@pytest.mark.parametrize("tile", [7, measure.CPU_TILE])
 @pytest.mark.parametrize("case", CASES)
 def test_authors_cases(case: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "TILE", tile)
+    monkeypatch.setattr(measure, "CPU_TILE", tile)
     v = load_file(GOLDEN / "snr_cases.safetensors")[case]
     for axes, expected in CASES[case].items():
         found = snr(v, literal_eval(axes))
@@ -42,9 +42,9 @@ def test_entries_that_are_not_finite_count_for_their_group_only() -> None:
     torch.testing.assert_close(snr(v, (1,)), expected)
 
 
-@pytest.mark.parametrize("tile", [50, measure.TILE])
+@pytest.mark.parametrize("tile", [50, measure.CPU_TILE])
 def test_the_ratio_of_a_factored_estimate(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "TILE", tile)
+    monkeypatch.setattr(measure, "CPU_TILE", tile)
     v = torch.rand(3, 20, 30).square() * 1e-30
     each = []
     for matrix in v.double():
