@@ -6,11 +6,11 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem.roles import canonical_name
+from hf_lowmem.roles import ROLES, canonical_name
 
 ReadValue = Callable[[Any], Any]  # checks the value of a rule; raises ValueError with what was expected
 
@@ -22,11 +22,13 @@ class Rules:
     Args:
         exact: the values by parameter name.
         regex: (pattern, value) pairs. The first pattern that is found in a parameter's name wins.
+        role: the values by role, for parameters that neither a name nor a pattern finds.
         unknown: at most one value, which applies to parameters of unknown role.
     """
 
     exact: dict[str, Any]
     regex: tuple[tuple[str, Any], ...] = ()
+    role: dict[str, Any] = field(default_factory=dict)
     unknown: tuple[Any, ...] = ()
 
     def find(self, names: Sequence[str], role: str) -> tuple[Any, str] | None:
@@ -37,6 +39,8 @@ class Rules:
         for pattern, value in self.regex:
             if any(re.search(pattern, name) for name in names):
                 return value, f"rules file, {pattern!r}"
+        if role in self.role:
+            return self.role[role], "rules file, by role"
         if role == "unknown" and self.unknown:
             return self.unknown[0], "rules file, unknown role"
         return None
@@ -60,8 +64,8 @@ class Rules:
 def load_rules(path: str, read_value: ReadValue) -> Rules:
     """Read a rules file.
 
-    The file holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "unknown": value}` or a flat
-    `{name: value}`.
+    The file holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "role": {role: value},
+    "unknown": value}` or a flat `{name: value}`.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or has another structure.
@@ -72,12 +76,18 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
         raise ValueError(f"rules={path!r} is not a readable JSON file: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"rules={path!r} must hold a JSON object, not {type(content).__name__}.")
-    if not set(content) <= {"exact", "regex", "unknown"}:
+    if not set(content) <= {"exact", "regex", "role", "unknown"}:
         content = {"exact": content}
     regex = content.get("regex", [])
-    exact = content.get("exact", {})
-    if not isinstance(exact, dict) or not isinstance(regex, list):
-        raise ValueError(f'rules={path!r}: "exact" must be an object and "regex" a list.')
+    exact, by_role = content.get("exact", {}), content.get("role", {})
+    if not (isinstance(exact, dict) and isinstance(by_role, dict) and isinstance(regex, list)):
+        raise ValueError(f'rules={path!r}: each of "exact" and "role" must be an object, and "regex" a list.')
+    for role in by_role:
+        if role not in ROLES:
+            near = difflib.get_close_matches(role, ROLES, n=3, cutoff=0.3)
+            raise ValueError(
+                f"rules={path!r}: {role!r} is no role: did you mean {' or '.join(near) or next(iter(ROLES))}?"
+            )
     if not all(isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) for rule in regex):
         raise ValueError(f'rules={path!r}: "regex" must be a list of [pattern, value] pairs.')
     for pattern, _ in regex:
@@ -95,6 +105,7 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
     return Rules(
         exact={canonical_name(name): read(value, name) for name, value in exact.items()},
         regex=tuple((pattern, read(value, pattern)) for pattern, value in regex),
+        role={role: read(value, role) for role, value in by_role.items()},
         unknown=(read(content["unknown"], "unknown"),) if "unknown" in content else (),
     )
 

@@ -119,16 +119,35 @@ class RulesRecipe(Recipe):
     rules: str | None = recipe_only(
         None,
         "path of a JSON file that goes before what the optimizer does by role: "
-        '`{"exact": {name: rule}, "regex": [[pattern, rule]], "unknown": rule}`, or a flat `{name: rule}` as '
-        "SlimAdam's authors write it. A rule is a list of axes to average over, "
-        '"row_col" (a factored second moment) or "full".',
+        '`{"exact": {name: rule}, "regex": [[pattern, rule]], "role": {role: rule}, "unknown": rule}`, or a flat '
+        "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
+        '"row_col" (a factored second moment), "full", or for a fused weight `{part: rule}`.',
     )
 
     def read_value(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {part: self.read_value(rule) for part, rule in value.items()}
         return value if value == ROW_COL else read_axes(value, also=f'"{ROW_COL}"')
 
     def options_from_file(self, role: ParamRole, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return self._options_by_part(role, value)
         return factored(role) if value == ROW_COL else super().options_from_file(role, value)
+
+    def _options_by_part(self, role: ParamRole, value: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a fused weight with a rule for each part; a part without one keeps every entry."""
+        parts = [part.name for part in role.parts]
+        if unknown := value.keys() - set(parts):
+            which = f"whose parts are {', '.join(parts)}" if parts else "which is not known to be fused"
+            raise ValueError(f"{min(unknown)!r} is no part of {role.name}, {which}.")
+        options = []
+        for rule in (value.get(part, ()) for part in parts):
+            if rule == ROW_COL:
+                options.append({"axes": role.fan_in, "cross_axes": (role.fan_out,)})
+            else:
+                axes = super().options_from_file(role, rule).get("axes", ())
+                options.append({"axes": tuple(axis % len(role.shape) for axis in axes)})
+        return segments_of(role, options) if any(each["axes"] for each in options) else {}
 
 
 def factored(role: ParamRole) -> dict[str, Any]:
@@ -152,7 +171,7 @@ def segments_of(role: ParamRole, parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "segments": tuple(
             (
-                part.role.rpartition("_")[2],
+                part.name,
                 role.fan_out,
                 part.outer,
                 part.start,

@@ -26,6 +26,11 @@ class FusedPart:
     start: int
     stop: int
 
+    @property
+    def name(self) -> str:
+        """What the part is called in rules files and in the names of its state: query, up, and so on."""
+        return self.role.rpartition("_")[2]
+
 
 _QUERY, _KEY, _VALUE = "attention_query", "attention_key", "attention_value"
 _GATE, _UP = "mlp_gate", "mlp_up"

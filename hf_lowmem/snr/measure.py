@@ -87,7 +87,7 @@ def candidates(role: ParamRole) -> dict[str, dict[str, Segment]]:
         return {"": {name: whole(role.shape, *each).segments[0] for name, each in kept.items()}}
     found = {}
     for part in role.parts:
-        place = (part.role.rpartition("_")[2], role.fan_out, part.outer, part.start, part.stop)
+        place = (part.name, role.fan_out, part.outer, part.start, part.stop)
         found[place[0]] = {name: Segment(*place, *each) for name, each in _reductions(role, part.role).items()}
     return found
 

@@ -1,0 +1,127 @@
+"""Rules from a CSV of ratios, and the optimizers that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_lowmem
+from hf_lowmem.snr import SnrTracker, rules_from_csv
+from hf_lowmem.snr.ratios import read_ratios
+from hf_lowmem.snr.rules import saved_share, write_rules
+from hf_lowmem.state import STEP
+
+# The second form is that of a data frame without quotes. Means: up (0,) 2.0, (1,) 3.0; down (0,) 0.9, row_col 2.0.
+FILES = {
+    "authors": """step,key,shape,compress_dims,snr,mean_sqr,var
+1,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(0,)",1.0,1e-9,1e-9
+1,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(1,)",5.0,1e-9,1e-9
+1,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(0, 1)",0.5,1e-9,1e-9
+1,_orig_mod.h.0.down.weight,"torch.Size([4, 8])","(0,)",0.9,1e-9,1e-9
+1,_orig_mod.h.0.down.weight,"torch.Size([4, 8])","(1,)",,0,0
+1,_orig_mod.h.0.down.weight,"torch.Size([4, 8])",row_col,2.0,1e-9,1e-9
+1,_orig_mod.h.0.ln_1.weight,torch.Size([8]),"(0,)",9.0,1e-9,1e-9
+100,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(0,)",3.0,1e-9,1e-9
+100,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(1,)",1.0,1e-9,1e-9
+100,_orig_mod.h.0.up.weight,"torch.Size([8, 4])","(0, 1)",None,1e-9,1e-9
+100,_orig_mod.h.0.down.weight,"torch.Size([4, 8])","(0,)",nan,1e-9,1e-9
+""",
+    "unquoted": """,step,key,shape,compress_dims,snr,mean_sqr,var
+0,1,h.0.up.weight,(8, 4),(0,),1.0,1e-9,1e-9
+1,1.0,h.0.up.weight,(8, 4),(1,),5.0,1e-9,1e-9
+2,1,h.0.up.weight,(8, 4),(0, 1),0.5,1e-9,1e-9
+3,1,h.0.down.weight,(4, 8),(0,),0.9,1e-9,1e-9
+4,1,h.0.down.weight,(4, 8),row_col,2.0,1e-9,1e-9
+5,1,h.0.ln_1.weight,torch.Size([8]),(0,),9.0,1e-9,1e-9
+6,100,h.0.up.weight,torch.Size([8, 4]),(0,),3.0,1e-9,1e-9
+7,100,h.0.up.weight,torch.Size([8, 4]),(1,),1.0,1e-9,1e-9
+""",
+}
+UP, DOWN, NORM = "h.0.up.weight", "h.0.down.weight", "h.0.ln_1.weight"
+
+
+@pytest.fixture(params=FILES)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    file = tmp_path / "snr.csv"
+    file.write_text(FILES[request.param])
+    return file
+
+
+def test_the_authors_rule(path: Path) -> None:
+    assert rules_from_csv(path, row_col=False) == {UP: [1], DOWN: None, NORM: None}
+    assert rules_from_csv(path, cutoff=0.5, row_col=False) == {UP: [1], DOWN: [0], NORM: None}
+    assert rules_from_csv(path, cutoff=3.0, row_col=False) == {UP: None, DOWN: None, NORM: None}
+
+
+def test_the_smallest_ratio_and_the_factored_estimate(path: Path) -> None:
+    assert rules_from_csv(path) == {UP: [1], DOWN: "row_col", NORM: None}
+    assert rules_from_csv(path, cutoff=0.8) == {UP: [1], DOWN: [0], NORM: None}
+    assert rules_from_csv(path, cutoff=0.95, over="min") == {UP: [0], DOWN: "row_col", NORM: None}
+    assert rules_from_csv(path, over="min") == {UP: None, DOWN: "row_col", NORM: None}
+
+
+def test_a_budget_of_bytes_takes_the_highest_cutoff_that_keeps_it(path: Path) -> None:
+    # 72 entries: 8 in the norm, 32 in each matrix; up keeps 8, down 12 factored and 8 averaged.
+    for kept, rules in ((72, (None, None)), (48, ([1], None)), (28, ([1], "row_col")), (24, ([1], [0]))):
+        budget = 4 * kept / 72 + 1e-9
+        assert tuple(rules_from_csv(path, bytes_budget=budget).values())[:2] == rules
+        found = read_ratios(path)
+        choices = dict(zip(found, (tuple(r) if isinstance(r, list) else r for r in (*rules, None)), strict=True))
+        assert 4 * (1 - saved_share(found, choices)) == pytest.approx(4 * kept / 72)
+    with pytest.raises(ValueError, match=r"bytes_budget=1.0 is too small.*at least 1.3333 bytes"):
+        rules_from_csv(path, bytes_budget=1.0)
+    with pytest.raises(ValueError, match="cutoff=0 must be a number above 0"):
+        rules_from_csv(path, cutoff=0)
+
+
+def test_rules_of_a_measured_model_are_read_by_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tracker = SnrTracker(model, tmp_path / "snr.csv")
+    tokens = torch.randint(32, (4, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    tracker.measure(optimizer, 1)
+    rules = rules_from_csv(tmp_path / "snr.csv", cutoff=0.01)
+    assert rules["transformer.h.0.attn.c_attn.weight"].keys() == {"query", "key", "value"}
+    rules["transformer.h.0.attn.c_attn.weight"] = {"query": [0], "key": None, "value": "row_col"}
+    write_rules(tmp_path / "rules.json", rules)
+
+    explained = hf_lowmem.explain(model, "slim_adamw", f"rules={tmp_path / 'rules.json'}")
+    rows = {row.name: row for row in explained.rows}
+    fused = rows["transformer.h.0.attn.c_attn.weight"]
+    shapes = {name.removeprefix("exp_avg_sq_"): shape for name, (shape, _) in fused.state.items()}
+    # c_attn is (in, out): the mean over fan_in keeps an entry per output.
+    assert shapes["query"] == (1, 16)
+    assert shapes["key"] == (16, 16)
+    assert (shapes["value_row"], shapes["value_col"]) == ((1, 16), (16, 1))
+    assert rows["transformer.h.0.ln_1.weight"].nbytes == 2 * 4 * 16 + STEP.nbytes
+
+
+def test_rules_by_role(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    rules = {
+        "exact": {"transformer.wpe.weight": "row_col"},
+        "role": {"mlp_up": "row_col", "position_embedding": None, "attention_qkv": {"value": [0]}},
+    }
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps(rules))
+    rows = {row.name: row for row in hf_lowmem.explain(model, "slim_adamw", f"rules={path}").rows}
+    assert rows["transformer.h.0.mlp.c_fc.weight"].why == "rules file, by role"
+    assert "exp_avg_sq_row" in rows["transformer.h.0.mlp.c_fc.weight"].state
+    assert rows["transformer.wpe.weight"].why == "rules file, by name"
+    assert rows["transformer.h.0.attn.c_attn.weight"].state["exp_avg_sq_query"][0] == (16, 16)
+    for wrong, said in (
+        ({"role": {"mlp_upp": None}}, "'mlp_upp' is no role: did you mean mlp_up"),
+        ({"role": {"attention_qkv": {"gate": [0]}}}, "'gate' is no part of .*whose parts are query, key, value"),
+        ({"role": {"mlp_up": {"gate": [0]}}}, "'gate' is no part of .*not known to be fused"),
+        ({"role": {"mlp_up": "both"}}, "'mlp_up' has 'both', expected a list of axes"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=said):
+            hf_lowmem.explain(model, "slim_adamw", f"rules={path}")
