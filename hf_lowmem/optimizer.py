@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,7 +109,11 @@ class LowMemOptimizer(PlannedOptimizer):
                 "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
             )
         self._buckets.rounding_changed.clear()
+        self.after_step(stepped)
         return loss
+
+    def after_step(self, stepped: Sequence[Tensor]) -> None:
+        """Change between two steps what an algorithm changes then, such as the layout of these parameters' state."""
 
     @not_compiled
     @torch.no_grad()
@@ -228,8 +232,7 @@ class LowMemOptimizer(PlannedOptimizer):
                     name = layout.name or "A parameter"
                     resized[param] = checkpoint.resized_state(param, self.state[param], specs, name)
         for param, state in resized.items():
-            self.state[param] = state
-            self._buckets.forget(param)
+            self.replace_state(param, state)
 
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
@@ -269,13 +272,23 @@ class LowMemOptimizer(PlannedOptimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        loaded = checkpoint.load(self, self._layouts, state_dict)
+        loaded = self.loaded_state(state_dict)
         self._host_copies.forget()
         self._buckets.forget()
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def loaded_state(self, state_dict: Mapping[str, Any]) -> dict[Any, State]:
+        """Return the state that a checkpoint holds by parameter, and take its hyperparameters over into the groups."""
+        return checkpoint.load(self, self._layouts, state_dict)
+
+    def replace_state(self, param: Tensor, state: State) -> None:
+        """Give a parameter other state, of another layout too, between two steps."""
+        self.state[param] = state
+        self._buckets.forget(param)
+        self._host_copies.forget_buffers(param)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from hf_lowmem.roles import ParamRole, assign_roles, canonical_name
 from hf_lowmem.rules import load_rules, read_axes
 from hf_lowmem.state import StatePlan
 
+ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # bytes of AdamW's moments per parameter, by `state_bits`
 EMBEDDINGS = ("token_embedding", "position_embedding", "embedding")
 
 RoleOptions = tuple[dict[str, Any], str]  # the layout options that a role decides (axes, rank, ...), and why
@@ -46,6 +47,11 @@ class Recipe(Options):
         """The name of the algorithm, which is that of its optimizer class."""
         return self.optimizer_cls.algorithm
 
+    @property
+    def rules_file(self) -> str | None:
+        """The path of the rules file that overrides by name what the recipe does, if there is one."""
+        return getattr(self, "rules", None)
+
     @classmethod
     def arguments(cls) -> dict[str, Option]:
         """Return the options that `optim_args` take, by name."""
@@ -71,12 +77,21 @@ class Recipe(Options):
         Raises:
             ValueError: the value does not fit the parameter.
         """
-        if any(not -len(role.shape) <= axis < len(role.shape) for axis in value):
-            raise ValueError(f"axes={value} does not fit {role.name} of shape {role.shape}.")
+        check_axes(role, value)
         return {"axes": value} if value else {}
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
         """Raise ValueError if an option names parameters, but none that is trained."""
+
+    def caution_for(self, assignments: Sequence[Assignment], numel: int, nbytes: int) -> str:
+        """Return the warning that goes with the summary of all parameters, "" if there is none.
+
+        Args:
+            assignments: what the parameters get.
+            numel: the number of their trained entries.
+            nbytes: the bytes of their state.
+        """
+        return self.caution.format(bytes=nbytes / max(numel, 1), adamw=ADAMW_BYTES[self.state_bits])
 
     def with_storage(self, role: ParamRole, options: dict[str, Any]) -> dict[str, Any]:
         """Return the layout options of a parameter with the bits that its state is stored in."""
@@ -96,6 +111,12 @@ class Recipe(Options):
         """Return the plan of a parameter's state."""
         shape, dtype = assignment.role.shape, assignment.param.dtype
         return self.optimizer_cls.state_plan(shape, dtype, self.plan_options(assignment.options))
+
+
+def check_axes(role: ParamRole, axes: Sequence[int]) -> None:
+    """Raise ValueError if a parameter lacks one of these axes."""
+    if any(not -len(role.shape) <= axis < len(role.shape) for axis in axes):
+        raise ValueError(f"axes={tuple(axes)} does not fit {role.name} of shape {role.shape}.")
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> 
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(canonical_name(name))
-    path = getattr(recipe, "rules", None)
+    path = recipe.rules_file
     rules = load_rules(path, recipe.read_value) if path else None
     if rules:
         rules.check_used([name for aliases in names.values() for name in aliases])

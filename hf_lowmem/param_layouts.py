@@ -31,6 +31,14 @@ class ParamLayout(NamedTuple):
     options: tuple[tuple[str, Any], ...]
     from_model: bool = False
 
+    def option(self, name: str) -> Any:
+        """Return the value of a layout option, or None if the parameter's optimizer does not have it."""
+        return next((value for option, value in self.options if option == name), None)
+
+    def with_options(self, changed: Mapping[str, Any]) -> ParamLayout:
+        """Return the layout with other values of some options."""
+        return self._replace(options=tuple(sorted({**dict(self.options), **changed}.items())))
+
 
 class StateOwner(Protocol):
     """What an optimizer says of its parameters to what steps, saves and loads them."""
@@ -79,10 +87,13 @@ class GroupLayouts:
     Args:
         layouts: the layout of each parameter.
         own: the layout options that the group itself brought.
+
+    `layouts` may change as an algorithm lays state out anew during a run; `built` are those that it began with.
     """
 
     def __init__(self, layouts: Sequence[ParamLayout], own: Mapping[str, Any]) -> None:
         self.layouts = list(layouts)
+        self.built = tuple(layouts)
         self.own = dict(own)
 
     def check(self, group: Mapping[str, Any], number: int, options: Iterable[str]) -> None:

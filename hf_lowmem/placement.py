@@ -82,6 +82,11 @@ class HostCopies:
         self.synchronize()
         self._released = []
 
+    def forget_buffers(self, param: Tensor) -> None:
+        """Free the host buffers of a parameter, whose state has got another layout."""
+        for key in [key for key in self._buffers if key[0] is param]:
+            del self._buffers[key]
+
     def synchronize(self) -> None:
         """Wait until the host copies are complete."""
         for stream in self._streams.values():

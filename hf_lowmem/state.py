@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import torch
@@ -230,7 +230,8 @@ class StatePlan:
     """The state of one parameter: its moments by name, the codec that stores the full ones, the projection, how the
     weight is rounded, and the dtype of the arithmetic.
 
-    `stacked` says that axis 0 counts matrices, which share no statistic. `arithmetic` is float64 for float64 weights,
+    `stacked` says that axis 0 counts matrices, which share no statistic. `statistics` declares state that is measured
+    between steps and that no step reads. `arithmetic` is float64 for float64 weights,
     whose float32 state is declared as float64 too, and float32 for all others; under MicroAdam it may be bfloat16,
     whose roundings its rule then takes over from the authors' code.
     """
@@ -241,10 +242,11 @@ class StatePlan:
     stacked: bool = False
     rounding: Rounding = Rounding()
     arithmetic: torch.dtype = torch.float32
+    statistics: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Return every state tensor of a parameter of `shape`, `step` included."""
-        declared = {**self.projection.specs(shape), **self.rounding.specs(shape)}
+        declared = {**self.projection.specs(shape), **self.rounding.specs(shape), **self.statistics}
         for name, moment in self.moments.items():
             space, param_dims = self.projection.space(shape, name)
             for key, spec in moment.specs(name, space, self.codec).items():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
+from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
+from hf_lowmem.algorithms.calibration import CalibratedAdamW
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import EMBEDDINGS, RoleOptions
 from hf_lowmem.roles import ParamRole
 
 
-class Adalayer(GroupedAdamW):
+class Adalayer(CalibratedAdamW):
     """AdamW that keeps one second-moment number per weight, and one per logit of the last layer.
 
         m   <- b1 m + (1 - b1) g
@@ -49,7 +50,7 @@ class AdalayerRecipe(RulesRecipe):
 
     optimizer_cls = Adalayer
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
             return {}, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):

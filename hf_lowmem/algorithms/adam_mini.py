@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
+from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
+from hf_lowmem.algorithms.calibration import CalibratedAdamW
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -22,7 +23,7 @@ ELEMENTWISE = (
 )
 
 
-class AdamMini(GroupedAdamW):
+class AdamMini(CalibratedAdamW):
     """AdamW that keeps one second-moment number per block: token, head, output neuron, norm.
 
         v_b <- b2 v_b + (1 - b2) mean(g^2, block b)
@@ -59,7 +60,7 @@ class AdamMiniRecipe(RulesRecipe):
 
     optimizer_cls = AdamMini
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if role.role == "norm":
             return {"axes": tuple(range(len(role.shape)))}, "one per norm"
         if role.role in ELEMENTWISE or role.fan_out is None:

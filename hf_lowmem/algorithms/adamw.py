@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import get_annotations
 from typing import Any
 
+from hf_lowmem.algorithms.candidates import (
+    AUTO,
+    HEAD,
+    ROW_COL,
+    CalibrationOptions,
+    candidates_option,
+    folded_options,
+    parts_of,
+)
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import Options, at_least, decided_by_role, recipe_only
-from hf_lowmem.param_groups import Recipe, RoleOptions
+from hf_lowmem.param_groups import Assignment, Recipe, RoleOptions, check_axes
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
+from hf_lowmem.snr.measure import BY_HEAD
 from hf_lowmem.state import Codec, Moment, StatePlan
-
-ROW_COL = "row_col"  # the rule that keeps a factored second moment
 
 
 def codec_of(shape: tuple[int, ...], options: Mapping[str, Any], any_divisor: bool = False) -> Codec:
@@ -113,41 +122,86 @@ class LowMemAdamWRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class RulesRecipe(Recipe):
-    """A recipe of `GroupedAdamW` whose choices a rules file overrides by name."""
+class RulesRecipe(Recipe, CalibrationOptions):
+    """A recipe whose choices a rules file overrides by name, or which leaves them to a calibration."""
 
     rules: str | None = recipe_only(
         None,
         "path of a JSON file that goes before what the optimizer does by role: "
         '`{"exact": {name: rule}, "regex": [[pattern, rule]], "role": {role: rule}, "unknown": rule}`, or a flat '
         "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
-        '"row_col" (a factored second moment), "full", or for a fused weight `{part: rule}`.',
+        '"row_col" (a factored second moment), "head" (a number per head of queries or keys), "full", or for a fused '
+        'weight `{part: rule}`. With "auto", every second moment is kept in full for `calibration_steps`, and then '
+        "averaged where its signal-to-noise ratio allows it.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        calibration = get_annotations(CalibrationOptions)
+        for name, option in self.declared().items():
+            if getattr(self, name) == option.default:
+                continue
+            given = f"{name}={str(getattr(self, name)).lower()}"
+            if self.rules != AUTO and name in calibration:
+                raise ValueError(f"{given} is an option of rules=auto: give that too, or leave it out.")
+            if self.rules == AUTO and option.kind == "recipe" and name not in RulesRecipe.declared():
+                raise ValueError(
+                    f"{given} does not go with rules=auto, which measures what each weight keeps: leave one of them "
+                    "out."
+                )
+
+    @property
+    def rules_file(self) -> str | None:
+        return None if self.rules == AUTO else self.rules
+
+    def options_of(self, role: ParamRole) -> RoleOptions:
+        if self.rules != AUTO:
+            return self.options_by_role(role)
+        if not (found := candidates_option(role)):
+            return self.options_from_file(role, ()), "rules=auto: there are no axes to average over"
+        names = list(dict.fromkeys(each[0] for _, _, candidates in found for each in candidates))
+        why = f"rules=auto: measured for {self.calibration_steps} steps, then {', '.join(names)} or full"
+        return {"candidates": found}, why
+
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
+        """Return what `options_of` returns where no calibration decides."""
+        raise NotImplementedError
+
+    def caution_for(self, assignments: Sequence[Assignment], numel: int, nbytes: int) -> str:
+        calibrating = [each for each in assignments if each.param.requires_grad and each.options.get("candidates")]
+        if not calibrating:
+            return super().caution_for(assignments, numel, nbytes)
+        saved = sum(self._most_saved(each) for each in calibrating)
+        return (
+            f"rules=auto keeps {nbytes / numel:.3f} bytes of state per parameter for the first "
+            f"{self.calibration_steps} steps of each weight; afterwards it keeps at most as many, and "
+            f"{(nbytes - saved) / numel:.3f} if every weight is averaged as far as it can be."
+        )
+
+    def _most_saved(self, assignment: Assignment) -> int:
+        """Return the most bytes that a weight which calibrates may give back."""
+        parts, shape = parts_of(assignment.options["candidates"]), assignment.role.shape
+        options = {**assignment.options, **folded_options(parts, [part.smallest(shape) for part in parts])}
+        folded = replace(assignment, options={**options, "candidates": ()})
+        return self.state_plan(assignment).nbytes(shape) - self.state_plan(folded).nbytes(shape)
 
     def read_value(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {part: self.read_value(rule) for part, rule in value.items()}
-        return value if value == ROW_COL else read_axes(value, also=f'"{ROW_COL}"')
+            return {part: self._read_rule(rule) for part, rule in value.items()}
+        return self._read_rule(value)
+
+    @staticmethod
+    def _read_rule(value: Any) -> Any:
+        if value in (HEAD, ROW_COL):
+            return value
+        return read_axes(value, also=f'"{ROW_COL}", "{HEAD}", an object of such rules by part')
 
     def options_from_file(self, role: ParamRole, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return self._options_by_part(role, value)
-        return factored(role) if value == ROW_COL else super().options_from_file(role, value)
-
-    def _options_by_part(self, role: ParamRole, value: dict[str, Any]) -> dict[str, Any]:
-        """Return the options of a fused weight with a rule for each part; a part without one keeps every entry."""
-        parts = [part.name for part in role.parts]
-        if unknown := value.keys() - set(parts):
-            which = f"whose parts are {', '.join(parts)}" if parts else "which is not known to be fused"
-            raise ValueError(f"{min(unknown)!r} is no part of {role.name}, {which}.")
-        options = []
-        for rule in (value.get(part, ()) for part in parts):
-            if rule == ROW_COL:
-                options.append({"axes": role.fan_in, "cross_axes": (role.fan_out,)})
-            else:
-                axes = super().options_from_file(role, rule).get("axes", ())
-                options.append({"axes": tuple(axis % len(role.shape) for axis in axes)})
-        return segments_of(role, options) if any(each["axes"] for each in options) else {}
+        if value == ROW_COL:
+            return factored(role)
+        if value == HEAD:
+            return by_head(role, role.role)
+        return by_part(role, value) if isinstance(value, dict) else super().options_from_file(role, value)
 
 
 def factored(role: ParamRole) -> dict[str, Any]:
@@ -164,6 +218,40 @@ def factored(role: ParamRole) -> dict[str, Any]:
     if len(role.shape) == 2 and role.expert_axis is None:  # which of its axes is which makes no difference
         return {"axes": (1,), "cross_axes": (0,)}
     raise ValueError(f'"{ROW_COL}" does not fit {role.name} of shape {role.shape}, which is not known to be a matrix.')
+
+
+def by_head(role: ParamRole, name: str) -> dict[str, Any]:
+    """Return the options of queries or keys with a number per head; `name` is the role of the weight or the part.
+
+    Raises:
+        ValueError: the weight is neither, or its heads are not known.
+    """
+    if name not in BY_HEAD or role.head_dim is None:
+        raise ValueError(f'"{HEAD}" does not fit {role.name}, which is not known to have heads of queries or keys.')
+    return {"axes": role.fan_in, "rows_per_block": role.head_dim}
+
+
+def by_part(role: ParamRole, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a fused weight by the rules of its parts; a part without one keeps every entry.
+
+    Raises:
+        ValueError: the weight has no such part, or a rule does not fit its part.
+    """
+    names = [part.name for part in role.parts]
+    if unknown := rules.keys() - set(names):
+        which = f"whose parts are {', '.join(names)}" if names else "which is not known to be fused"
+        raise ValueError(f"{min(unknown)!r} is no part of {role.name}, {which}.")
+    options = []
+    for part in role.parts:
+        rule = rules.get(part.name, ())
+        if rule == HEAD:
+            options.append(by_head(role, part.role))
+        elif rule == ROW_COL:
+            options.append({"axes": role.fan_in, "cross_axes": (role.fan_out,)})
+        else:
+            check_axes(role, rule)
+            options.append({"axes": tuple(axis % len(role.shape) for axis in rule)})
+    return segments_of(role, options) if any(each["axes"] for each in options) else {}
 
 
 def segments_of(role: ParamRole, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, GroupedOptions, RulesRecipe, factored
+from hf_lowmem.algorithms.adamw import RulesRecipe, factored
+from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedOptions
 from hf_lowmem.moments import whole
 from hf_lowmem.options import decided_by_role, recipe_only
 from hf_lowmem.param_groups import RoleOptions
@@ -17,15 +18,16 @@ IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # sma
 
 
 @dataclass(frozen=True)
-class FactoredOptions(GroupedOptions):
+class FactoredOptions(CalibratedOptions):
     """Options of a weight whose second moment is factored."""
 
     factored: bool = decided_by_role(
-        True, "whether a weight of two or more axes, without `axes` and `segments`, is factored over its last two axes."
+        True,
+        "whether a weight of two or more axes, without `axes` and `segments`, is factored over its last two axes.",
     )
 
 
-class FactoredAdamW(GroupedAdamW):
+class FactoredAdamW(CalibratedAdamW):
     """AdamW whose second moment is the rank-1 estimate from the means of its rows and of its columns.
 
         m <- b1 m + (1 - b1) g
@@ -52,6 +54,7 @@ class FactoredAdamW(GroupedAdamW):
 
     algorithm = "factored_adamw"
     options_cls = FactoredOptions
+    full_options: ClassVar[dict[str, Any]] = {"factored": False}
 
     @classmethod
     def second_moment(cls, shape: tuple[int, ...], options: Mapping[str, Any]) -> Moment:
@@ -70,7 +73,7 @@ class FactoredAdamWRecipe(RulesRecipe):
     optimizer_cls = FactoredAdamW
     without_roles = "every matrix is factored over its last two axes"
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if role.role in IN_FULL or role.fan_out is None:
             return {"factored": False}, f"elementwise: {role.role}"
         if role.role.startswith("lora_") and self.lora == "full":
@@ -78,4 +81,4 @@ class FactoredAdamWRecipe(RulesRecipe):
         return factored(role), "the means of rows and columns" + (" of each fused part" if role.parts else "")
 
     def options_from_file(self, role: ParamRole, value: Any) -> dict[str, Any]:
-        return super().options_from_file(role, value) or {"factored": False}
+        return super().options_from_file(role, value) or FactoredAdamW.full_options

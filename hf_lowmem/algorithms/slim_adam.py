@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
+from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
+from hf_lowmem.algorithms.calibration import CalibratedAdamW
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -24,7 +25,7 @@ FAN_OUT = ("attention_value", "attention_output", "mlp_up", "mlp_gate", "mlp_dow
 CONTESTED = ("mlp_up", "mlp_gate")  # the rows that the authors' code marks as inconsistent across models
 
 
-class SlimAdamW(GroupedAdamW):
+class SlimAdamW(CalibratedAdamW):
     """AdamW that keeps one second-moment number per row or column of a weight.
 
         m <- b1 m + (1 - b1) g
@@ -66,7 +67,7 @@ class SlimAdamRecipe(RulesRecipe):
 
     optimizer_cls = SlimAdamW
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if role.parts:
             if self.fused == "full":
                 return {}, "fused=full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,6 @@ from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Rol
 from hf_lowmem.planner.tables import change, table, wrapped
 from hf_lowmem.sizes import readable
 from hf_lowmem.state import STEP, StatePlan
-
-ADAMW_BYTES = {32: 8, 16: 6, 8: 2}  # bytes of AdamW's moments per parameter, by `state_bits`
 
 
 @dataclass(frozen=True)
@@ -195,10 +193,8 @@ def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
                 dtype=_dtype(param),
             )
         )
-    bits = recipe.state_bits
-    bytes_per_param = Explanation(recipe.algorithm, bits, tuple(rows)).bytes_per_param
-    caution = recipe.caution.format(bytes=bytes_per_param, adamw=ADAMW_BYTES[bits])
-    return Explanation(recipe.algorithm, bits, tuple(rows), caution)
+    found_rows = Explanation(recipe.algorithm, recipe.state_bits, tuple(rows))
+    return replace(found_rows, caution=recipe.caution_for(plan, found_rows.numel, found_rows.nbytes))
 
 
 def explain_adamw(name: str, roles: Roles) -> Explanation:
