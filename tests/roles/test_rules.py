@@ -50,6 +50,18 @@ def test_fallback_for_unknown_roles(tmp_path: Path) -> None:
     assert second_moment(explained(model, tmp_path / "b.json", {"unknown": [1]})["mystery.weight"]) == (4, 1)
 
 
+def test_a_number_per_head_and_rules_of_the_parts_of_a_fused_weight(tmp_path: Path) -> None:
+    rows = explained(tiny_model("llama"), tmp_path / "llama.json", {"regex": [["q_proj", "head"]]})
+    assert second_moment(rows["model.layers.0.self_attn.q_proj.weight"]) == (4, 1)
+    name = "model.layers.0.self_attn.qkv_proj.weight"  # 4 heads of queries, 2 of keys and 2 of values, of 8 rows each
+    rules = {"exact": {name: {"query": "head", "key": "row_col", "value": "full"}}}
+    state = explained(tiny_model("phi3"), tmp_path / "phi3.json", rules)[name].state
+    shapes = {key.removeprefix("exp_avg_sq_"): shape for key, (shape, _) in state.items() if "sq" in key}
+    assert shapes == {"query": (4, 1), "key_row": (16, 1), "key_col": (1, 32), "value": (16, 32)}
+    rules["exact"][name] = dict.fromkeys(("query", "key", "value"), None)
+    assert second_moment(explained(tiny_model("phi3"), tmp_path / "full.json", rules)[name]) == (64, 32)
+
+
 def test_a_tied_weight_answers_to_both_names(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     rows = explained(model, tmp_path / "rules.json", {"exact": {"lm_head.weight": None}})
@@ -67,6 +79,12 @@ def test_a_tied_weight_answers_to_both_names(tmp_path: Path) -> None:
         ({"regex": None}, "a list"),
         ({"exact": {"lm_head.weight": "rows"}}, "expected a list of axes"),
         ({"exact": {"lm_head.weight": [5]}}, r"axes=\(5,\) does not fit lm_head.weight"),
+        (
+            {"exact": {"lm_head.weight": "head"}},
+            '"head" does not fit lm_head.weight, which is not known to have heads',
+        ),
+        ({"exact": {"lm_head.weight": {"up": [0]}}}, "parts up do not fit lm_head.weight, which has no parts"),
+        ({"exact": {"lm_head.weight": {"up": "rows"}}}, "expected a list of axes"),
     ],
 )
 def test_wrong_rules_are_told(rules: dict, message: str, tmp_path: Path) -> None:
