@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lowmem.moments import Segment, whole
 from hf_lowmem.options import POSITIVE, Options, at_least, run
 from hf_lowmem.roles import ParamRole
-from hf_lowmem.snr.measure import candidates, snr_of
+from hf_lowmem.snr.measure import SecondMoment, candidates, snr_of
 
 AUTO = "auto"  # the value of `rules` with which a run finds its own
 FULL, HEAD, ROW_COL = "full", "head", "row_col"  # rules beside lists of axes
@@ -113,8 +113,20 @@ def parts_of(option: Sequence[Sequence[Any]]) -> Parts:
 
 def measured(v: Tensor, parts: Parts) -> Tensor:
     """Return the signal-to-noise ratio of each candidate of each part, one after the other: float64, on v's device."""
-    shape = tuple(v.shape)
-    return torch.stack([snr_of(v, part.segment(each, shape)) for part in parts for each in part.candidates])
+    return torch.stack([ratio for part in parts for ratio in _ratios(v, part)])
+
+
+def _ratios(v: Tensor, part: Part) -> Iterator[Tensor]:
+    """Yield the ratio of each candidate of one part, by one float64 copy of what most of them are measured on."""
+    whole_part = SecondMoment(part.segment(part.candidates[0], tuple(v.shape)).view(v) if part.place else v)
+    for each in part.candidates:
+        segment = part.segment(each, tuple(v.shape))
+        if each.rows_per_block > 1:
+            yield snr_of(v, segment)
+        elif part.place:
+            yield whole_part.ratio(*(mean.mean_dims for mean in segment.means)).snr
+        else:
+            yield whole_part.ratio(each.axes, each.cross_axes).snr
 
 
 def chosen(parts: Parts, sums: Tensor, counts: Tensor, cutoff: float) -> list[Candidate | None]:
