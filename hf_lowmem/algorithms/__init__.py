@@ -8,8 +8,8 @@ from hf_lowmem.algorithms.adalayer import Adalayer, AdalayerRecipe
 from hf_lowmem.algorithms.adam_mini import AdamMini, AdamMiniRecipe
 from hf_lowmem.algorithms.adamw import LowMemAdamW, LowMemAdamWRecipe
 from hf_lowmem.algorithms.coap import CoapAdafactor, CoapAdafactorRecipe, CoapAdamW, CoapAdamWRecipe
-from hf_lowmem.algorithms.fadam import FAdam, FAdamRecipe
 from hf_lowmem.algorithms.factored_adamw import FactoredAdamW, FactoredAdamWRecipe
+from hf_lowmem.algorithms.fadam import FAdam, FAdamRecipe
 from hf_lowmem.algorithms.h_fac import HFac, HFacRecipe
 from hf_lowmem.algorithms.micro_adam import MicroAdam, MicroAdamRecipe
 from hf_lowmem.algorithms.signum import Signum, SignumRecipe

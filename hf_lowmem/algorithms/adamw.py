@@ -77,8 +77,8 @@ class GroupedOptions(Options):
     )
     cross_axes: tuple[int, ...] = decided_by_role(
         (),
-        "axes of a second mean beside the one over `axes`; the product of both, divided by the mean of all entries, is "
-        "then the second moment.",
+        "axes of a second mean beside the one over `axes`; the product of both, divided by the mean of all entries, "
+        "is then the second moment.",
     )
     rows_per_block: int = decided_by_role(
         1, "number of consecutive entries of the last axis that is kept which share one number too.", at_least(1)
@@ -86,8 +86,8 @@ class GroupedOptions(Options):
     segments: tuple[tuple, ...] = decided_by_role(
         (),
         "for fused weights, the tuple (name, axis, outer, start, stop, axes, rows_per_block) of each part instead, "
-        "with `cross_axes` at its end if it has any: `axis`, of size n, is viewed as (outer, n // outer), and the part "
-        "is `[:, start:stop]` of it.",
+        "with `cross_axes` at its end if it has any: `axis`, of size n, is viewed as (outer, n // outer), and the "
+        "part is `[:, start:stop]` of it.",
     )
 
 

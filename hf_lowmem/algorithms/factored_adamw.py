@@ -41,8 +41,8 @@ class FactoredAdamW(CalibratedAdamW):
     It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and no update is clipped.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
-    (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its parts,
-    and stacked experts have a row and a column mean each.
+    (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its
+    parts, and each of a stack of experts has means of its own.
 
     >>> weight = torch.nn.Parameter(torch.ones(64, 128))
     >>> optimizer = FactoredAdamW([weight], lr=1e-3, state_bits=8)

@@ -282,7 +282,8 @@ def whole(
     ndim = max(len(shape), 1)
     for name, given in (("axes", axes), ("cross_axes", cross_axes)):
         if any(not -ndim <= axis < ndim for axis in given):
-            raise ValueError(f"{name}={given} does not fit a parameter of shape {shape}: axes go from 0 to {ndim - 1}.")
+            legal = f"axes go from 0 to {ndim - 1}"
+            raise ValueError(f"{name}={given} does not fit a parameter of shape {shape}: {legal}.")
     averaged, cross = (tuple(sorted({axis % ndim for axis in given})) for given in (axes, cross_axes))
     kept = [axis for axis in range(ndim) if axis not in averaged]
     axis = kept[-1] if kept else 0

@@ -83,7 +83,7 @@ def test_a_tied_weight_answers_to_both_names(tmp_path: Path) -> None:
             {"exact": {"lm_head.weight": "head"}},
             '"head" does not fit lm_head.weight, which is not known to have heads',
         ),
-        ({"exact": {"lm_head.weight": {"up": [0]}}}, "parts up do not fit lm_head.weight, which has no parts"),
+        ({"exact": {"lm_head.weight": {"up": [0]}}}, "'up' is no part of lm_head.weight"),
         ({"exact": {"lm_head.weight": {"up": "rows"}}}, "expected a list of axes"),
     ],
 )
