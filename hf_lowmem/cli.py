@@ -197,6 +197,13 @@ def convert(argv: list[str]) -> None:
     command(argv)
 
 
+def snr(argv: list[str]) -> None:
+    """Measure which second moments of a training script may be averaged, and write rules for slim_adamw."""
+    from hf_lowmem.snr_command import main as command
+
+    command(Parser(prog="hf-lowmem snr", description=snr.__doc__), argv)
+
+
 def demo(argv: list[str]) -> None:
     """Train a small Llama on this machine's Python documentation, with AdamW and with our optimizers."""
     from hf_lowmem.demo import main as demo_main
@@ -220,5 +227,6 @@ COMMANDS: dict[str, Command] = {
     "optims": optims,
     "doctor": doctor,
     "convert": convert,
+    "snr": snr,
     "demo": demo,
 }

@@ -9,7 +9,7 @@ import hf_lowmem
 
 PACKAGE = Path(hf_lowmem.__file__).parent
 LAYERS = [
-    {"__init__", "__main__", "cli", "convert", "demo", "doctor"},
+    {"__init__", "__main__", "cli", "convert", "demo", "doctor", "snr_command", "snr_report"},
     {"trainer"},
     {"planner"},
     {"algorithms"},

@@ -1,0 +1,118 @@
+"""`hf-lowmem snr` on a tiny script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_lowmem
+from hf_lowmem.cli import main
+from hf_lowmem.snr.ratios import Measured
+from hf_lowmem.snr_report import pattern, stability
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+tokens = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
+arguments = dict(max_steps=20, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+args = TrainingArguments("run", optim="slim_adamw_8bit", optim_args="min_8bit_size=0,conservative=true", **arguments)
+trainer = Trainer(model, args, train_dataset=tokens)
+try:
+    trainer.train()
+except Exception:
+    pass
+Path("unreached").touch()
+"""
+
+
+def test_a_script_is_measured_stopped_and_its_rules_train(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "hf_lowmem", "snr", "run", "--steps", "4", "--every", "2", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "trains with lowmem_adamw_8bit in place of slim_adamw_8bit" in done.stderr
+    assert f'optim_args="rules={tmp_path / "snr" / "rules.json"}"' in done.stdout
+    assert not (tmp_path / "unreached").exists()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    lines = (tmp_path / "snr" / "snr.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in lines} == {"1", "2", "4"}
+    assert (tmp_path / "snr" / "snr.png").read_bytes().startswith(b"\x89PNG")
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+    explained = hf_lowmem.explain(model, "slim_adamw", f"rules={tmp_path / 'snr' / 'rules.json'}")
+    assert all(row.why == "rules file, by name" for row in explained.rows)
+
+
+CSV = """step,key,shape,compress_dims,snr,mean_sqr,var
+1,h.0.up.weight,"(8, 4)","(0,)",2.0,1,1
+1,h.1.up.weight,"(8, 4)","(0,)",0.5,1,1
+2,h.0.up.weight,"(8, 4)","(0,)",4.0,1,1
+2,h.1.up.weight,"(8, 4)","(0,)",0.7,1,1
+1,norm.weight,"(8,)","(0,)",9.0,1,1
+"""
+
+
+def test_show_and_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("snr.csv").write_text(CSV)
+    main(["snr", "show", "snr.csv"])
+    said = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in said if line.startswith("h.*.up.weight"))
+    assert row.split() == ["h.*.up.weight", "2", "1.80", "4", "of", "4", "axis", "0", "x", "1,", "full", "x", "1"]
+    # Of 72 entries, one matrix of 32 keeps 4 at cut-off 1.
+    (row,) = (line for line in said if line.split()[:1] == ["1"])
+    assert row.split() == ["1", "38.89", "%", "2.444", "1", "of", "3"]
+    assert Path("snr.png").stat().st_size > 1000
+
+    main(["snr", "rules", "snr.csv", "--cutoff", "0.55", "--smallest", "--output", "my.json"])
+    assert json.loads(Path("my.json").read_text()) == {
+        "h.0.up.weight": [0],
+        "h.1.up.weight": None,
+        "norm.weight": None,
+    }
+    assert "rules=" in capsys.readouterr().out
+    main(["snr", "rules", "snr.csv", "--bytes-per-param", "1"])
+    assert json.loads(Path("rules.json").read_text())["h.1.up.weight"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["rules", "none.csv"], "'none.csv' is not a readable CSV"),
+        (["rules", "snr.csv", "--bytes-per-param", "0.1"], "bytes_budget=0.1 is too small"),
+        (["run", "none.py"], "there is no script 'none.py'"),
+        (["run", "--steps", "0", "none.py"], "--steps 0 must be at least 1"),
+        (["run", "empty.py"], "'empty.py' ended without a call of Trainer.train"),
+        (["shw"], "invalid choice: 'shw'"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(
+    argv: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
+    monkeypatch.setattr("hf_lowmem.trainer.registration.BEFORE_TRAIN", [])
+    Path("snr.csv").write_text(CSV)
+    Path("empty.py").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["snr", *argv])
+    assert said in capsys.readouterr().err
+
+
+def test_stability_and_patterns() -> None:
+    measured = Measured("w", (4, 4), {(0,): {1: 2.0, 2: 0.5}, (1,): {1: 1.5, 2: 0.1}})
+    assert stability([(measured, (0,))], 1.0) == (1, 2)
+    assert pattern("model.layers.11.mlp.experts.3.w1.weight[up]") == "model.layers.*.mlp.experts.*.w1.weight[up]"
