@@ -1,7 +1,7 @@
 """The time that the signal-to-noise ratios of a training run take: `python benchmarks/snr_cost.py`.
 
 It trains a Llama of 3 M parameters, measures it, and writes the seconds of both, with the share of the authors'
-schedule, to results/snr_cost.json.
+schedule, to results/snr_cost_cpu.json.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import describe_machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowmem.snr import SnrTracker
 from hf_lowmem.snr.tracker import is_due
 
 STEPS, REPEATS = 1000, 5
-RESULT = Path(__file__).parent / "results" / "snr_cost.json"
+RESULT = Path(__file__).parent / "results" / "snr_cost_cpu.json"
 
 
 def median_seconds(run: Callable[[], object]) -> float:
@@ -52,6 +53,7 @@ def main() -> None:
         seconds = median_seconds(lambda: tracker.measure(optimizer, 1))
     measurements = sum(map(is_due, range(1, STEPS + 1)))
     found = {
+        **describe_machine("cpu"),
         "parameters": sum(param.numel() for param in model.parameters()),
         "tokens_per_step": tokens.numel(),
         "threads": torch.get_num_threads(),
@@ -62,7 +64,7 @@ def main() -> None:
         "share_percent": round(100 * measurements * seconds / (STEPS * step_seconds), 3),
     }
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    print(RESULT.read_text())
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def draw(found: Ratios, path: Path, cutoff: float) -> None:
     for panel in list(figure.axes)[len(largest) :]:
         panel.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.supxlabel("step")
     figure.supylabel("signal-to-noise ratio")
     figure.savefig(path)
