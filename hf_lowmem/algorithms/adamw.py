@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from inspect import get_annotations
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from hf_lowmem.algorithms.candidates import (
-    AUTO,
-    HEAD,
-    ROW_COL,
-    CalibrationOptions,
-    candidates_option,
-    folded_options,
-    parts_of,
-)
+from hf_lowmem.algorithms.candidates import HEAD, ROW_COL
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import Options, at_least, decided_by_role, recipe_only
-from hf_lowmem.param_groups import Assignment, Recipe, RoleOptions, check_axes
+from hf_lowmem.param_groups import Recipe, RoleOptions, check_axes
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
 from hf_lowmem.snr.measure import BY_HEAD
@@ -122,8 +113,8 @@ class LowMemAdamWRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class RulesRecipe(Recipe, CalibrationOptions):
-    """A recipe whose choices a rules file overrides by name, or which leaves them to a calibration."""
+class RulesRecipe(Recipe):
+    """A recipe whose choices a rules file overrides by name."""
 
     rules: str | None = recipe_only(
         None,
@@ -131,59 +122,8 @@ class RulesRecipe(Recipe, CalibrationOptions):
         '`{"exact": {name: rule}, "regex": [[pattern, rule]], "role": {role: rule}, "unknown": rule}`, or a flat '
         "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
         '"row_col" (a factored second moment), "head" (a number per head of queries or keys), "full", or for a fused '
-        'weight `{part: rule}`. With "auto", every second moment is kept in full for `calibration_steps`, and then '
-        "averaged where its signal-to-noise ratio allows it.",
+        "weight `{part: rule}`.",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        calibration = get_annotations(CalibrationOptions)
-        for name, option in self.declared().items():
-            if getattr(self, name) == option.default:
-                continue
-            given = f"{name}={str(getattr(self, name)).lower()}"
-            if self.rules != AUTO and name in calibration:
-                raise ValueError(f"{given} is an option of rules=auto: give that too, or leave it out.")
-            if self.rules == AUTO and option.kind == "recipe" and name not in RulesRecipe.declared():
-                raise ValueError(
-                    f"{given} does not go with rules=auto, which measures what each weight keeps: leave one of them "
-                    "out."
-                )
-
-    @property
-    def rules_file(self) -> str | None:
-        return None if self.rules == AUTO else self.rules
-
-    def options_of(self, role: ParamRole) -> RoleOptions:
-        if self.rules != AUTO:
-            return self.options_by_role(role)
-        if not (found := candidates_option(role)):
-            return self.options_from_file(role, ()), "rules=auto: there are no axes to average over"
-        names = list(dict.fromkeys(each[0] for _, _, candidates in found for each in candidates))
-        why = f"rules=auto: measured for {self.calibration_steps} steps, then {', '.join(names)} or full"
-        return {"candidates": found}, why
-
-    def options_by_role(self, role: ParamRole) -> RoleOptions:
-        """Return what `options_of` returns where no calibration decides."""
-        raise NotImplementedError
-
-    def caution_for(self, assignments: Sequence[Assignment], numel: int, nbytes: int) -> str:
-        calibrating = [each for each in assignments if each.param.requires_grad and each.options.get("candidates")]
-        if not calibrating:
-            return super().caution_for(assignments, numel, nbytes)
-        saved = sum(self._most_saved(each) for each in calibrating)
-        return (
-            f"rules=auto keeps {nbytes / numel:.3f} bytes of state per parameter for the first "
-            f"{self.calibration_steps} steps of each weight; afterwards it keeps at most as many, and "
-            f"{(nbytes - saved) / numel:.3f} if every weight is averaged as far as it can be."
-        )
-
-    def _most_saved(self, assignment: Assignment) -> int:
-        """Return the most bytes that a weight which calibrates may give back."""
-        parts, shape = parts_of(assignment.options["candidates"]), assignment.role.shape
-        options = {**assignment.options, **folded_options(parts, [part.smallest(shape) for part in parts])}
-        folded = replace(assignment, options={**options, "candidates": ()})
-        return self.state_plan(assignment).nbytes(shape) - self.state_plan(folded).nbytes(shape)
 
     def read_value(self, value: Any) -> Any:
         if isinstance(value, dict):

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import get_annotations
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, GroupedOptions
+from hf_lowmem.algorithms.adamw import GroupedAdamW, GroupedOptions, RulesRecipe
 from hf_lowmem.algorithms.candidates import (
+    AUTO,
     FULL,
     MEASUREMENTS,
     CalibrationOptions,
     Candidate,
     Parts,
+    candidates_option,
     chosen,
     folded_options,
     measured,
@@ -27,8 +30,10 @@ from hf_lowmem.kernels.means import tile_size, tiles
 from hf_lowmem.log import announce, get_logger, is_first_process
 from hf_lowmem.moments import Full, GroupMean
 from hf_lowmem.options import decided_by_role
+from hf_lowmem.param_groups import Assignment, RoleOptions
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, as_tuple
 from hf_lowmem.planned_optimizer import Group
+from hf_lowmem.roles import ParamRole
 from hf_lowmem.sizes import readable
 from hf_lowmem.state import State, StatePlan, TensorSpec
 
@@ -212,6 +217,61 @@ class CalibratedAdamW(GroupedAdamW):
             return built
         by_role = self.options_cls.defaults("role")
         return built.with_options({CANDIDATES: (), **{name: as_tuple(entry[name]) for name in by_role & entry.keys()}})
+
+
+@dataclass(frozen=True)
+class CalibratedRecipe(RulesRecipe, CalibrationOptions):
+    """A recipe of `CalibratedAdamW`, which by `rules=auto` leaves its choices to a calibration."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        calibration = get_annotations(CalibrationOptions)
+        for name, option in self.declared().items():
+            if getattr(self, name) == option.default:
+                continue
+            given = f"{name}={str(getattr(self, name)).lower()}"
+            if self.rules != AUTO and name in calibration:
+                raise ValueError(f"{given} is an option of rules=auto: give that too, or leave it out.")
+            if self.rules == AUTO and option.kind == "recipe" and name not in CalibratedRecipe.declared():
+                raise ValueError(
+                    f"{given} does not go with rules=auto, which measures what each weight keeps: leave one of them "
+                    "out."
+                )
+
+    @property
+    def rules_file(self) -> str | None:
+        return None if self.rules == AUTO else self.rules
+
+    def options_of(self, role: ParamRole) -> RoleOptions:
+        if self.rules != AUTO:
+            return self.options_by_role(role)
+        if not (found := candidates_option(role)):
+            return self.options_from_file(role, ()), "rules=auto: there are no axes to average over"
+        names = list(dict.fromkeys(each[0] for _, _, candidates in found for each in candidates))
+        why = f"rules=auto: measured for {self.calibration_steps} steps, then {', '.join(names)} or full"
+        return {"candidates": found}, why
+
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
+        """Return what `options_of` returns where no calibration decides."""
+        raise NotImplementedError
+
+    def caution_for(self, assignments: Sequence[Assignment], numel: int, nbytes: int) -> str:
+        calibrating = [each for each in assignments if each.param.requires_grad and each.options.get("candidates")]
+        if not calibrating:
+            return super().caution_for(assignments, numel, nbytes)
+        saved = sum(self._most_saved(each) for each in calibrating)
+        return (
+            f"rules=auto keeps {nbytes / numel:.3f} bytes of state per parameter for the first "
+            f"{self.calibration_steps} steps of each weight; afterwards it keeps at most as many, and "
+            f"{(nbytes - saved) / numel:.3f} if every weight is averaged as far as it can be."
+        )
+
+    def _most_saved(self, assignment: Assignment) -> int:
+        """Return the most bytes that a weight which calibrates may give back."""
+        parts, shape = parts_of(assignment.options["candidates"]), assignment.role.shape
+        options = {**assignment.options, **folded_options(parts, [part.smallest(shape) for part in parts])}
+        folded = replace(assignment, options={**options, "candidates": ()})
+        return self.state_plan(assignment).nbytes(shape) - self.state_plan(folded).nbytes(shape)
 
 
 class FoldReport:

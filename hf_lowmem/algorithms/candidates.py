@@ -26,8 +26,8 @@ class CalibrationOptions(Options):
 
     calibration_steps: int = run(
         300,
-        "with `rules=auto`, the number of a weight's own steps after which its second moment is folded; until then "
-        "every entry of it is kept.",
+        "with `rules=auto`, the number of a weight's own steps in which it keeps its full second moment and the "
+        "signal-to-noise ratio of that is measured; then it is averaged where the ratio allows it.",
         at_least(1),
     )
     snr_cutoff: float = run(

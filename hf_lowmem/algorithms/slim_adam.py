@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
-from hf_lowmem.algorithms.calibration import CalibratedAdamW
+from hf_lowmem.algorithms.adamw import segments_of
+from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedRecipe
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -50,7 +50,7 @@ class SlimAdamW(CalibratedAdamW):
 
 
 @dataclass(frozen=True)
-class SlimAdamRecipe(RulesRecipe):
+class SlimAdamRecipe(CalibratedRecipe):
     """SlimAdam, and which axis of which weight is averaged."""
 
     conservative: bool = recipe_only(
