@@ -27,7 +27,7 @@ def by_pattern(found: Ratios) -> dict[str, list[Measured]]:
     """Return the weights that differ in their layer numbers only; vectors, which no rule reduces, are left out."""
     groups: dict[str, list[Measured]] = defaultdict(list)
     for key, measured in found.items():
-        if len(measured.shape) > 1:
+        if measured.ndim > 1:
             groups[pattern(key)].append(measured)
     return groups
 

@@ -47,6 +47,12 @@ class Measured:
         return self.key.partition("[")[2].removesuffix("]")
 
     @property
+    def ndim(self) -> int:
+        """The number of axes, from the ratios too, because other programs' files may leave the shape out."""
+        axes = (axis for how in self.ratios if isinstance(how, tuple) for axis in how)
+        return max(len(self.shape), 1 + max(axes, default=-1))
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

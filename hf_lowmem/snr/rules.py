@@ -64,7 +64,7 @@ def choose(measured: Measured, cutoff: float, over: Over = "mean", row_col: bool
 
 def decide(measured: Measured, ratios: Mapping[Reduction, float], cutoff: float, row_col: bool = True) -> Choice:
     """Return what a weight or part is reduced to where each reduction has this one ratio."""
-    if len(measured.shape) < 2 or _NORM.search(measured.name):
+    if measured.ndim < 2 or _NORM.search(measured.name):
         return None
     above = {how: ratio for how, ratio in ratios.items() if ratio > cutoff}  # NaN is not
     axes = [how for how in above if how not in (ROW_COL, HEAD)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
 from hf_lowmem.cli import main
@@ -34,24 +34,32 @@ Path("unreached").touch()
 """
 
 
-def test_a_script_is_measured_stopped_and_its_rules_train(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "hf_lowmem", "snr", "run", "--steps", "4", "--every", "2", "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "trains with lowmem_adamw_8bit in place of slim_adamw_8bit" in done.stderr
-    assert f'optim_args="rules={tmp_path / "snr" / "rules.json"}"' in done.stdout
-    assert not (tmp_path / "unreached").exists()
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
-    lines = (tmp_path / "snr" / "snr.csv").read_text().splitlines()[1:]
-    assert {line.split(",")[0] for line in lines} == {"1", "2", "4"}
-    assert (tmp_path / "snr" / "snr.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, in a process that a command may change."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
+    monkeypatch.setattr("hf_lowmem.trainer.registration.BEFORE_TRAIN", [])
+    return tmp_path
 
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+def test_a_script_is_measured_stopped_and_its_rules_train(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "train.py").write_text(SCRIPT)
+    main(["snr", "run", "--steps", "4", "--every", "2", "train.py"])
+    assert "trains with lowmem_adamw_8bit in place of slim_adamw_8bit" in caplog.text
+    assert f'optim_args="rules={folder / "snr" / "rules.json"}"' in capsys.readouterr().out
+    assert not (folder / "unreached").exists()
+    assert not list((folder / "run").glob("checkpoint-*"))
+    lines = (folder / "snr" / "snr.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in lines} == {"1", "2", "4"}
+    assert (folder / "snr" / "snr.png").read_bytes().startswith(b"\x89PNG")
 
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
-    explained = hf_lowmem.explain(model, "slim_adamw", f"rules={tmp_path / 'snr' / 'rules.json'}")
+    explained = hf_lowmem.explain(model, "slim_adamw", f"rules={folder / 'snr' / 'rules.json'}")
     assert all(row.why == "rules file, by name" for row in explained.rows)
 
 
@@ -64,8 +72,7 @@ CSV = """step,key,shape,compress_dims,snr,mean_sqr,var
 """
 
 
-def test_show_and_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_show_and_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("snr.csv").write_text(CSV)
     main(["snr", "show", "snr.csv"])
     said = capsys.readouterr().out.splitlines()
@@ -99,12 +106,8 @@ def test_show_and_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
-    argv: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argv: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
-    monkeypatch.setattr("hf_lowmem.trainer.registration.BEFORE_TRAIN", [])
     Path("snr.csv").write_text(CSV)
     Path("empty.py").touch()
     with pytest.raises(SystemExit, match="2"):
