@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
-from hf_lowmem.algorithms.calibration import CalibratedAdamW
+from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import EMBEDDINGS, RoleOptions
 from hf_lowmem.roles import ParamRole
 
 
-class Adalayer(CalibratedAdamW):
+class Adalayer(GroupedAdamW):
     """AdamW that keeps one second-moment number per weight, and one per logit of the last layer.
 
         m   <- b1 m + (1 - b1) g

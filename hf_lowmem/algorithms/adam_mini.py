@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import RulesRecipe, segments_of
-from hf_lowmem.algorithms.calibration import CalibratedAdamW
+from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -23,7 +22,7 @@ ELEMENTWISE = (
 )
 
 
-class AdamMini(CalibratedAdamW):
+class AdamMini(GroupedAdamW):
     """AdamW that keeps one second-moment number per block: token, head, output neuron, norm.
 
         v_b <- b2 v_b + (1 - b2) mean(g^2, block b)
