@@ -45,7 +45,8 @@ CPU_PART = (
 
 # The Triton kernels also need how a part is cut: it has `reductions`, which share no mean, and each of those has
 # `tiles` tiles and `sums` partial sums. Each kind is numbered through all parts of a launch, from the part's `first_`
-# on. `weight` is the row of its scalars.
+# on, as are the groups, and, after all partial sums, those of the rows of factored parts. `weight` is the row of its
+# scalars.
 TRITON_PART = (
     *ADDRESSES,
     *Geometry._fields,
@@ -56,6 +57,8 @@ TRITON_PART = (
     "sums",
     "first_reduction",
     "reductions",
+    "first_row_sum",
+    "first_group",
 )
 
 # The numbers of one step of a part, float64: see `scalars.py`. `new_1` and `new_2` are the new gradient's shares in

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, CoapAdamW, FAdam, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, CoapAdamW, FactoredAdamW, FAdam, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.codecs.dynamic_map import boundaries, decode_table
 from hf_lowmem.kernels import forced
@@ -39,6 +39,7 @@ from hf_lowmem.kernels.triton.tuning import KINDS, Tile, current_arch, tile_for,
 from hf_lowmem.state import Rounding, StatePlan
 from tests.support import micro_adam_runs, passes_runs, smmf_runs
 from tests.support.backend_steps import PLANS, check_reduce_then_apply
+from tests.support.declarations import FULL_SPACE, each_variant
 from tests.support.kernel_runs import CASES, RAGGED, VARIANTS, WEIGHTS, by_rule, check_gpu_kernel, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -139,6 +140,12 @@ def test_rows_that_end_in_a_short_block_follow_the_rules(case: tuple) -> None:
     check_gpu_kernel(case, 8, torch.bfloat16, "kahan", DEVICE.type)
 
 
+@each_variant([d for d in FULL_SPACE if d.cls is FactoredAdamW], geometries=True, storages=("32-bit", "8-bit"))
+def test_factored_weights_of_every_layout_follow_the_rules(cls: type, options: dict, shape: tuple) -> None:
+    bits = options.get("state_bits", 32)
+    check_gpu_kernel((cls, options, shape), bits, torch.float32, "nearest", DEVICE.type, clip=0.5)
+
+
 @pytest.mark.parametrize("rank", [8, 33, 96])
 def test_projected_rows_of_any_size_follow_the_rules(rank: int) -> None:
     check_gpu_kernel((CoapAdamW, {"rank": rank}, (160, 128)), 8, torch.bfloat16, "stochastic", DEVICE.type)
@@ -180,6 +187,7 @@ ODD = [
     (AdamMini, {"axes": (0, 2)}, (3, 5, 7)),
     (AdamMini, {"axes": (0,), "rows_per_block": 2}, (6, 4)),
     (AdamMini, {"axes": (1,)}, (2, 3, 5)),
+    (FactoredAdamW, {"axes": (1,), "cross_axes": (2,)}, (3, 7, 11)),
 ]
 
 
@@ -287,23 +295,26 @@ def test_reduce_and_apply_are_a_step(case: tuple, clip: float | None) -> None:
     check_reduce_then_apply("triton", *case[1:], clip, DEVICE)
 
 
-def test_a_step_takes_the_sums_that_its_clipping_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cls", "name"), [(SlimAdamW, "exp_avg_sq"), (FactoredAdamW, "exp_avg_sq_row"), (FactoredAdamW, "exp_avg_sq_col")]
+)
+def test_a_step_takes_the_sums_that_its_clipping_has_found(cls, name, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     partial_sums = Launch.partial_sums
     counted = lambda *args, **kwargs: (found.append(args), partial_sums(*args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(Launch, "partial_sums", counted)
     param = nn.Parameter(torch.zeros(48, 64, device=DEVICE))
-    optimizer = SlimAdamW([param], lr=1e-2, axes=(0,))
+    optimizer = cls([param], lr=1e-2, axes=(0,), **({} if cls is SlimAdamW else {"cross_axes": (1,)}))
     param.grad = torch.ones_like(param)
     assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(48**0.5 * 8, rel=1e-6)
     optimizer.step()
     assert len(found) == 1
-    once = optimizer.state[param]["exp_avg_sq"].clone()
+    once = optimizer.state[param][name].clone()
     optimizer.clip_grad_norm_(1.0)
     param.grad.mul_(2)  # the sums are of other gradients now
     optimizer.step()
     assert len(found) == 3
-    change = optimizer.state[param]["exp_avg_sq"] - 0.999 * once
+    change = optimizer.state[param][name] - 0.999 * once
     torch.testing.assert_close(change, 4 * once, rtol=1e-4, atol=0)
 
 
@@ -315,7 +326,8 @@ class Tape(TorchDispatchMode):
         self.done: list[tuple[Any, Any, Any, Any]] = []
         modules = launch.triton_kernels()
         self.launchers = {
-            name: self.launcher(getattr(modules, name)) for name in ("step", "combine", "sum_squares", "write_grads")
+            name: self.launcher(getattr(modules, name))
+            for name in ("step", "combine", "mean_of_rows", "sum_squares", "write_grads")
         }
         recorded = SimpleNamespace(**{**vars(modules), **self.launchers})
         monkeypatch.setattr(launch, "triton_kernels", lambda: recorded)
@@ -368,6 +380,7 @@ GRAPHS = [
     (LowMemAdamW, {}, "nearest"),
     (SlimAdamW, {"axes": (0,)}, "stochastic"),
     (SlimAdamW, {"axes": (1,)}, "kahan"),
+    (FactoredAdamW, {"axes": (1,), "cross_axes": (0,)}, "kahan"),
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, "stochastic"),
     (Signum, {}, "nearest"),
 ]

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import hf_lowmem
-from hf_lowmem.algorithms import AdamMini, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, FactoredAdamW, SlimAdamW
 from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.columns import Geometry
 from hf_lowmem.kernels.parts import elementwise, geometries
@@ -35,7 +35,7 @@ from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "part_numbers": "*i32"}
-SIGNATURE |= dict.fromkeys(("grad_scale", "sums", "totals"), "*fp32")
+SIGNATURE |= dict.fromkeys(("grad_scale", "group_means", "sums", "totals"), "*fp32")
 SIGNATURE |= {"weights": "*bf16", "comps": "*i16", "updates": "*fp32", "decays": "*fp32"}  # of `add`
 SIGNATURE |= {"scale": "fp32", "key": "i32", "entries": "i32"}
 # Of SMMF's kernels.
@@ -69,6 +69,7 @@ SHAPES = {
     "long rows": ("group", means(SlimAdamW, (4096, 14336), axes=(1,))),
     "heads": ("group", means(AdamMini, (4096, 4096), axes=(1,), rows_per_block=128)),
     "columns": ("column", means(SlimAdamW, (4096, 4096), axes=(0,))),
+    "factored": ("column", means(FactoredAdamW, (4096, 4096))),
 }
 # Instructions per entry of floats and of 8-bit codes, the most of triton 3.6 and 3.9 on both GPUs; bfloat16 weights,
 # rounded to the nearest. An H200 has time for 7.8 per byte that must move: 171 and 78 for "adamw", 109 and 62 for the
@@ -83,6 +84,7 @@ MEASURED = {
     "long rows": (31.0, 56.4),
     "heads": (19.2, 44.6),
     "columns": (23.1, 49.4),
+    "factored": (26.8, 51.9),
 }
 ROOM = 1.12  # for other compilers
 MORE_TO_ROUND = 23
@@ -94,7 +96,7 @@ def variant(
     second, geometry = SHAPES[shape]
     layout, cut = tiles(geometry, second, moment[1], arch)
     assert layout.aligned
-    return Variant(weight, moment[0], rounding, second, *cut, 16)
+    return Variant(weight, moment[0], rounding, second, *cut, 16, factored=shape == "factored")
 
 
 def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tuple[Layout, tuple[Any, ...]]:
@@ -198,7 +200,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("shape", ["heads", "columns"])
+@pytest.mark.parametrize("shape", ["heads", "columns", "factored"])
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
     v = variant(shape, FLOATS, tl.bfloat16, arch=arch)._replace(moment=None, rounding="")
     assert v.means == "before"
@@ -207,6 +209,9 @@ def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None
     assert 128 in sums.accesses("LDG")
     combine = Report(kernels.combine, tmp_path, arch, 1, v=constants(v))
     assert (combine.stack, combine.local) == (0, 0)
+    if v.factored:
+        mean = Report(kernels.mean_of_rows, tmp_path, arch, 8)
+        assert (mean.stack, mean.local) == (0, 0)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
@@ -234,6 +239,7 @@ RAGGED = {
     "depthwise": ("full", elementwise(3072 * 4, 4)),
     "rows": ("group", means(SlimAdamW, (1152, 4304), axes=(1,))),
     "columns": ("column", means(SlimAdamW, (1152, 4304), axes=(0,))),
+    "factored": ("column", means(FactoredAdamW, (1152, 4304))),
 }
 
 
@@ -243,7 +249,7 @@ def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch:
     second, geometry = RAGGED[shape]
     layout, cut = tiles(geometry, second, 256 if geometry.columns > 256 else geometry.columns, arch)
     align = 16 if layout.aligned else 1
-    v = Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True)
+    v = Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True, factored=shape == "factored")
     report = Report(kernels.step, tmp_path, arch, warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert (128 in report.accesses("LDG")) == layout.aligned
@@ -285,6 +291,9 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
                 param.grad = torch.ones_like(param)
             with forced("triton"):
                 optimizer.step()
+        factored = FactoredAdamW([layers[1].weight], lr=1e-3)
+        with forced("triton"):
+            factored.step()
         vectors = hf_lowmem.build_optimizer(layers[2], "lowmem_adamw", lr=1e-3)
         layers[2].weight.grad = torch.ones(512).bfloat16()
         with forced("triton"):
@@ -296,8 +305,9 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
     finally:
         triton_kernels.cache_clear()
         current_arch.cache_clear()
-    assert compiled[:5] == ["step", "sum_squares", "combine", "step", "step"]
-    assert compiled[5:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]
+    assert compiled[:5] == ["step", "sum_squares", "combine", "step", "sum_squares"]
+    assert compiled[5:9] == ["combine", "mean_of_rows", "step", "step"]
+    assert compiled[9:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]
 
 
 @pytest.mark.parametrize("arch", [80, 90])

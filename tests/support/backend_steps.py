@@ -14,7 +14,7 @@ from hf_lowmem.kernels.means import average
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.rounding import noise_key
 from hf_lowmem.state import Codec, Moment, StatePlan
-from tests.support.declarations import LAST_AXIS, QKV
+from tests.support.declarations import FACTORED_LAST_AXIS, FACTORED_QKV, LAST_AXIS, QKV
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 CPU = torch.device("cpu")
@@ -46,6 +46,10 @@ PLANS: list[tuple[str, str, StatePlan, tuple[int, ...]]] = [
     ("rows of experts", "adamw", adamw(second=whole((3, 8, 64), (2,))), (3, 8, 64)),
     ("columns of experts", "adamw", adamw(second=whole((3, 8, 64), (1,))), (3, 8, 64)),
     ("vector", "adamw", adamw(second=whole((700,), (0,))), (700,)),
+    ("factored", "adamw", adamw(second=whole((33, 300), (1,), cross_axes=(0,))), (33, 300)),
+    ("factored experts", "adamw", adamw(Int8Blockwise(64), whole((3, 8, 64), (1,), cross_axes=(2,))), (3, 8, 64)),
+    ("factored and fused on axis 0", "adamw", adamw(second=fused(FACTORED_QKV)), (16, 128)),
+    ("factored and fused on axis 1", "adamw", adamw(second=fused(FACTORED_LAST_AXIS)), (24, 192)),
     ("number", "adamw", adamw(second=whole((), (0,))), ()),
 ]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
+from hf_lowmem.algorithms import AdamMini, FactoredAdamW, LowMemAdamW, Signum, SlimAdamW
 from hf_lowmem.codecs.dynamic_map import decode_table
 from hf_lowmem.kernels import forced
 from hf_lowmem.rounding import StoredWeight
@@ -68,6 +68,8 @@ CASES: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (SlimAdamW, {"axes": (1,)}, (2, 3, 2, 256)),
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 512)),
     (AdamMini, {"axes": (0, 1)}, (40, 256)),
+    (FactoredAdamW, {"axes": (1,), "cross_axes": (0,)}, (37, 512)),
+    (FactoredAdamW, {"axes": (1,), "cross_axes": (2,)}, (3, 20, 96)),
 ]
 # Rows whose last 8-bit block is short, that are one block, and that take several axes.
 RAGGED: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
@@ -86,6 +88,8 @@ RAGGED: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (AdamMini, {"axes": (1,), "rows_per_block": 8}, (16, 521)),
     (AdamMini, {"axes": (0, 1)}, (40, 255)),
     (AdamMini, {"axes": (0,)}, (300, 1)),
+    (FactoredAdamW, {"axes": (0,), "cross_axes": (1,)}, (19, 513)),
+    (FactoredAdamW, {"axes": (2,), "cross_axes": (1,)}, (2, 3, 259)),
 ]
 WEIGHTS = [
     *((dtype, "nearest") for dtype in (torch.float32, torch.bfloat16, torch.float16)),

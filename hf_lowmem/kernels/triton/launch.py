@@ -1,7 +1,7 @@
 """The launches of the Triton kernels: few of them, through tables of addresses that are uploaded when they change.
 
-Parts of weights that one variant of the kernels covers are stepped by one launch, or by three where their means come
-before the step. Nothing waits for the device.
+Parts of weights that one variant of the kernels covers are stepped by one launch, by three where their means come
+before the step, or by four where they are factored. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ GRAD = TRITON_PART.index("grad")
 
 
 class Tables(NamedTuple):
-    """The rows of a launch, and the part of each tile and, where they are needed, each partial sum and reduction."""
+    """The rows of a launch, and the part of each tile and, where they are needed, each partial sum, reduction and
+    group."""
 
     parts: Tensor
     tiles: Tensor
     sums: Tensor | None
     reductions: Tensor | None
+    groups: Tensor | None
 
 
 class Launch:
@@ -53,10 +55,16 @@ class Launch:
         columns = [piece.columns for _, piece in pieces]
         tiles = [c["reductions"] * (1 if variant.means == "loop" else c["tiles"]) for c in columns]
         sums, reductions = [c["reductions"] * c["sums"] for c in columns], [c["reductions"] for c in columns]
+        groups, row_sums = [c["groups"] for c in columns], [c["reductions"] * c["rows"] for c in columns]
         self._counts = [tuple(tiles), *([tuple(sums), tuple(reductions)] if variant.means == "before" else [])]
-        firsts = [list(accumulate(counts, initial=0))[:-1] for counts in (tiles, sums, reductions)]
-        for (number, _), column, tile, sum_, reduction in zip(pieces, columns, *firsts, strict=True):
-            column |= {"weight": number, "first_tile": tile, "first_sum": sum_, "first_reduction": reduction}
+        self._counts += [tuple(groups)] if variant.factored else []
+        column_sums = sum(sums) * (variant.block if variant.second == "column" else 1)
+        self._all_sums = column_sums + (sum(row_sums) if variant.factored else 0)
+        counts = {"tile": tiles, "sum": sums, "reduction": reductions, "row_sum": row_sums, "group": groups}
+        starts = {name: accumulate(each, initial=0) for name, each in counts.items()}
+        for (number, _), column in zip(pieces, columns, strict=True):
+            column |= {"weight": number, **{f"first_{name}": next(start) for name, start in starts.items()}}
+            column["first_row_sum"] += column_sums
         rows = [[column.get(name, 0) for name in TRITON_PART] for column in columns]
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.entries = sum(column["groups"] * column["rows"] * column["columns"] for column in columns)
@@ -80,7 +88,7 @@ class Launch:
 
     def _uploaded(self, rows: Tensor, device: torch.device, stream: int) -> Tables:
         part_tables = [part_numbers(counts, device, stream) for counts in self._counts]
-        return Tables(uploaded(rows, device), *part_tables, *[None] * (3 - len(part_tables)))
+        return Tables(uploaded(rows, device), *part_tables, *[None] * (4 - len(part_tables)))
 
     def _lasting(self, gradients: Tensor, device: torch.device) -> Tables:
         """Return tables that are never freed, since captured graphs, which hold their own gradients, may read them."""
@@ -113,8 +121,13 @@ class Launch:
             one_warp = options | dict(num_warps=1)
             reductions = (len(tables.reductions),)
             kernels.combine[reductions](tables.parts, scalars, scale, found, tables.reductions, v=shared, **one_warp)
-        tiles = (len(tables.tiles),)
-        kernels.step[tiles](tables.parts, scalars, scale, tables.tiles, v=compiled_for(variant), **options)
+        group_means = scale  # not read where no part is factored
+        if tables.groups is not None:
+            group_means = torch.empty(len(tables.groups), dtype=torch.float32, device=bucket.device)
+            each, many_warps = (len(tables.groups),), options | dict(num_warps=8)
+            kernels.mean_of_rows[each](tables.parts, group_means, tables.groups, **many_warps)
+        tiles, chosen = (len(tables.tiles),), compiled_for(variant)
+        kernels.step[tiles](tables.parts, scalars, scale, group_means, tables.tiles, v=chosen, **options)
 
     def square_norm(self, bucket: Bucket, gradients: list[int], kept: dict[Any, Any]) -> Tensor:
         """Return the squared norm of the parts' gradients, 0-D; the partial sums of their means go into `kept`."""
@@ -132,8 +145,7 @@ class Launch:
         finite too."""
         variant, sums = self.variant.sums, tables.sums
         assert sums is not None
-        width = variant.block if variant.second == "column" else 1
-        found = torch.empty(len(sums) * width, dtype=torch.float32, device=sums.device)
+        found = torch.empty(self._all_sums, dtype=torch.float32, device=sums.device)
         total = torch.empty(len(sums), dtype=torch.float32, device=sums.device) if totals else found
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)
         triton_kernels().sum_squares[(len(sums),)](

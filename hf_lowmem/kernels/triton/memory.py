@@ -25,12 +25,15 @@ GRAD = tl.constexpr(TRITON_PART.index("grad"))
 KAHAN_COMP = tl.constexpr(TRITON_PART.index("kahan_comp"))
 EXP_AVG = tl.constexpr(TRITON_PART.index("exp_avg"))
 EXP_AVG_SQ = tl.constexpr(TRITON_PART.index("exp_avg_sq"))
+EXP_AVG_SQ_ROWS = tl.constexpr(TRITON_PART.index("exp_avg_sq_rows"))
 FIRST_TILE = tl.constexpr(TRITON_PART.index("first_tile"))
 TILES = tl.constexpr(TRITON_PART.index("tiles"))
 FIRST_SUM = tl.constexpr(TRITON_PART.index("first_sum"))
 SUMS = tl.constexpr(TRITON_PART.index("sums"))
 FIRST_REDUCTION = tl.constexpr(TRITON_PART.index("first_reduction"))
 REDUCTIONS = tl.constexpr(TRITON_PART.index("reductions"))
+FIRST_ROW_SUM = tl.constexpr(TRITON_PART.index("first_row_sum"))
+FIRST_GROUP = tl.constexpr(TRITON_PART.index("first_group"))
 GROUPS = tl.constexpr(TRITON_PART.index("groups"))
 INNER_GROUPS = tl.constexpr(TRITON_PART.index("inner_groups"))
 OUTER_GROUP_STRIDE = tl.constexpr(TRITON_PART.index("outer_group_stride"))
@@ -164,6 +167,18 @@ def scale_of(grad_scale, v: tl.constexpr):
 @triton.jit
 def means_of(part):
     return tl.load(part + EXP_AVG_SQ).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def row_means_of(part):
+    return tl.load(part + EXP_AVG_SQ_ROWS).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def rows_of(part, at_tile, v: tl.constexpr):
+    """Return which rows of its group the blocks of a tile are in, where columns have means, and their mask."""
+    row = at_tile * v.blocks + tl.arange(0, v.blocks)
+    return row, row < tl.load(part + ROWS).to(tl.int32)
 
 
 @triton.jit

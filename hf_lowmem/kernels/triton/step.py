@@ -1,4 +1,4 @@
-"""The Triton kernels: AdamW with a full second moment or one number per group, and Signum; `launch.py` launches them.
+"""The Triton kernels: AdamW with a full, averaged or factored second moment, and Signum; `launch.py` launches them.
 
 One launch steps many parts of weights; `columns.py` says what a row of its table holds. A program steps one tile, or
 one group. What is compiled is in `Variant`, which has no number that changes from step to step. The squares of a mean
@@ -18,7 +18,9 @@ from hf_lowmem.kernels.triton.memory import (
     EXP_AVG,
     EXP_AVG_SQ,
     FIELDS,
+    FIRST_GROUP,
     FIRST_REDUCTION,
+    FIRST_ROW_SUM,
     FIRST_SUM,
     FIRST_TILE,
     GRAD,
@@ -34,6 +36,7 @@ from hf_lowmem.kernels.triton.memory import (
     STEP_SIZE,
     SUMS,
     TILES,
+    TINY,
     WEIGHT,
     columns_of,
     grad_of,
@@ -42,6 +45,8 @@ from hf_lowmem.kernels.triton.memory import (
     pointer,
     reciprocal,
     reduction_of,
+    row_means_of,
+    rows_of,
     scalar,
     scale_of,
     store,
@@ -49,12 +54,26 @@ from hf_lowmem.kernels.triton.memory import (
 )
 from hf_lowmem.kernels.triton.rounding import take
 
-__all__ = ["DTYPES", "add", "combine", "decoded", "encoded", "step", "sum_squares", "tl", "write_grads"]
+__all__ = [
+    "DTYPES",
+    "add",
+    "combine",
+    "decoded",
+    "encoded",
+    "mean_of_rows",
+    "step",
+    "sum_squares",
+    "tl",
+    "write_grads",
+]
 
 
 @triton.jit
-def step(parts, all_scalars, grad_scale, part_numbers, v: tl.constexpr):
-    """Step one tile, or one group where its means are found by "loop", of the part that `part_numbers` has for it."""
+def step(parts, all_scalars, grad_scale, group_means, part_numbers, v: tl.constexpr):
+    """Step one tile, or one group where its means are found by "loop", of the part that `part_numbers` has for it.
+
+    `group_means` has the mean of each group of a factored part.
+    """
     part_number = tl.load(part_numbers + tl.program_id(0)).to(tl.int64)
     part = parts + part_number * FIELDS
     scalars = all_scalars + tl.load(part + WEIGHT) * SCALARS
@@ -69,6 +88,12 @@ def step(parts, all_scalars, grad_scale, part_numbers, v: tl.constexpr):
         if v.second == "column":
             where, own = columns_of(part, reduction, v)
             root = tl.sqrt(tl.load(means_of(part) + where, mask=own, other=0.0))[None, :]
+            if v.factored:
+                group = group_of(part, reduction, v)
+                row, own = rows_of(part, at_tile, v)
+                first = row_means_of(part) + group.to(tl.int64) * tl.load(part + ROWS)
+                mean = tl.load(group_means + tl.load(part + FIRST_GROUP) + group)
+                root *= tl.sqrt(tl.load(first + row, mask=own, other=0.0) / tl.maximum(mean, TINY))[:, None]
         else:
             root = tl.sqrt(tl.load(means_of(part) + reduction))
         step_tile(part, scalars, tile, grad_of(part, tile, scale, v), root, v)
@@ -144,8 +169,8 @@ def squares(grad):
 
 @triton.jit
 def sum_squares(parts, sums, totals, part_numbers, TOTALS: tl.constexpr, v: tl.constexpr):
-    """Write a partial sum of a reduction's squares, or those per column; `totals` get the sums that count what is not
-    finite too."""
+    """Write a partial sum of a reduction's squares, or those per column and, of a factored part, per row; `totals` get
+    the sums that count what is not finite too."""
     part = parts + tl.load(part_numbers + tl.program_id(0)).to(tl.int64) * FIELDS
     first, count = tl.load(part + FIRST_SUM), tl.load(part + SUMS).to(tl.int32)
     reduction, number = reduction_of(part, tl.program_id(0) - first.to(tl.int32), count, v)
@@ -155,7 +180,11 @@ def sum_squares(parts, sums, totals, part_numbers, TOTALS: tl.constexpr, v: tl.c
     span = tl.cdiv(tiles, count)
     for at_tile in range(number * span, tl.minimum(number * span + span, tiles)):
         grad = grad_of(part, tile_of(part, reduction, at_tile, v), 1.0, v)
-        total += squares(grad)
+        square = squares(grad)
+        total += square
+        if v.factored:
+            row, own = rows_of(part, at_tile, v)
+            tl.store(row_sums_of(part, sums, reduction) + row, tl.sum(square, 1), mask=own)
         if TOTALS:
             every += grad * grad
     place = first + reduction * count + number
@@ -169,8 +198,8 @@ def sum_squares(parts, sums, totals, part_numbers, TOTALS: tl.constexpr, v: tl.c
 
 @triton.jit
 def combine(parts, all_scalars, grad_scale, sums, part_numbers, v: tl.constexpr):
-    """Average the partial sums of a reduction into its means; one warp does it, so that no barrier is needed between
-    loading and storing them."""
+    """Average the partial sums of a reduction into its means and, of a factored part, into those of its share of the
+    group's rows; one warp does it, so that no barrier is needed between loading and storing them."""
     part_number = tl.load(part_numbers + tl.program_id(0)).to(tl.int64)
     part = parts + part_number * FIELDS
     reduction = tl.program_id(0) - tl.load(part + FIRST_REDUCTION).to(tl.int32)
@@ -186,13 +215,75 @@ def combine(parts, all_scalars, grad_scale, sums, part_numbers, v: tl.constexpr)
     for number in range(0, count, 4):
         each = number + tl.arange(0, 4)[:, None]
         total += tl.load(sums + (first + each) * WIDTH + tl.arange(0, WIDTH)[None, :], mask=each < count, other=0.0)
-    summed = tl.sum(total, 0)
+    scalars = all_scalars + tl.load(part + WEIGHT) * SCALARS
+    mean = averaged(part, scalars, mean, clipped(tl.sum(total, 0), grad_scale, v), v)
+    tl.store(means_of(part) + where, mean, mask=own)
+    if v.factored:
+        combine_rows(part, scalars, grad_scale, sums, reduction, v)
+
+
+@triton.jit
+def combine_rows(part, scalars, grad_scale, sums, reduction, v: tl.constexpr):
+    """Average the sums of squares of a share of a group's rows, one of as many as it has reductions, into their
+    means."""
+    AT_ONCE: tl.constexpr = 128
+    group, rows = group_of(part, reduction, v), tl.load(part + ROWS).to(tl.int32)
+    across = blocks_across(part, v)
+    share = tl.cdiv(rows, across)
+    begin = (reduction - group * across) * share
+    end = tl.minimum(begin + share, rows)
+    means = row_means_of(part) + group.to(tl.int64) * rows
+    weight = scalar(scalars, NEW_2) / tl.load(part + COLUMNS).to(tl.float32)
+    for first in range(begin, end, AT_ONCE):
+        row = first + tl.arange(0, AT_ONCE)
+        total = tl.zeros([AT_ONCE], tl.float32)
+        for block in range(0, across):
+            total += tl.load(row_sums_of(part, sums, group * across + block) + row, mask=row < end, other=0.0)
+        mean = tl.load(means + row, mask=row < end, other=0.0)
+        mean = scalar(scalars, BETA_2) * mean + weight * clipped(total, grad_scale, v)
+        tl.store(means + row, mean, mask=row < end)
+
+
+@triton.jit
+def clipped(sums, grad_scale, v: tl.constexpr):
+    """Return sums of squares as those of clipped gradients."""
     if v.clip:
         scale = scale_of(grad_scale, v)
-        summed *= scale * scale
-        summed = tl.where(summed < INFINITY, summed, 0.0)  # a norm that is not finite leaves no finite square
-    mean = averaged(part, all_scalars + tl.load(part + WEIGHT) * SCALARS, mean, summed, v)
-    tl.store(means_of(part) + where, mean, mask=own)
+        sums *= scale * scale
+        sums = tl.where(sums < INFINITY, sums, 0.0)  # a norm that is not finite leaves no finite square
+    return sums
+
+
+@triton.jit
+def mean_of_rows(parts, group_means, part_numbers):
+    """Write the mean of a factored group, which is that of its rows' means."""
+    AT_ONCE: tl.constexpr = 4096
+    part = parts + tl.load(part_numbers + tl.program_id(0)).to(tl.int64) * FIELDS
+    rows = tl.load(part + ROWS).to(tl.int32)
+    means = row_means_of(part) + (tl.program_id(0) - tl.load(part + FIRST_GROUP)) * rows
+    total = tl.zeros([AT_ONCE], tl.float32)
+    for first in range(0, rows, AT_ONCE):
+        row = first + tl.arange(0, AT_ONCE)
+        total += tl.load(means + row, mask=row < rows, other=0.0)
+    tl.store(group_means + tl.program_id(0), tl.sum(total, 0) / rows.to(tl.float32))
+
+
+@triton.jit
+def blocks_across(part, v: tl.constexpr):
+    """Return how many blocks a row has, and so how many reductions a group whose columns have means."""
+    return tl.cdiv(tl.load(part + COLUMNS).to(tl.int32), v.block)
+
+
+@triton.jit
+def group_of(part, reduction, v: tl.constexpr):
+    """Return the group of a reduction where columns have means."""
+    return reduction // blocks_across(part, v)
+
+
+@triton.jit
+def row_sums_of(part, sums, reduction):
+    """Return where the sums of each row's squares in a reduction are."""
+    return sums + tl.load(part + FIRST_ROW_SUM) + reduction.to(tl.int64) * tl.load(part + ROWS)
 
 
 @triton.jit(do_not_specialize=["key"])

@@ -10,10 +10,9 @@ import torch
 from hf_lowmem.codecs import BLOCK_SIZES, Int8Blockwise
 from hf_lowmem.kernels.bucket import ParamStep
 from hf_lowmem.kernels.columns import Geometry
-from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
+from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment, state_names
 from hf_lowmem.kernels.triton.tuning import Tile, current_arch, generation, tile_for, warps_of
 from hf_lowmem.log import get_logger
-from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import StatePlan
 
 logger = get_logger(__name__)
@@ -40,6 +39,7 @@ class Variant(NamedTuple):
         align: what divides all addresses, in bytes, and all sizes and strides, in entries.
         clip: whether a scale multiplies the gradients.
         ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a block.
+        factored: whether the rows of a group have means too, beside those of its columns.
     """
 
     weight: Any
@@ -55,6 +55,7 @@ class Variant(NamedTuple):
     align: int
     clip: bool = False
     ragged: bool = False
+    factored: bool = False
 
     @property
     def sums(self) -> Variant:
@@ -144,9 +145,7 @@ def is_covered(rule: str, step: ParamStep) -> bool:
         return False
     if not (param.is_contiguous() and grad.is_contiguous()):
         return False
-    moment, codec = step.plan.moments.get("exp_avg_sq"), step.plan.codec
-    if isinstance(moment, GroupMean) and moment.is_factored:
-        return False
+    codec = step.plan.codec
     if isinstance(codec, Int8Blockwise) and codec.block_size not in (*BLOCK_SIZES, codec.row(shape)):
         return False
     return geometries_of(step.plan, shape, has_odd_blocks(step.plan)) is not None
@@ -183,14 +182,15 @@ def _planned(
     # A projected update is float32 whatever its weight is, whose rounding is not its own.
     rounding = "nearest" if dtypes[0] == torch.float32 else plan.rounding.kind
     parts = []
-    for geometry in found:
+    for geometry, names in zip(found, state_names(plan, shape), strict=True):
         second = kind if kind != "mean" else "column" if geometry.per_column else "group"
         tile = tile_for(f"{second} 8-bit" if code_block else second, tuning[0])
         if averaged:
             tile = tile._replace(one_tile=0, one_program=0)  # so that the means are taken as they are
         layout = layout_of(geometry, second, code_block, tile)
         cut = (layout.means, layout.nest, layout.block, layout.blocks, layout.groups, tile.per_thread)
-        variant = Variant(weight, first, rounding, second, *cut, ALIGN, False, row is not None)
+        factored = "exp_avg_sq_rows" in names
+        variant = Variant(weight, first, rounding, second, *cut, ALIGN, False, row is not None, factored)
         columns = geometry._asdict() | {"tiles": layout.tiles, "sums": layout.sums, "reductions": layout.reductions}
         parts.append((variant, layout.aligned, columns))
     return parts
