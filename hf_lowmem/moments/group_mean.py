@@ -107,11 +107,6 @@ class GroupMean:
         """The plain means that are stored, in the order of the segments."""
         return tuple(mean for segment in self.segments for mean in segment.means)
 
-    @property
-    def is_factored(self) -> bool:
-        """Whether the estimate of any segment is a product of two means."""
-        return len(self.means) > len(self.segments)
-
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless the segments cover each entry of a weight of `shape` exactly once."""
         first = self.segments[0]
