@@ -59,12 +59,13 @@ class CalibratedAdamW(GroupedAdamW):
 
     Where a weight has `candidates`, it keeps its full second moment v at first, stored in `state_bits`. After its
     first step and then `MEASUREMENTS` times until its step `calibration_steps`, the signal-to-noise ratio of each
-    candidate is measured on v, which is not corrected for its bias. Then one is chosen by the mean ratio: of the means
-    over axes the one with the highest, if it exceeds `snr_cutoff`; otherwise the factored estimate, if that does;
-    otherwise v stays full. The means of v over the chosen axes take its place, and its memory is given back.
+    candidate is measured on v, which is not corrected for its bias. Then the candidate with the highest mean ratio is
+    chosen, if that exceeds `snr_cutoff`; otherwise v stays full. The means of v over the chosen axes take its place,
+    and its memory is given back.
 
     Source: the choice is SlimAdam's (arXiv:2503.01843; authors' code dayal-kalra/low-memory-adam@bb3652c).
-    It departs from it: the authors take the ratios from a run of their own, and know no factored estimate.
+    It departs from it: the authors take the ratios from a run of their own, and know no factored estimate and no means
+    by head.
 
     The state of a weight that calibrates is `exp_avg`, `exp_avg_sq`, `snr_sum` and `snr_count`, the latter two with
     one float64 number per candidate. A weight counts by its own `step`, so that one that seldom has a gradient

@@ -81,14 +81,12 @@ class Part(NamedTuple):
         return self.candidates[sizes.index(min(sizes))]
 
     def chosen(self, ratios: Sequence[float], cutoff: float) -> Candidate | None:
-        """Return the candidate that the mean ratios choose, in the order of the candidates; None keeps every entry.
+        """Return the candidate with the highest of the mean ratios, which are in the order of the candidates.
 
-        Among the means over axes the one with the highest ratio is taken, as SlimAdam's authors do; where none exceeds
-        the cut-off, the factored estimate is if it does.
+        None, which keeps every entry, is returned where no ratio exceeds the cut-off.
         """
         above = [pair for pair in zip(ratios, self.candidates, strict=True) if pair[0] > cutoff]  # NaN never is
-        means = [pair for pair in above if not pair[1].cross_axes] or above
-        return max(means, key=lambda pair: pair[0])[1] if means else None
+        return max(above, key=lambda pair: pair[0])[1] if above else None
 
 
 Parts = tuple[Part, ...]

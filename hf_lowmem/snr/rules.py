@@ -39,8 +39,8 @@ def rules_from_csv(
         over: "mean" decides by the mean over all measurements, "min" by the smallest of them.
         bytes_budget: in place of `cutoff`, the most bytes of second moment per parameter, in float32: the highest
             cut-off that keeps it is taken.
-        row_col: factor the second moment of a matrix none of whose axes exceeds the cut-off, where the ratio of the
-            factored estimate does.
+        row_col: let the factored estimate, whose ratio is the square of the estimate over that of its error, compete
+            with the axes.
 
     Returns:
         By name: a list of axes, "row_col", None where every entry is kept, or an object of these by part for a fused
@@ -66,11 +66,9 @@ def decide(measured: Measured, ratios: Mapping[Reduction, float], cutoff: float,
     """Return what a weight or part is reduced to where each reduction has this one ratio."""
     if measured.ndim < 2 or _NORM.search(measured.name):
         return None
-    above = {how: ratio for how, ratio in ratios.items() if ratio > cutoff}  # NaN is not
-    axes = [how for how in above if how not in (ROW_COL, HEAD)]
-    if axes:
-        return max(axes, key=lambda how: above[how])
-    return ROW_COL if row_col and ROW_COL in above else None
+    left_out = (HEAD,) if row_col else (HEAD, ROW_COL)
+    above = [how for how, ratio in ratios.items() if ratio > cutoff and how not in left_out]  # NaN is not above
+    return max(above, key=lambda how: ratios[how], default=None)
 
 
 def combined(ratios: Mapping[int, float], over: Over) -> float:
