@@ -87,5 +87,8 @@ def test_golden_without_kernels(case: str, device: str, force: Any) -> None:
 def test_every_reduced_algorithm_has_a_golden_case() -> None:
     covered = {recipe_for(name).algorithm for name, _ in CASES.values()}
     covered |= {"coap_adamw", "coap_adafactor", "soap"}  # test_golden_projected.py
+    covered |= {
+        "factored_adamw"
+    }  # it has no authors; tests/algorithms/test_factored_adamw.py writes its equations out
     covered |= {"smmf", "micro_adam", "fadam", "h_fac"}  # test_golden_tensors.py
     assert covered == {recipe_for(name).algorithm for name in hf_lowmem.optim_names()}
