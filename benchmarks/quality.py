@@ -107,6 +107,7 @@ def study(
     machine = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit_of_the_tree()}
     losses = losses_of(read(path))
     running: dict[Future[dict[str, Any]], Run] = {}
+    failed: list[str] = []
     with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (nice,)) as pool:
         while True:
             started = {run.key for run in running.values()}
@@ -118,14 +119,21 @@ def study(
                     running[pool.submit(train, run)] = run
                     started.add(run.key)
             if not running:
-                return
+                break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(done)
-                row = {"run": asdict(run), **done.result(), **machine}
+                try:
+                    row = {"run": asdict(run), **done.result(), **machine}
+                except Exception as error:  # the others go on
+                    failed.append(f"{run}: {error}")
+                    losses[run.key] = float("inf")
+                    continue
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 losses |= losses_of([row])
                 print(run, row["held_out_loss"], f"{row['seconds']} s", flush=True)
+    if failed:
+        raise RuntimeError("Some runs failed, and are tried again next time: " + "; ".join(failed))
 
 
 def main() -> None:

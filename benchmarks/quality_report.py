@@ -77,24 +77,31 @@ def at_best_rate(rows: list[Row]) -> tuple[float, dict[int, float], dict[float, 
 
 def write_report(rows: list[Row], path: Path) -> None:
     """Write the table to `path` with the suffix .md, and the picture with .png."""
-    tasks = sorted({row["run"].get("task", "scratch") for row in rows}, reverse=True)
     lines = ["# Held-out loss of all optimizers, each at its best learning rate", ""]
-    for task in tasks:
-        own = [row for row in rows if row["run"].get("task", "scratch") == task]
-        lines += [*table_of(task, own), ""]
+    for title, own in studies_of(rows).items():
+        lines += [*table_of(title, own), ""]
     path.with_suffix(".md").write_text("\n".join(lines))
     draw(rows, path.with_suffix(".png"))
 
 
-def table_of(task: str, rows: list[Row]) -> list[str]:
+def studies_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each task and scale by its title."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[f"{TITLES[row['run']['task']]}, {row['parameters'] / 1e6:.1f} M parameters"].append(row)
+    return dict(sorted(found.items()))
+
+
+def table_of(title: str, rows: list[Row]) -> list[str]:
     results = results_of(rows)
     accuracy = any(result.accuracy is not None for result in results)
     commits = sorted({row["commit"][:7] for row in rows})
     lines = [
-        f"## {TITLES[task]}",
+        f"## {title}",
         "",
-        f"{len(rows)} runs; {rows[0]['parameters']:,} parameters; {rows[0]['cpu']}, torch {rows[0]['torch']}; "
-        f"commits {', '.join(commits)}; how to run it: `benchmarks/quality.py`.",
+        f"{len(rows)} runs; {', '.join(sorted({row['cpu'] for row in rows}))}; "
+        f"torch {', '.join(sorted({row['torch'] for row in rows}))}; commits {', '.join(commits)}; how to run it: "
+        "`benchmarks/quality.py`.",
         "State in bytes per parameter of this model. The loss is the mean over seeds. Against AdamW: the mean of the",
         "differences to AdamW with the same seed, each at its own best learning rate, and its standard error.",
         "",
@@ -104,10 +111,17 @@ def table_of(task: str, rows: list[Row]) -> list[str]:
     for result in results:
         share = f" {result.accuracy:.1%} |" if result.accuracy is not None else " |" if accuracy else ""
         lines.append(
-            f"| `{result.optim}` | {result.beta2} | {result.state:.3f} | {result.lr:.2g} | {len(result.losses)} "
+            f"| `{result.optim}` | {result.beta2} | {result.state:.3f} | {result.lr:.2g}{edge(result)} "
+            f"| {len(result.losses)} "
             f"| {result.mean:.4f} |{share} {against(result)} |"
         )
     return lines
+
+
+def edge(result: Result) -> str:
+    """Return a mark where the best learning rate is the lowest or the highest that was tried."""
+    inside = min(result.rates) < result.lr < max(result.rates)
+    return "" if inside or len(result.rates) == 1 else " (end of the range)"
 
 
 def against(result: Result) -> str:
@@ -117,12 +131,11 @@ def against(result: Result) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw the change of the loss against the bytes of state, a panel for each task."""
-    tasks = sorted({row["run"].get("task", "scratch") for row in rows}, reverse=True)
-    figure = Figure(figsize=(8, 5 * len(tasks)), layout="constrained")
-    axes = figure.subplots(len(tasks), squeeze=False)[:, 0]
-    for task, panel in zip(tasks, axes, strict=True):
-        own = [row for row in rows if row["run"].get("task", "scratch") == task]
+    """Draw the change of the loss against the bytes of state, a panel for each task and scale."""
+    studies = studies_of(rows)
+    figure = Figure(figsize=(8, 5 * len(studies)), layout="constrained")
+    axes = figure.subplots(len(studies), squeeze=False)[:, 0]
+    for (title, own), panel in zip(studies.items(), axes, strict=True):
         results = results_of(own)
         beta2 = min(result.beta2 for result in results)
         panel.axhline(0, color="#4c566a", linewidth=1)
@@ -139,7 +152,7 @@ def draw(rows: list[Row], path: Path) -> None:
             label = result.optim if inside else f"{result.optim} ({percent:+.1f} %)"
             panel.annotate(label, (result.state, place), xytext=(5, 4), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")
-        panel.set_title(f"{TITLES[task]}: lower and further left is better")
+        panel.set_title(f"{title}: lower and further left is better")
         panel.set_xlabel("optimizer state, bytes per parameter")
         panel.set_ylabel("held-out loss against AdamW, %")
         panel.grid(alpha=0.3)

@@ -87,6 +87,8 @@ def train_from_scratch(run: Run) -> dict[str, Any]:
     optimizer = build(model, run)
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run.seed))
     started, losses, spans = time.perf_counter(), list[float](), list[float]()
+    if len(corpus.train) < scale.steps * scale.batch:
+        raise ValueError(f"The corpus has {len(corpus.train)} rows, fewer than {scale.steps} steps of {scale.batch}.")
     for step in range(scale.steps):
         rows = corpus.train[order[step * scale.batch : (step + 1) * scale.batch]]
         for group in optimizer.param_groups:
@@ -97,13 +99,13 @@ def train_from_scratch(run: Run) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+        if diverged := not math.isfinite(losses[-1]):
             break
-        if len(losses) == scale.steps // CURVE:
+        if len(losses) == max(scale.steps // CURVE, 1):
             spans.append(sum(losses) / len(losses))
             losses.clear()
     return {
-        "held_out_loss": evaluate(model, corpus, scale),
+        "held_out_loss": None if diverged else evaluate(model, corpus, scale),
         "training_losses": [round(loss, 4) for loss in spans],
         **state_of(model, optimizer),
         "seconds": round(time.perf_counter() - started, 1),

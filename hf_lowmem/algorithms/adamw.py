@@ -99,6 +99,8 @@ class GroupedAdamW(LowMemAdamW):
             moment = GroupMean(tuple(Segment(*segment) for segment in options["segments"]))
             moment.check(shape)
             return moment
+        if options["cross_axes"] and not options["axes"]:
+            raise ValueError(f"cross_axes={options['cross_axes']} needs axes, those of the other mean: give both.")
         if options["axes"]:
             return whole(shape, options["axes"], options["rows_per_block"], options["cross_axes"])
         return Full(signed=False)

@@ -49,7 +49,10 @@ class Segment:
         return row, replace(row, name=f"{prefix}col", axes=self.cross_axes)
 
     def factors(self, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two tensors of the shapes of both stored means whose product is the estimate."""
+        """Return two tensors of the shapes of both stored means whose product is the estimate.
+
+        Both means have the same mean themselves, that of the whole matrix, so a shard may take it from either one.
+        """
         total = row.mean(self.cross_axes, keepdim=True)
         return row, col / total.clamp(min=torch.finfo(row.dtype).tiny)  # all rows are zero where it is
 
@@ -104,7 +107,7 @@ class GroupMean:
 
     @cached_property
     def means(self) -> tuple[Segment, ...]:
-        """The plain means that are stored, in the order of the segments."""
+        """Return the plain means that are stored, in the order of the segments."""
         return tuple(mean for segment in self.segments for mean in segment.means)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -122,11 +125,16 @@ class GroupMean:
                 raise ValueError(
                     f"segment {segment.name!r} leaves a gap, overlaps, is empty, or is not whole blocks of rows."
                 )
-            if any(not 0 <= axis < len(shape) for axis in (*segment.axes, *segment.cross_axes)):
-                raise ValueError(f"segment {segment.name!r}: axes={segment.axes} does not fit shape {shape}.")
+            for name, axes in (("axes", segment.axes), ("cross_axes", segment.cross_axes)):
+                if any(not 0 <= axis < len(shape) for axis in axes):
+                    raise ValueError(f"segment {segment.name!r}: {name}={axes} does not fit shape {shape}.")
             if segment.cross_axes and (segment.rows_per_block > 1 or set(segment.axes) & set(segment.cross_axes)):
+                given = (
+                    f"axes={segment.axes}, cross_axes={segment.cross_axes}, rows_per_block={segment.rows_per_block}"
+                )
                 raise ValueError(
-                    f"segment {segment.name!r}: the two means of a factored segment share no axis and have no blocks."
+                    f"{given}: the two means of a factored weight must be over different axes, and its rows_per_block "
+                    "must be 1."
                 )
             end = segment.stop
         covered, size = end * first.outer, shape[first.axis]
@@ -229,6 +237,12 @@ class GroupMean:
             return stored[0]
         split = self.segments[0].axis
         found = stored[0].new_empty(shape if len(self.segments) > 1 else 0)
+        # Factors are those of whole matrices, so the stack that a tile is from is cut first.
+        depth = min(
+            len(index), *(axis for segment in self.segments for axis in (split, *segment.axes, *segment.cross_axes))
+        )
+        stored = [_tile_of(mean, index[:depth], None) for mean in stored]
+        index = (*(slice(0, size) for size in shape[:depth]), *index[depth:])
         for segment, factors in zip(self.segments, self._factors(stored), strict=True):
             parts = []
             for plain, mean in zip(segment.means, factors, strict=True):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_lowmem.algorithms import SlimAdamW
 from hf_lowmem.codecs import Float32
 from hf_lowmem.moments import GroupMean, Segment, whole
 
@@ -97,3 +98,26 @@ def test_groups_that_do_not_fit(axes: tuple[int, ...], rows: int, message: str) 
     with pytest.raises(ValueError, match="does not") as error:
         whole((8, 4), axes, rows)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("axes", "cross_axes", "shape", "row", "col"),
+    [
+        ((1,), (0,), (8, 6), ((8, 1), (0, None)), ((1, 6), (None, 1))),
+        ((0,), (1,), (6, 8), ((1, 8), (None, 1)), ((6, 1), (0, None))),
+        ((2,), (1,), (3, 8, 6), ((3, 8, 1), (0, 1, None)), ((3, 1, 6), (0, None, 2))),
+        ((1, 2, 3), (0,), (8, 6, 3, 3), ((8, 1, 1, 1), (0, None, None, None)), ((1, 6, 3, 3), (None, 1, 2, 3))),
+    ],
+)
+def test_the_means_of_a_factored_weight_are_declared_along_its_axes(axes, cross_axes, shape, row, col):
+    specs = whole(shape, axes, cross_axes=cross_axes).specs("exp_avg_sq", shape, Float32())
+    found = {name: (spec.shape, spec.param_dims) for name, spec in specs.items()}
+    assert found == {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+
+
+def test_two_means_over_one_axis_are_refused():
+    for axes, cross_axes, rows in (((1,), (1,), 1), ((0, 1), (0,), 1), ((1,), (0,), 4)):
+        with pytest.raises(ValueError, match="must be over different axes, and its rows_per_block must be 1"):
+            whole((8, 6), axes, rows, cross_axes)
+    with pytest.raises(ValueError, match=r"cross_axes=\(0,\) needs axes"):
+        SlimAdamW([torch.nn.Parameter(torch.ones(8, 6))], cross_axes=(0,))
