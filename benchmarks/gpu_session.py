@@ -39,9 +39,12 @@ UNTIMED = ("smoke", "tests")
 DONE = "done"
 TRIED = 2  # the most calls of one target in a stage on a CPU
 SHORTEST = 1.0  # seconds; a call with less time is not started
-TRAINED = ("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit", "slim_adamw_8bit fused_clip=true", "adam_mini_8bit")
+TRAINED = (
+    *("slim_adamw_8bit", "adamw_torch_fused", "adamw_8bit"),
+    *("slim_adamw_8bit fused_clip=true", "factored_adamw_8bit", "adam_mini_8bit"),
+)
 REINFORCED = ("slim_adamw_8bit offload_state=true", "adamw_torch_fused")
-QUALITY = ("adamw_torch_fused", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
+QUALITY = ("adamw_torch_fused", "factored_adamw_8bit", "slim_adamw_8bit", "adam_mini_8bit", "coap_adamw_8bit")
 ON_8B_SHAPES = {
     "preset": "8b-8layers",
     "names": ("slim_adamw_8bit", "adam_mini_8bit", "bnb_adamw8bit", "lowmem_adamw_8bit"),

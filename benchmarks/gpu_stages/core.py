@@ -29,6 +29,7 @@ from presets import PRESETS, build_model, copy_of, one_layer
 from gpu_stages.session import Session
 
 ROWS = (
+    "factored_adamw_8bit",
     "lowmem_adamw_8bit",
     "signum_8bit",
     "slim_adamw state_bits=16",

@@ -20,7 +20,7 @@ from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.kernels.triton.launch import Launch
 from hf_lowmem.kernels.triton.variants import Variant
 
-NAMES = ("slim_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")
+NAMES = ("slim_adamw_8bit", "factored_adamw_8bit", "adam_mini_8bit", "lowmem_adamw_8bit")
 REPEATS = 5
 HOST_S = 1e-3  # seconds; more than the host needs for a launch
 

@@ -24,7 +24,7 @@ from hf_lowmem.kernels.triton.passes import TritonPasses
 
 NAMES = (
     *("lowmem_adamw_8bit", "slim_adamw", "slim_adamw_8bit", "adam_mini_8bit", "signum_8bit", "coap_adamw_8bit"),
-    *("smmf", "micro_adam", "fadam_8bit", "h_fac"),
+    *("factored_adamw", "factored_adamw_8bit", "smmf", "micro_adam", "fadam_8bit", "h_fac"),
 )
 CONFIG = LlamaConfig(
     vocab_size=256,
