@@ -15,6 +15,7 @@ from hf_lowmem.checks import check_flags
 from hf_lowmem.clipping import Clipping
 from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.log import get_logger
+from hf_lowmem.moments import GroupMean
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.planned_optimizer import Group, PlannedOptimizer, not_compiled
@@ -228,9 +229,12 @@ class LowMemOptimizer(PlannedOptimizer):
         for _, group, layouts in self.groups_with_layouts():
             for param, layout in zip(group["params"], layouts, strict=True):
                 if self.state.get(param):
-                    specs = self.specs_of(param, self.plan_by(layout, group, param), group)
-                    name = layout.name or "A parameter"
+                    plan = self.plan_by(layout, group, param)
+                    specs, name = self.specs_of(param, plan, group), layout.name or "A parameter"
                     resized[param] = checkpoint.resized_state(param, self.state[param], specs, name)
+                    for moment_name, moment in plan.moments.items():
+                        if isinstance(moment, GroupMean):
+                            moment.keep_estimates(self.state[param], resized[param], moment_name)
         for param, state in resized.items():
             self.replace_state(param, state)
 

@@ -224,7 +224,7 @@ def by_part(role: ParamRole, rules: Mapping[str, Any]) -> dict[str, Any]:
             options.append({"axes": role.fan_in, "cross_axes": (role.fan_out,)})
         else:
             check_axes(role, rule)
-            options.append({"axes": tuple(axis % len(role.shape) for axis in rule)})
+            options.append({"axes": tuple(sorted({axis % len(role.shape) for axis in rule}))})
     return segments_of(role, options) if any(each["axes"] for each in options) else {}
 
 

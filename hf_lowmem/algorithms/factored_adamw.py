@@ -39,6 +39,8 @@ class FactoredAdamW(CalibratedAdamW):
     Source: the estimate is that of Adafactor (arXiv:1804.04235, algorithm 4), the step AdamW's (arXiv:1711.05101,
     algorithm 2).
     It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and no update is clipped.
+    Where most entries of a gradient are zero, an estimate may be far below an entry's own square, and the entry then
+    moves by many times lr.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
     (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its

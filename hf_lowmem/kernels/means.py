@@ -43,7 +43,7 @@ def square_sums(step: ParamStep) -> dict[str, Tensor]:
     """Return the sums of the squared gradient by the name of the state that averages them, of the state's shape."""
     found: dict[str, Tensor] = {}
     for name, moment in means_of(step.plan):
-        totals = [torch.zeros_like(stored) for stored in moment.stored(step.state, name)]
+        totals = [torch.zeros_like(stored, dtype=torch.float64) for stored in moment.stored(step.state, name)]
         for index in tiles(step.grad.shape, tile_size(step.grad.device), step.grad.ndim):
             moment.add_squares(totals, scaled_grad(step, index).square(), index)
         found |= dict(zip(moment.state_names(name), totals, strict=True))
@@ -87,7 +87,12 @@ class TileMean:
     @classmethod
     def of(cls, moment: GroupMean, step: ParamStep, name: str, averaged: bool) -> TileMean:
         stored = moment.stored(step.state, name)
-        return cls(moment, stored, [] if averaged else [mean.new_zeros(mean.shape) for mean in stored], averaged)
+        return cls(
+            moment,
+            stored,
+            [] if averaged else [mean.new_zeros(mean.shape, dtype=torch.float64) for mean in stored],
+            averaged,
+        )
 
     def at(self, index: Index) -> TileMean:
         return TileMean(self.moment, self.stored, self.totals, self.averaged, index)

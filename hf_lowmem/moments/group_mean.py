@@ -39,6 +39,14 @@ class Segment:
     rows_per_block: int = 1
     cross_axes: tuple[int, ...] = ()
 
+    def check_cross_axes(self) -> None:
+        """Raise ValueError if the two means of a factored segment share an axis, or are by blocks."""
+        if self.cross_axes and (self.rows_per_block > 1 or set(self.axes) & set(self.cross_axes)):
+            raise ValueError(
+                f"axes={self.axes}, cross_axes={self.cross_axes}, rows_per_block={self.rows_per_block}: the two means "
+                "of a factored weight must be over different axes, and its rows_per_block must be 1."
+            )
+
     @property
     def means(self) -> tuple[Segment, ...]:
         """Return the segment as plain means: itself, or the row mean and the column mean of a factored one."""
@@ -53,8 +61,8 @@ class Segment:
 
         Both means have the same mean themselves, that of the whole matrix, so a shard may take it from either one.
         """
-        total = row.mean(self.cross_axes, keepdim=True)
-        return row, col / total.clamp(min=torch.finfo(row.dtype).tiny)  # all rows are zero where it is
+        total = row.mean(self.cross_axes, keepdim=True, dtype=torch.float64)  # whose sum may not fit float32
+        return row, (col / total.clamp(min=torch.finfo(row.dtype).tiny)).to(row.dtype)  # all rows are zero where it is
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the segment of a tensor of the weight's shape as a view (..., outer, blocks, rows_per_block, ...)."""
@@ -128,18 +136,24 @@ class GroupMean:
             for name, axes in (("axes", segment.axes), ("cross_axes", segment.cross_axes)):
                 if any(not 0 <= axis < len(shape) for axis in axes):
                     raise ValueError(f"segment {segment.name!r}: {name}={axes} does not fit shape {shape}.")
-            if segment.cross_axes and (segment.rows_per_block > 1 or set(segment.axes) & set(segment.cross_axes)):
-                given = (
-                    f"axes={segment.axes}, cross_axes={segment.cross_axes}, rows_per_block={segment.rows_per_block}"
-                )
-                raise ValueError(
-                    f"{given}: the two means of a factored weight must be over different axes, and its rows_per_block "
-                    "must be 1."
-                )
+            segment.check_cross_axes()
             end = segment.stop
         covered, size = end * first.outer, shape[first.axis]
         if covered != size:
             raise ValueError(f"segments cover {covered} of {size} entries of axis {first.axis}.")
+
+    def keep_estimates(self, before: State, after: State, name: str) -> None:
+        """Scale column means of factored segments so that the rows of `before` keep their estimates in `after`.
+
+        An estimate is divided by the mean of all rows, which changes where rows are added or removed.
+        """
+        for segment in self.segments:
+            if segment.cross_axes:
+                row, col = (self.state_name(name, mean) for mean in segment.means)
+                if before[row].shape != after[row].shape:
+                    old, new = (each[row].double().mean(segment.cross_axes, keepdim=True) for each in (before, after))
+                    scale = new / old.clamp(min=torch.finfo(torch.float32).tiny)
+                    after[col] = (after[col] * scale).to(after[col].dtype)
 
     def state_name(self, name: str, segment: Segment) -> str:
         return f"{name}_{segment.name}" if segment.name else name
@@ -168,7 +182,8 @@ class GroupMean:
         finite = value.nan_to_num(0.0, 0.0, 0.0)
         for mean in self.means:
             stored = mean.broadcast(state[self.state_name(name, mean)])
-            stored.copy_(beta * stored + (1 - beta) * mean.view(finite).mean(mean.mean_dims, keepdim=True))
+            new = mean.view(finite).mean(mean.mean_dims, keepdim=True, dtype=torch.float64)
+            stored.copy_(_finite(beta * stored + (1 - beta) * new, stored))
         estimate = value.new_empty(value.shape)
         for segment, factors in zip(self.segments, self._factors(self.stored(state, name)), strict=True):
             parts = [mean.broadcast(each) for mean, each in zip(segment.means, factors, strict=True)]
@@ -185,7 +200,7 @@ class GroupMean:
         return next((axis for axis in range(ndim) if axis in crossed), ndim)
 
     def add_squares(self, totals: Sequence[Tensor], square: Tensor, index: Index) -> None:
-        """Add the sums of a tile's squared gradient to `totals`, which have the shapes of the stored means.
+        """Add the sums of a tile's squared gradient to `totals`, float64 of the shapes of the stored means.
 
         A square that is not finite counts as zero, so that it affects its own entry only.
         """
@@ -197,15 +212,15 @@ class GroupMean:
                 continue
             part = square if entries is None else square.index_select(segment.axis, entries)
             others = [axis for axis in segment.axes if axis != segment.axis or groups is None]
-            sums = part.sum(others, keepdim=True) if others else part
+            sums = part.sum(others, keepdim=True, dtype=total.dtype) if others else part
             if not known_finite(sums):
                 finite = part.nan_to_num(0.0, 0.0, 0.0)
-                sums = finite.sum(others, keepdim=True) if others else finite
+                sums = finite.sum(others, keepdim=True, dtype=total.dtype) if others else finite
             target = _tile_of(total, index, None if groups is None else segment.axis)
             if groups is None:
                 target.add_(sums)
             else:
-                target.index_add_(segment.axis, groups, sums)
+                target.index_add_(segment.axis, groups, sums.to(total.dtype))
 
     def ema_of_tile(
         self, stored: Sequence[Tensor], totals: Sequence[Tensor], square: Tensor, index: Index, beta: float | Tensor
@@ -229,7 +244,7 @@ class GroupMean:
         length = self._length * self.segments[0].outer
         for segment, mean, total in zip(self.means, stored, totals, strict=True):
             share = entries * segment.outer * (segment.stop - segment.start) // length
-            mean.copy_(beta * mean + (1 - beta) * (total / (share // total.numel())))
+            mean.copy_(_finite(beta * mean + (1 - beta) * (total / (share // total.numel())), mean))
 
     def estimate(self, stored: Sequence[Tensor], index: Index, shape: Sequence[int]) -> Tensor:
         """Return the stored means for a tile of `shape`, broadcastable to the tile."""
@@ -303,10 +318,18 @@ def whole(
             f"rows_per_block={rows_per_block} does not divide axis {axis} of a parameter of shape {shape}: "
             f"use a divisor of {size}."
         )
-    moment = GroupMean((Segment("", axis, 1, 0, size, averaged, blocks, cross),))
-    if cross:
-        moment.check(shape)
-    return moment
+    segment = Segment("", axis, 1, 0, size, averaged, blocks, cross)
+    segment.check_cross_axes()
+    return GroupMean((segment,))
+
+
+def _finite(means: Tensor, stored: Tensor) -> Tensor:
+    """Return new means that are no larger than the largest number of the dtype they are stored in.
+
+    Sums of squares that do not fit that dtype then stop their group, as an infinite square stops an entry of AdamW,
+    and make nothing NaN.
+    """
+    return means.clamp(max=torch.finfo(stored.dtype).max)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -7,6 +7,7 @@
  * The caller passes tables of addresses, sizes, dtypes and numbers, whose columns columns.py declares for both.
  */
 
+#include <float.h>
 #include <stdlib.h>
 
 #include "storage.h"
@@ -136,6 +137,9 @@ INLINE float add_squares(const float *grad, int n, float *to) {
     return sum;
 }
 
+/* A new mean; one that float32 cannot hold stops its group, as an infinite square stops an entry of AdamW. */
+INLINE float largest_finite(double mean) { return mean < (double)FLT_MAX ? (float)mean : FLT_MAX; }
+
 /* The same for every column of a range of rows, added to `sums`. The rows' own means, where there are any, are averaged
  * on the way. */
 INLINE void sum_column_squares(const Part *part, int64_t group, const Range *range, float *few, double *sums) {
@@ -154,7 +158,7 @@ INLINE void sum_column_squares(const Part *part, int64_t group, const Range *ran
                 if (row_means) row_sum += add_squares(grad, n, to);
                 else SIMD for (int i = 0; i < n; i++) to[i] += finite_or_zero(grad[i] * grad[i]);
             }
-            if (row_means) row_means[row] = (float)(part->beta2 * row_means[row] + weight * row_sum);
+            if (row_means) row_means[row] = largest_finite(part->beta2 * row_means[row] + weight * row_sum);
         }
         SIMD for (int64_t column = 0; column < part->columns; column++) sums[column] += few[column];
     }
@@ -169,7 +173,7 @@ INLINE void average(const Part *part, int64_t group, const double *sums, float *
     float *means = part->means + group * count;
     const double weight = part->new_2 / (double)(part->rows * part->columns / count);
     if (!part->averaged)
-        SIMD for (int64_t i = 0; i < count; i++) means[i] = (float)(part->beta2 * means[i] + weight * sums[i]);
+        SIMD for (int64_t i = 0; i < count; i++) means[i] = largest_finite(part->beta2 * means[i] + weight * sums[i]);
     if (part->row_means) {
         double total = 0;
         for (int64_t row = 0; row < part->rows; row++) total += part->row_means[group * part->rows + row];

@@ -59,6 +59,7 @@ NOISE_KEY = tl.constexpr(SCALAR_NAMES.index("noise_key"))
 SCALARS = tl.constexpr(len(SCALAR_NAMES))
 
 INFINITY = tl.constexpr(float("inf"))
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 TINY = tl.constexpr(2.0**-126)
 PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)  # whether it can be written
 

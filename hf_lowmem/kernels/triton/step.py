@@ -27,6 +27,7 @@ from hf_lowmem.kernels.triton.memory import (
     GROUPS,
     INFINITY,
     KAHAN_COMP,
+    LARGEST,
     NEW_1,
     NEW_2,
     NOISE_KEY,
@@ -157,7 +158,8 @@ def averaged(part, scalars, mean, total, v: tl.constexpr):
     count = tl.load(part + ROWS)
     if v.second == "group":
         count *= tl.load(part + COLUMNS)
-    return scalar(scalars, BETA_2) * mean + scalar(scalars, NEW_2) / count.to(tl.float32) * total
+    new = scalar(scalars, BETA_2) * mean + scalar(scalars, NEW_2) / count.to(tl.float32) * total
+    return tl.minimum(new, LARGEST)  # sums that do not fit stop their group, and make nothing NaN
 
 
 @triton.jit
@@ -261,11 +263,12 @@ def mean_of_rows(parts, group_means, part_numbers):
     part = parts + tl.load(part_numbers + tl.program_id(0)).to(tl.int64) * FIELDS
     rows = tl.load(part + ROWS).to(tl.int32)
     means = row_means_of(part) + (tl.program_id(0) - tl.load(part + FIRST_GROUP)) * rows
+    share = 1.0 / rows.to(tl.float32)  # before the sum, which may not fit
     total = tl.zeros([AT_ONCE], tl.float32)
     for first in range(0, rows, AT_ONCE):
         row = first + tl.arange(0, AT_ONCE)
-        total += tl.load(means + row, mask=row < rows, other=0.0)
-    tl.store(group_means + tl.program_id(0), tl.sum(total, 0) / rows.to(tl.float32))
+        total += tl.load(means + row, mask=row < rows, other=0.0) * share
+    tl.store(group_means + tl.program_id(0), tl.minimum(tl.sum(total, 0), LARGEST))
 
 
 @triton.jit
