@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hf_lowmem
+from hf_lowmem.algorithms import FactoredAdamW
 from hf_lowmem.roles import assign_roles
 from tests.support.model_families import VOCAB_SIZE, tiny_model
 
@@ -62,3 +63,36 @@ def test_roles_that_are_kept_in_full_and_lora() -> None:
     names = [name for name, row in rows.items() if "exp_avg_sq" in row.state]
     assert names
     assert all("norm" in name or name.endswith("gate.weight") for name in names)
+
+
+@pytest.mark.parametrize("backend", ["rule", "tiles", "cpu"])
+@pytest.mark.parametrize("options", [{}, {"axes": (1,)}, {"axes": (0,)}], ids=str)
+@pytest.mark.parametrize("size", [1e18, 1e19])
+def test_sums_of_squares_that_overflow_make_nothing_nan(backend: str, options: dict, size: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = FactoredAdamW([weight], lr=1e-2, **options)
+    for step in range(3):
+        weight.grad = torch.randn(64, 128) * (size if step == 1 else 1)
+        with hf_lowmem.kernels.forced(backend):
+            optimizer.step()
+    assert weight.abs().max() < 0.2  # as AdamW's; without the clamp, nothing or everything moves
+    assert all(tensor.isfinite().all() for tensor in optimizer.state[weight].values())
+
+
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_rows_keep_their_estimates_where_a_weight_is_resized(rows: int) -> None:
+    def estimate(state: dict[str, Tensor]) -> Tensor:
+        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        return (row * col / row.mean())[:40]
+
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(100, 32))
+    optimizer = FactoredAdamW([weight], lr=1e-3)
+    for _ in range(5):
+        weight.grad = torch.randn(100, 32)
+        optimizer.step()
+    before = estimate(optimizer.state[weight])
+    weight.data = torch.zeros(rows, 32)
+    optimizer.resize_state()
+    torch.testing.assert_close(estimate(optimizer.state[weight]), before)

@@ -15,7 +15,7 @@ from hf_lowmem.trainer.names import OPTIM_NAMES
 FAMILY = [
     (name, bits)
     for name, optim in OPTIM_NAMES.items()
-    if optim.algorithm in ("lowmem_adamw", "slim_adamw", "adam_mini", "adalayer")
+    if optim.algorithm in ("lowmem_adamw", "factored_adamw", "slim_adamw", "adam_mini", "adalayer")
     for bits in ((8,) if optim.state_bits == 8 else (32, 16))
 ]
 OTHERS = [name for name in OPTIM_NAMES if name not in dict(FAMILY)]
