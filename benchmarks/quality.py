@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import ROOT, commit_of_the_tree, cpu_name
@@ -43,26 +43,45 @@ FIRST_SEED = 0
 Losses = dict[tuple[Any, ...], float]
 
 
-def wanted(optim: str, beta2: float, seeds: list[int], scale: str, task: str, losses: Losses) -> Iterator[Run]:
+class Study(NamedTuple):
+    """What all runs of a study share.
+
+    Args:
+        seeds: those of the best learning rate; all rates are tried with FIRST_SEED.
+        rates: the learning rates, or nothing for `RATES` and as many others as it takes.
+    """
+
+    beta2: float
+    seeds: tuple[int, ...]
+    scale: str
+    task: str
+    rates: tuple[float, ...] = ()
+
+    def run(self, optim: str, lr: float, seed: int = FIRST_SEED) -> Run:
+        return Run(optim, lr, self.beta2, seed, self.scale, self.task)
+
+
+def wanted(optim: str, study: Study, losses: Losses) -> Iterator[Run]:
     """Yield the runs of one optimizer that can be started, given those that are known."""
     name, *options = optim.split()
     swept = " ".join([name.removesuffix("_8bit"), *options])
-    tried = rates_of(swept, beta2, scale, task, losses)
-    missing = [Run(swept, lr, beta2, FIRST_SEED, scale, task) for lr in tried]
-    missing = [run for run in missing if run.key not in losses]
+    tried = rates_of(swept, study, losses)
+    missing = [run for lr in tried if (run := study.run(swept, lr)).key not in losses]
     if missing:
         yield from missing
         return
-    best = min(tried, key=lambda lr: losses[Run(swept, lr, beta2, FIRST_SEED, scale, task).key])
-    yield from (run for seed in seeds if (run := Run(optim, best, beta2, seed, scale, task)).key not in losses)
+    best = min(tried, key=lambda lr: losses[study.run(swept, lr).key])
+    yield from (run for seed in study.seeds if (run := study.run(optim, best, seed)).key not in losses)
 
 
-def rates_of(optim: str, beta2: float, scale: str, task: str, losses: Losses) -> list[float]:
+def rates_of(optim: str, study: Study, losses: Losses) -> list[float]:
     """Return the learning rates to try: the first ones, and others for as long as the best is at an end."""
+    if study.rates:
+        return list(study.rates)
     name = optim.split()[0]
-    rates = list(OTHER_RATES[task].get(name, RATES[task]))
+    rates = list(OTHER_RATES[study.task].get(name, RATES[study.task]))
     while len(rates) < MOST_RATES:
-        found = [losses.get(Run(optim, lr, beta2, FIRST_SEED, scale, task).key) for lr in rates]
+        found = [losses.get(study.run(optim, lr).key) for lr in rates]
         if None in found:
             break
         best = found.index(min(loss for loss in found if loss is not None))
@@ -93,16 +112,7 @@ def start_worker(nice: int) -> None:
     os.nice(nice)
 
 
-def study(
-    optims: list[str],
-    betas: list[float],
-    seeds: list[int],
-    scale: str,
-    task: str,
-    path: Path,
-    processes: int,
-    nice: int,
-) -> None:
+def run_all(optims: list[str], studies: list[Study], path: Path, processes: int, nice: int) -> None:
     """Run whatever is missing, and append a line for each run that has ended."""
     machine = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit_of_the_tree()}
     losses = losses_of(read(path))
@@ -111,9 +121,7 @@ def study(
     with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (nice,)) as pool:
         while True:
             started = {run.key for run in running.values()}
-            runs = (
-                run for beta2 in betas for optim in optims for run in wanted(optim, beta2, seeds, scale, task, losses)
-            )
+            runs = (run for study in studies for optim in optims for run in wanted(optim, study, losses))
             for run in runs:
                 if len(running) < processes and run.key not in started:
                     running[pool.submit(train, run)] = run
@@ -141,6 +149,7 @@ def main() -> None:
     parser.add_argument("--optims", default=",".join(["adamw_torch", *OPTIM_NAMES]), help="separated by commas")
     parser.add_argument("--beta2", default="0.95,0.999", help="separated by commas")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas; the first learning rates take seed 0")
+    parser.add_argument("--rates", help="the only learning rates, separated by commas")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--task", choices=TASKS, default="scratch")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -148,10 +157,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "quality_cpu.jsonl", help="JSON lines")
     parser.add_argument("--report", action="store_true", help="run nothing, and write the report of what there is")
     args = parser.parse_args()
-    betas = [float(each) for each in args.beta2.split(",")]
-    seeds = [int(each) for each in args.seeds.split(",")]
+    seeds, rates = (
+        tuple(map(int, args.seeds.split(","))),
+        tuple(map(float, args.rates.split(",") if args.rates else ())),
+    )
+    studies = [Study(float(beta2), seeds, args.scale, args.task, rates) for beta2 in args.beta2.split(",")]
     if not args.report:
-        study(args.optims.split(","), betas, seeds, args.scale, args.task, args.output, args.processes, args.nice)
+        run_all(args.optims.split(","), studies, args.output, args.processes, args.nice)
     write_report(read(args.output), args.output.with_suffix(""))
 
 

@@ -34,9 +34,9 @@ def row(optim: str, lr: float, seed: int, loss: float | None, scale: str = "smal
 
 
 def asked(optim: str, rows: list[dict[str, Any]], seeds: tuple[int, ...] = (0, 1)) -> list[tuple[str, float, int]]:
-    from quality import losses_of, wanted
+    from quality import Study, losses_of, wanted
 
-    runs = wanted(optim, 0.95, list(seeds), "small", "scratch", losses_of(rows))
+    runs = wanted(optim, Study(0.95, seeds, "small", "scratch"), losses_of(rows))
     return [(run.optim, run.lr, run.seed) for run in runs]
 
 
