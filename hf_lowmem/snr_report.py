@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_lowmem.planner.tables import table, wrapped
-from hf_lowmem.snr.ratios import HEAD, ROW_COL, Measured, Reduction
-from hf_lowmem.snr.rules import Choice, Over, choose, combined, decide, saved_share
+from hf_lowmem.snr.choice import FULL, HEAD, ROW_COL, mean_ratio
+from hf_lowmem.snr.ratios import Measured, Reduction
+from hf_lowmem.snr.rules import Choice, Criterion, combined, saved_share
 
 CUTOFFS = (0.5, 1.0, 2.0, 3.0)
 PANELS = 12  # the most weights by layer-name pattern that are drawn
@@ -32,33 +34,36 @@ def by_pattern(found: Ratios) -> dict[str, list[Measured]]:
     return groups
 
 
-def report(found: Ratios, cutoff: float, over: Over = "mean", row_col: bool = True) -> str:
+def report(found: Ratios, criterion: Criterion) -> str:
     """Return the tables of ratios and choices by layer-name pattern, and of what each cut-off saves."""
-    choices = {key: choose(each, cutoff, over, row_col) for key, each in found.items()}
+    choices = criterion.choices(found)
     groups = by_pattern(found)
     hows = _reductions([each for group in groups.values() for each in group])
     lines = []
     for name, group in groups.items():
-        ratios = [_mean(combined(each.ratios.get(how, {}), over) for each in group) for how in hows]
-        equal, measurements = stability([(each, choices[each.key]) for each in group], cutoff, row_col)
+        ratios = [
+            mean_ratio(how, (combined(how, each.ratios.get(how, {}), criterion.over) for each in group))
+            for how in hows
+        ]
+        equal, measurements = stability([(each, choices[each.key]) for each in group], criterion)
         rules = Counter(describe(choices[each.key]) for each in group)
         rule = ", ".join(f"{rule} x {n}" if len(rules) > 1 else rule for rule, n in rules.most_common())
         cells = ["" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
         lines.append((name, str(len(group)), *cells, f"{equal} of {measurements}", rule))
     head = ("weights", "tensors", *map(describe, hows), "stable", "rule")
     saved = []
-    for each in sorted({*CUTOFFS, cutoff}):
-        chosen = {key: choose(measured, each, over, row_col) for key, measured in found.items()}
+    for each in sorted({*CUTOFFS, criterion.cutoff}):
+        chosen = replace(criterion, cutoff=each).choices(found)
         reduced = sum(choice is not None for choice in chosen.values())
         share = saved_share(found, chosen)
         saved.append((f"{each:g}", f"{100 * share:.2f} %", f"{4 * (1 - share):.3f}", f"{reduced} of {len(found)}"))
-    word = "smallest" if over == "min" else "mean"
+    word = "smallest" if criterion.over == "min" else "mean"
     return "\n".join(
         [
             wrapped(
                 f"Signal-to-noise ratio of each reduction of the second moment: {word} over all measurements, then "
                 f'mean over layers. "stable" counts the measurements that by themselves lead to the rule at '
-                f"cut-off {cutoff:g}."
+                f"cut-off {criterion.cutoff:g}."
             ),
             "",
             *table(head, lines, left=(0, len(head) - 1)),
@@ -68,13 +73,13 @@ def report(found: Ratios, cutoff: float, over: Over = "mean", row_col: bool = Tr
     )
 
 
-def stability(choices: Sequence[tuple[Measured, Choice]], cutoff: float, row_col: bool = True) -> tuple[int, int]:
+def stability(choices: Sequence[tuple[Measured, Choice]], criterion: Criterion) -> tuple[int, int]:
     """Return how many measurements of these weights lead to their choice by themselves, and how many there are."""
     equal = count = 0
     for measured, choice in choices:
         for step in sorted(set().union(*measured.ratios.values())):
             ratios = {how: each[step] for how, each in measured.ratios.items() if step in each}
-            equal += decide(measured, ratios, cutoff, row_col) == choice
+            equal += criterion.decide(measured, ratios) == choice
             count += 1
     return equal, count
 
@@ -82,7 +87,7 @@ def stability(choices: Sequence[tuple[Measured, Choice]], cutoff: float, row_col
 def describe(choice: Choice) -> str:
     """Return a reduction as a table names it."""
     if choice is None:
-        return "full"
+        return FULL
     return choice if isinstance(choice, str) else f"axis {','.join(map(str, choice))}"
 
 
@@ -103,7 +108,10 @@ def draw(found: Ratios, path: Path, cutoff: float) -> None:
     for panel, name in zip(panels, largest, strict=False):
         for number, how in enumerate(hows):
             steps = sorted(set().union(*(each.ratios.get(how, {}) for each in groups[name])))
-            means = [_mean(each.ratios.get(how, {}).get(step, math.nan) for each in groups[name]) for step in steps]
+            means = [
+                mean_ratio(how, (each.ratios.get(how, {}).get(step, math.nan) for each in groups[name]))
+                for step in steps
+            ]
             panel.plot(steps, means, color=f"C{number}", marker="o", markersize=3, label=describe(how))
         panel.axhline(cutoff, color="black", linewidth=1, linestyle="--", label=f"cut-off {cutoff:g}")
         panel.set(xscale="log", yscale="log")
@@ -123,8 +131,3 @@ def _reductions(measured: Sequence[Measured]) -> list[Reduction]:
     found = {how for each in measured for how in each.ratios}
     axes = sorted((how for how in found if isinstance(how, tuple)), key=lambda how: (len(how), how))
     return [*axes, *(how for how in (HEAD, ROW_COL) if how in found)]
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hf_lowmem.algorithms.candidates import HEAD, ROW_COL
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
@@ -14,6 +13,7 @@ from hf_lowmem.options import Options, at_least, decided_by_role, recipe_only
 from hf_lowmem.param_groups import Recipe, RoleOptions, check_axes
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
+from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import BY_HEAD
 from hf_lowmem.state import Codec, Moment, StatePlan
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from hf_lowmem.algorithms.adamw import GroupedAdamW, GroupedOptions, RulesRecipe
 from hf_lowmem.algorithms.candidates import (
     AUTO,
-    FULL,
-    MEASUREMENTS,
     CalibrationOptions,
     Candidate,
     Parts,
@@ -35,11 +33,12 @@ from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, as_tuple
 from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.sizes import readable
+from hf_lowmem.snr.choice import FULL, interval
 from hf_lowmem.state import State, StatePlan, TensorSpec
 
 logger = get_logger(__name__)
 
-SNR_SUM, SNR_COUNT = "snr_sum", "snr_count"  # of the finite ratios of each candidate
+SNR_SUM, SNR_COUNT = "snr_sum", "snr_count"  # the sum of each candidate's terms (`snr.choice.term`), and their number
 SECOND, CANDIDATES = "exp_avg_sq", "candidates"
 
 
@@ -50,7 +49,7 @@ class CalibratedOptions(CalibrationOptions, GroupedOptions):
     candidates: tuple[tuple, ...] = decided_by_role(
         (),
         "(role, place, candidates) of a weight, or of each part of a fused one, that calibrates: `place` is the name, "
-        "axis, outer, start and stop of a part, and a candidate the tuple (name, axes, rows_per_block, cross_axes).",
+        "axis, outer, start and stop of the part, and a candidate the tuple (name, axes, rows_per_block, cross_axes).",
     )
 
 
@@ -58,14 +57,14 @@ class CalibratedAdamW(GroupedAdamW):
     """AdamW whose second moments may begin in full and be folded to means after `calibration_steps`.
 
     Where a weight has `candidates`, it keeps its full second moment v at first, stored in `state_bits`. After its
-    first step and then `MEASUREMENTS` times until its step `calibration_steps`, the signal-to-noise ratio of each
+    first step, after every `calibration_steps // 20` steps, and after the last, the signal-to-noise ratio of each
     candidate is measured on v, which is not corrected for its bias. Then the candidate with the highest mean ratio is
-    chosen, if that exceeds `snr_cutoff`; otherwise v stays full. The means of v over the chosen axes take its place,
-    and its memory is given back.
+    chosen, if that exceeds `snr_cutoff`; otherwise v stays full. The mean of the factored estimate is harmonic. The
+    means of v over the chosen axes take its place, and its memory is given back.
 
     Source: the choice is SlimAdam's (arXiv:2503.01843; authors' code dayal-kalra/low-memory-adam@bb3652c).
-    It departs from it: the authors take the ratios from a run of their own, and know no factored estimate and no means
-    by head.
+    It departs from it: the authors take the ratios from a separate run, measure before the step, and know no factored
+    estimate and no means by head.
 
     The state of a weight that calibrates is `exp_avg`, `exp_avg_sq`, `snr_sum` and `snr_count`, the latter two with
     one float64 number per candidate. A weight counts by its own `step`, so that one that seldom has a gradient
@@ -113,7 +112,7 @@ class CalibratedAdamW(GroupedAdamW):
                 layouts.layouts[place] = folded[param]
                 continue
             step, last = int(self.state[param]["step"]) if id(param) in moved else 0, group["calibration_steps"]
-            due = step == 1 or step >= last or step % max(last // MEASUREMENTS, 1) == 0
+            due = step == 1 or step >= last or step % interval(last) == 0
             if step and due and not param.is_meta:
                 layout, before = layouts.layouts[place], self.state[param]
                 parts = self._measure(group, layout, param)
@@ -126,20 +125,25 @@ class CalibratedAdamW(GroupedAdamW):
             self._calibrates = True
         report.log()
 
+    @property
+    def calibrates(self) -> bool:
+        """Return whether the second moment of some parameter is still to be folded."""
+        return any(True for _ in self._calibrating())
+
     def _calibrating(self) -> Iterator[tuple[Group, GroupLayouts, int, Tensor]]:
-        """Return the places of the parameters whose second moment is still to be folded."""
+        """Yield the places of the parameters whose second moment is still to be folded."""
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
             for place, param in enumerate(group["params"]):
                 if layouts.layouts[place].option(CANDIDATES):
                     yield group, layouts, place, param
 
     def _measure(self, group: Group, layout: ParamLayout, param: Tensor) -> Parts:
-        """Add the ratios of a parameter's second moment to their sums; one that is not finite does not count."""
+        """Add the terms of a parameter's ratios to their sums; one that is not finite does not count."""
         parts, state = parts_of(layout.option(CANDIDATES)), self.state[param]
         plan = self.plan_by(layout, group, param)
-        ratios = measured(plan.bind(state, tuple(param.shape))[SECOND].load(), parts)
-        finite = ratios.isfinite()
-        state[SNR_SUM].add_(ratios.where(finite, 0.0))
+        terms = measured(plan.bind(state, tuple(param.shape))[SECOND].load(), parts)
+        finite = terms.isfinite()
+        state[SNR_SUM].add_(terms.where(finite, 0.0))
         state[SNR_COUNT].add_(finite)
         return parts
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.moments import Segment, whole
+from hf_lowmem.moments import Segment
 from hf_lowmem.options import POSITIVE, Options, at_least, run
 from hf_lowmem.roles import ParamRole
-from hf_lowmem.snr.measure import SecondMoment, candidates, snr_of
+from hf_lowmem.snr.choice import FULL, HEAD, ROW_COL, best, mean_of_terms, term
+from hf_lowmem.snr.measure import candidates, ratios_of, unreduced
 
 AUTO = "auto"  # the value of `rules` with which a run finds its own
-FULL, HEAD, ROW_COL = "full", "head", "row_col"  # rules beside lists of axes
-MEASUREMENTS = 20  # of a calibration, beside the one after the first step
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Candidate(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the layout options of a weight that is no fused one."""
+        """Return the layout options of a weight that is not fused."""
         return {"axes": self.axes, "rows_per_block": self.rows_per_block, "cross_axes": self.cross_axes}
 
 
@@ -61,32 +59,24 @@ class Part(NamedTuple):
 
     Args:
         role: the role of the weight or of the part.
-        place: the name, axis, outer, start and stop of a part's `Segment`; empty for a weight that is not fused.
+        place: the name, axis, outer, start and stop of its `Segment`. For a weight that is not fused, the name is ""
+            and stop is None, because the weight may grow.
         candidates: what its second moment may be reduced to.
     """
 
     role: str
-    place: tuple[str, int, int, int, int] | tuple[()]
+    place: tuple[str, int, int, int, int | None]
     candidates: tuple[Candidate, ...]
 
     def segment(self, candidate: Candidate, shape: tuple[int, ...]) -> Segment:
         """Return the means that a candidate keeps of this part of a weight of `shape`."""
-        if self.place:
-            return Segment(*self.place, *candidate.means)
-        return whole(shape, *candidate.means).segments[0]
+        name, axis, outer, start, stop = self.place
+        return Segment(name, axis, outer, start, shape[axis] if stop is None else stop, *candidate.means)
 
     def smallest(self, shape: tuple[int, ...]) -> Candidate:
         """Return the candidate that keeps the fewest numbers of a weight of `shape`."""
         sizes = [sum(mean.spec(shape).nbytes for mean in self.segment(c, shape).means) for c in self.candidates]
         return self.candidates[sizes.index(min(sizes))]
-
-    def chosen(self, ratios: Sequence[float], cutoff: float) -> Candidate | None:
-        """Return the candidate with the highest of the mean ratios, which are in the order of the candidates.
-
-        None, which keeps every entry, is returned where no ratio exceeds the cut-off.
-        """
-        above = [pair for pair in zip(ratios, self.candidates, strict=True) if pair[0] > cutoff]  # NaN never is
-        return max(above, key=lambda pair: pair[0])[1] if above else None
 
 
 Parts = tuple[Part, ...]
@@ -94,12 +84,14 @@ Parts = tuple[Part, ...]
 
 def candidates_option(role: ParamRole) -> tuple[tuple, ...]:
     """Return the value of the option `candidates` for a weight: plain tuples, which `parts_of` reads."""
+    named = candidates(role)
+    if not named:
+        return ()
     roles = [part.role for part in role.parts] or [role.role]
     found = []
-    for name, (part, named) in zip(roles, candidates(role).items(), strict=False):
-        any_segment = next(iter(named.values()))
-        place = (part, any_segment.axis, any_segment.outer, any_segment.start, any_segment.stop) if part else ()
-        each = [(key, s.axes, s.rows_per_block, s.cross_axes) for key, s in named.items()]
+    for name, segment in zip(roles, unreduced(role), strict=True):
+        each = [(key, s.axes, s.rows_per_block, s.cross_axes) for key, s in named[segment.name].items()]
+        place = (segment.name, segment.axis, segment.outer, segment.start, segment.stop if segment.name else None)
         found.append((name, place, tuple(each)))
     return tuple(found)
 
@@ -110,38 +102,26 @@ def parts_of(option: Sequence[Sequence[Any]]) -> Parts:
 
 
 def measured(v: Tensor, parts: Parts) -> Tensor:
-    """Return the signal-to-noise ratio of each candidate of each part, one after the other: float64, on v's device."""
-    return torch.stack([ratio for part in parts for ratio in _ratios(v, part)])
-
-
-def _ratios(v: Tensor, part: Part) -> Iterator[Tensor]:
-    """Yield the ratio of each candidate of one part, by one float64 copy of what most of them are measured on."""
-    whole_part = SecondMoment(part.segment(part.candidates[0], tuple(v.shape)).view(v) if part.place else v)
-    for each in part.candidates:
-        segment = part.segment(each, tuple(v.shape))
-        if each.rows_per_block > 1:
-            yield snr_of(v, segment)
-        elif part.place:
-            yield whole_part.ratio(*(mean.mean_dims for mean in segment.means)).snr
-        else:
-            yield whole_part.ratio(each.axes, each.cross_axes).snr
+    """Return what is summed (`term`) of the ratio of each candidate of each part: float64, on v's device."""
+    shape, terms = tuple(v.shape), []
+    for part in parts:
+        ratios = ratios_of(v, (part.segment(each, shape) for each in part.candidates))
+        terms += [term(each.name, ratio.snr) for each, ratio in zip(part.candidates, ratios, strict=True)]
+    return torch.stack(terms)
 
 
 def chosen(parts: Parts, sums: Tensor, counts: Tensor, cutoff: float) -> list[Candidate | None]:
-    """Return what each part is folded to, by the sums of finite ratios and their number; None keeps every entry."""
-    means = [total / count if count else math.nan for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
-    found = []
-    for part in parts:
-        own, means = means[: len(part.candidates)], means[len(part.candidates) :]
-        found.append(part.chosen(own, cutoff))
-    return found
+    """Return what each part is folded to, by the sums of finite terms and their number; None keeps every entry."""
+    measured = iter(zip(sums.tolist(), counts.tolist(), strict=True))
+    ratios = [{each: mean_of_terms(each.name, *next(measured)) for each in part.candidates} for part in parts]
+    return [best(each, cutoff) for each in ratios]
 
 
 def folded_options(parts: Parts, kept: Sequence[Candidate | None]) -> dict[str, Any]:
     """Return the layout options of a weight whose parts keep these candidates, as a rule for it would give them."""
     if not any(kept):
         return {}
-    if not parts[0].place:
+    if not parts[0].place[0]:
         assert kept[0] is not None
         return kept[0].options
     segments = []
@@ -153,9 +133,9 @@ def folded_options(parts: Parts, kept: Sequence[Candidate | None]) -> dict[str, 
 
 def rule_of(options: Mapping[str, Any]) -> Any:
     """Return what a rules file says of a weight with these layout options: a rule, or one for each part by name."""
-    if options["segments"]:
-        return {name: _rule(*means) for name, _, _, _, _, *means in options["segments"]}
-    return _rule(options["axes"], options["rows_per_block"], options["cross_axes"])
+    if segments := options.get("segments"):
+        return {name: _rule(*means) for name, _, _, _, _, *means in segments}
+    return _rule(options.get("axes", ()), options.get("rows_per_block", 1), options.get("cross_axes", ()))
 
 
 def _rule(axes: tuple[int, ...], rows_per_block: int = 1, cross_axes: tuple[int, ...] = ()) -> Any:

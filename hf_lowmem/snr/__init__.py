@@ -1,6 +1,6 @@
 """The signal-to-noise ratio of second moments: measured, recorded, and turned into rules of what may be averaged."""
 
-from hf_lowmem.snr.measure import Ratio, SecondMoment, candidates, factored_snr, layout_options, snr, snr_of
+from hf_lowmem.snr.measure import Ratio, SecondMoment, candidates, factored_snr, snr, snr_of
 from hf_lowmem.snr.rules import rules_from_csv
 from hf_lowmem.snr.tracker import SnrTracker
 
@@ -10,7 +10,6 @@ __all__ = [
     "SecondMoment",
     "candidates",
     "factored_snr",
-    "layout_options",
     "rules_from_csv",
     "snr",
     "snr_of",

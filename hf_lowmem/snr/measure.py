@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.moments import Segment, whole
+from hf_lowmem.moments import Segment
 from hf_lowmem.roles import ParamRole
+from hf_lowmem.snr.choice import HEAD, ROW_COL
 
 TILE, CPU_TILE = 1 << 22, 1 << 19  # entries that are converted to float64 at a time; fewer on a CPU, for its caches
 EXACT = 1e24  # a larger ratio is that of equal entries, between which float64 has found nothing but its own rounding
@@ -46,7 +47,8 @@ def factored_snr(v: Tensor, axes: Sequence[int], cross_axes: Sequence[int]) -> T
     """Return the signal-to-noise ratio of the rank-1 estimate of a second moment from its row and column means.
 
     The ratio of a matrix is mean(estimate^2) / mean((v - estimate)^2), where the estimate is row * col / mean(row).
-    For a constant estimate it would be `snr`, so the two compare. Matrices are averaged as the groups of `snr` are.
+    For a constant estimate it would be `snr`, so the two compare. The ratio of several matrices is their harmonic
+    mean, because the ratio of a matrix that is nearly of rank 1 is so large that it would hide all others.
 
     Args:
         v: as for `snr`.
@@ -54,7 +56,7 @@ def factored_snr(v: Tensor, axes: Sequence[int], cross_axes: Sequence[int]) -> T
         cross_axes: the axes that the column means are over. What is left of the axes counts matrices.
 
     Returns:
-        As for `snr`; NaN also if the estimate is exact.
+        As for `snr`; infinite if the estimate is exact, and NaN if all matrices are zero.
 
     >>> v = torch.tensor([[1.0, 2.0], [2.0, 5.0]])
     >>> factored_snr(v, (1,), (0,)) > snr(v, (0, 1))
@@ -65,7 +67,28 @@ def factored_snr(v: Tensor, axes: Sequence[int], cross_axes: Sequence[int]) -> T
 
 def snr_of(v: Tensor, segment: Segment) -> Tensor:
     """Return the signal-to-noise ratio of what `segment` keeps of the second moment `v` of a whole weight."""
-    return SecondMoment(segment.view(v)).ratio(*(mean.mean_dims for mean in segment.means)).snr
+    return next(ratios_of(v, [segment])).snr
+
+
+def ratios_of(v: Tensor, segments: Iterable[Segment]) -> Iterator[Ratio]:
+    """Yield the ratio of what each of several segments keeps of a second moment `v`.
+
+    The segments are of the same entries. Those with the same `rows_per_block` share the means that are known.
+    """
+    moments: dict[int, SecondMoment] = {}
+    for segment in segments:
+        if segment.rows_per_block not in moments:
+            moments[segment.rows_per_block] = SecondMoment(segment.view(v))
+        yield moments[segment.rows_per_block].ratio(*(mean.mean_dims for mean in segment.means))
+
+
+def unreduced(role: ParamRole) -> list[Segment]:
+    """Return a weight, or each part of a fused one, as a segment along fan_out that averages nothing."""
+    if role.parts:
+        assert role.fan_out is not None
+        return [Segment(part.name, role.fan_out, part.outer, part.start, part.stop, ()) for part in role.parts]
+    axis = role.fan_out or 0
+    return [Segment("", axis, 1, 0, role.shape[axis] if role.shape else 1, ())]
 
 
 def candidates(role: ParamRole) -> dict[str, dict[str, Segment]]:
@@ -82,48 +105,24 @@ def candidates(role: ParamRole) -> dict[str, dict[str, Segment]]:
     """
     if role.fan_out is None or not role.fan_in or len(role.shape) < 2:
         return {}
-    if not role.parts:
-        kept = _reductions(role, role.role)
-        return {"": {name: whole(role.shape, *each).segments[0] for name, each in kept.items()}}
-    found = {}
-    for part in role.parts:
-        place = (part.name, role.fan_out, part.outer, part.start, part.stop)
-        found[place[0]] = {name: Segment(*place, *each) for name, each in _reductions(role, part.role).items()}
-    return found
+    roles = [part.role for part in role.parts] or [role.role]
+    return {
+        segment.name: {how: replace(segment, **means) for how, means in _reductions(role, name).items()}
+        for name, segment in zip(roles, unreduced(role), strict=True)
+    }
 
 
-def layout_options(role: ParamRole, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """Return the layout options of `GroupedAdamW` for a weight whose parts keep the candidates of these names.
-
-    Args:
-        role: the role of the weight.
-        chosen: names of `candidates(role)`, by part. A part that it lacks keeps every entry.
-    """
-    found = candidates(role)
-    if not chosen:
-        return {}
-    if not role.parts:
-        segment = found[""][chosen[""]]
-        blocks = {"rows_per_block": segment.rows_per_block} if segment.rows_per_block > 1 else {}
-        return {"axes": segment.axes, **blocks, **({"cross_axes": segment.cross_axes} if segment.cross_axes else {})}
-    segments = []
-    for part, named in found.items():
-        fields = astuple(named[chosen[part]] if part in chosen else replace(named["fan_in"], axes=()))
-        segments.append(fields if fields[-1] else fields[:-1])  # without cross_axes where there are none
-    return {"segments": tuple(segments)}
-
-
-def _reductions(role: ParamRole, name: str) -> dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]]:
-    """Return (axes, rows_per_block, cross_axes) of each candidate of a weight, or a part of it, called `name`."""
+def _reductions(role: ParamRole, name: str) -> dict[str, dict[str, Any]]:
+    """Return the fields of `Segment` by candidate of a weight, or a part of it, whose role is `name`."""
     assert role.fan_out is not None
     fan_in, fan_out = role.fan_in, (role.fan_out,)
-    head = {"head": (fan_in, role.head_dim, ())} if role.head_dim and name in BY_HEAD else {}
+    by_head = role.head_dim and name in BY_HEAD
     return {
-        "fan_in": (fan_in, 1, ()),
-        "fan_out": (fan_out, 1, ()),
-        **head,
-        "both": (tuple(sorted((*fan_in, *fan_out))), 1, ()),
-        "row_col": (fan_in, 1, fan_out),
+        "fan_in": {"axes": fan_in},
+        "fan_out": {"axes": fan_out},
+        **({HEAD: {"axes": fan_in, "rows_per_block": role.head_dim}} if by_head else {}),
+        "both": {"axes": tuple(sorted((*fan_in, *fan_out)))},
+        ROW_COL: {"axes": fan_in, "cross_axes": fan_out},
     }
 
 
@@ -156,12 +155,17 @@ class SecondMoment:
             col = self._mean(self._positive(cross_axes)) / row.mean(dims, keepdim=True)
             signal = row.square().mean(dims, keepdim=True) * col.square().mean(dims, keepdim=True)
             noise = self._mean_of(lambda tile, at: self._part(row, at) * self._part(col, at) - tile, dims)
+            inverse = noise / signal
+            known = inverse.isfinite()
+            inverse = inverse.where(known & (inverse > 1 / EXACT), 0)
+            snr = known.sum() / inverse.sum()
         else:
             signal = row.square()
             noise = self._mean_of(lambda tile, at: tile - self._part(row, at), dims)
-        ratios = signal / noise
-        counts = ratios < EXACT  # False for NaN too
-        return Ratio(ratios.where(counts, 0).sum() / counts.sum(), signal.mean(), noise.mean())
+            ratios = signal / noise
+            known = ratios < EXACT  # False for NaN too
+            snr = ratios.where(known, 0).sum() / known.sum()
+        return Ratio(snr, signal.mean(), noise.mean())
 
     def _positive(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(sorted({axis % self._v.ndim for axis in axes}))

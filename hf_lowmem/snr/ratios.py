@@ -12,9 +12,9 @@ from io import StringIO
 from pathlib import Path
 
 from hf_lowmem.names import canonical_name
+from hf_lowmem.snr.choice import HEAD, ROW_COL
 
 COLUMNS = ("step", "key", "shape", "compress_dims", "snr", "mean_sqr", "var")
-ROW_COL, HEAD = "row_col", "head"  # in compress_dims, beside axes such as (0, 1)
 
 Reduction = tuple[int, ...] | str  # the axes that are averaged over, ROW_COL or HEAD
 
@@ -27,28 +27,30 @@ class Measured:
     """The ratios of one weight, or of one part of a fused weight.
 
     Args:
-        key: the canonical name, with the part in brackets at the end if it is one: `c_attn.weight[query]`.
+        key: the canonical name of the weight; that of a part has the part in brackets: `c_attn.weight[query]`.
         shape: the shape of the weight or of the part.
-        ratios: by reduction, the ratio of each step at which it was finite.
+        ratios: the known ratios by reduction and by step. Only that of the factored estimate may be infinite.
+        head_entries: the number of entries of one head, which the reduction "head" averages; 0 if it is not known.
     """
 
     key: str
     shape: tuple[int, ...]
     ratios: dict[Reduction, dict[int, float]] = field(default_factory=dict)
+    head_entries: int = 0
 
     @property
     def name(self) -> str:
-        """The name of the weight."""
+        """Return the name of the weight."""
         return self.key.partition("[")[0]
 
     @property
     def part(self) -> str:
-        """The part of a fused weight, "" if it is not fused."""
+        """Return the part of a fused weight, "" if it is not fused."""
         return self.key.partition("[")[2].removesuffix("]")
 
     @property
     def ndim(self) -> int:
-        """The number of axes, from the ratios too, because other programs' files may leave the shape out."""
+        """Return the number of axes, from the ratios too, because other programs' files may leave the shape out."""
         axes = (axis for how in self.ratios if isinstance(how, tuple) for axis in how)
         return max(len(self.shape), 1 + max(axes, default=-1))
 
@@ -58,10 +60,10 @@ class Measured:
 
 
 def write_rows(path: Path, rows: Iterable[tuple[object, ...]]) -> None:
-    """Append rows to the CSV in one write, so that a run that is killed loses none of those before."""
-    lines = [_line(row) for row in rows]
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write("".join(lines))
+    """Append the rows of a measurement to the CSV in one write, so that a run that is killed leaves no half of it."""
+    text = "".join(map(_line, rows))
+    with path.open("ab", buffering=0) as file:
+        file.write(text.encode())
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -82,16 +84,23 @@ def read_ratios(path: str | Path) -> dict[str, Measured]:
     """Return what a CSV of ratios holds by key, as this package or SlimAdam's authors write it.
 
     Raises:
-        ValueError: the file cannot be read, lacks a column, or holds no ratio.
+        ValueError: the file cannot be read, lacks a column, holds no ratio, or one of what is no reduction.
     """
     found: dict[str, Measured] = {}
     for fields in _rows(Path(path)):
         key = canonical_name(fields["key"])
         measured = found.setdefault(key, Measured(key, _integers(fields["shape"])))
-        text = fields["compress_dims"].strip()
-        ratios = measured.ratios.setdefault(text if text in (ROW_COL, HEAD) else _integers(text), {})
-        ratio = _number(fields["snr"])
-        if math.isfinite(ratio):
+        text, ratio = fields["compress_dims"].strip(), _number(fields["snr"])
+        how: Reduction = text.split()[0] if text.startswith((ROW_COL, HEAD)) else _integers(text)
+        if not how:
+            raise ValueError(
+                f"{str(path)!r} has the compress_dims {text!r}, expected axes such as (0, 1), {ROW_COL!r}, or "
+                f"{HEAD!r} and its entries: measure again, or correct the file."
+            )
+        if how == HEAD:
+            measured.head_entries = math.prod(_integers(text))
+        ratios = measured.ratios.setdefault(how, {})
+        if math.isfinite(ratio) or (how == ROW_COL and ratio > 0):
             ratios[int(float(fields["step"]))] = ratio
     if not found:
         raise ValueError(f"{str(path)!r} holds no ratios: was the run stopped before its first measurement?")

@@ -6,10 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lowmem.snr.ratios import HEAD, ROW_COL, Measured, Reduction, read_ratios
+from hf_lowmem.snr.choice import HEAD, ROW_COL, best, mean_ratio
+from hf_lowmem.snr.ratios import Measured, Reduction, read_ratios
 
 Over = Literal["mean", "min"]
 Choice = Reduction | None  # None keeps every entry
@@ -23,7 +25,7 @@ def rules_from_csv(
     cutoff: float = 1.0,
     over: Over = "mean",
     bytes_budget: float | None = None,
-    row_col: bool = True,
+    axes_only: bool = False,
 ) -> dict[str, Any]:
     """Return the rules that follow from a CSV of ratios, as the option `rules` of `slim_adamw` reads them.
 
@@ -37,51 +39,118 @@ def rules_from_csv(
         path: a CSV of this package or of SlimAdam's authors.
         cutoff: the ratio that must be exceeded.
         over: "mean" decides by the mean over all measurements, "min" by the smallest of them.
-        bytes_budget: in place of `cutoff`, the most bytes of second moment per parameter, in float32: the highest
-            cut-off that keeps it is taken.
-        row_col: let the factored estimate, whose ratio is the square of the estimate over that of its error, compete
-            with the axes.
+        bytes_budget: in place of `cutoff`, the most bytes of second moment per parameter, in float32; see
+            `Criterion.within`.
+        axes_only: choose among axes alone, as the authors do. Otherwise the factored estimate, whose ratio is the
+            square of the estimate over that of its error, and the means by head compete with them.
 
     Returns:
-        By name: a list of axes, "row_col", None where every entry is kept, or an object of these by part for a fused
-        weight that was measured by parts.
+        By name: a list of axes, "row_col", "head", None where every entry is kept, or an object of these by part for
+        a fused weight that was measured by parts.
 
     Raises:
         ValueError: the file holds no ratios, `cutoff` is no positive number, or the budget is too small for any rules.
     """
     measured = read_ratios(path)
     if bytes_budget is not None:
-        cutoff = cutoff_for(measured, bytes_budget, over, row_col)
-    elif not 0 < cutoff < math.inf:
+        criterion = Criterion.within(bytes_budget, measured, over, axes_only)
+    elif 0 < cutoff < math.inf:
+        criterion = Criterion(cutoff, over, axes_only)
+    else:
         raise ValueError(f"cutoff={cutoff} must be a number above 0.")
-    return as_rules(measured, {key: choose(each, cutoff, over, row_col) for key, each in measured.items()})
+    return as_rules(measured, criterion.choices(measured))
 
 
-def choose(measured: Measured, cutoff: float, over: Over = "mean", row_col: bool = True) -> Choice:
-    """Return what a weight or part is reduced to by its ratios over all measurements."""
-    return decide(measured, {how: combined(ratios, over) for how, ratios in measured.ratios.items()}, cutoff, row_col)
+class BudgetError(ValueError):
+    """The error of a budget that no rules keep; `reason` says why, in a clause."""
+
+    def __init__(self, budget: float, reason: str) -> None:
+        super().__init__(f"bytes_budget={budget} is too small: {reason}.")
+        self.reason = reason
 
 
-def decide(measured: Measured, ratios: Mapping[Reduction, float], cutoff: float, row_col: bool = True) -> Choice:
-    """Return what a weight or part is reduced to where each reduction has this one ratio."""
-    if measured.ndim < 2 or _NORM.search(measured.name):
-        return None
-    left_out = (HEAD,) if row_col else (HEAD, ROW_COL)
-    above = [how for how, ratio in ratios.items() if ratio > cutoff and how not in left_out]  # NaN is not above
-    return max(above, key=lambda how: ratios[how], default=None)
+@dataclass(frozen=True)
+class Criterion:
+    """What decides by its ratios to what a weight, or a part of one, is reduced.
+
+    Args:
+        cutoff: the ratio that must be exceeded.
+        over: "mean" decides by the mean over all measurements, "min" by the smallest of them.
+        axes_only: choose among axes alone, as SlimAdam's authors do.
+        fewest: of the reductions above the cut-off, take the one that keeps the fewest entries, and not the one with
+            the highest ratio.
+    """
+
+    cutoff: float = 1.0
+    over: Over = "mean"
+    axes_only: bool = False
+    fewest: bool = False
+
+    @classmethod
+    def within(
+        cls, budget: float, measured: Mapping[str, Measured], over: Over = "mean", axes_only: bool = False
+    ) -> Criterion:
+        """Return the criterion with the highest cut-off that keeps at most `budget` bytes of v per parameter.
+
+        Where the reductions with the highest ratios keep more at any cut-off, those with the fewest entries are taken.
+
+        Raises:
+            BudgetError: these keep more, too.
+        """
+        ratios = {combined(how, each, over) for every in measured.values() for how, each in every.ratios.items()}
+        # A ratio must exceed its cut-off, so the ones to try lie right below the ratios.
+        cutoffs = [*sorted(math.nextafter(ratio, 0) for ratio in ratios if ratio > 0), math.inf]
+        for fewest in (False, True):
+            tried = [cls(cutoff, over, axes_only, fewest) for cutoff in cutoffs]
+            low, high = 0, len(tried)
+            while low < high:  # a higher cut-off never keeps fewer bytes
+                middle = (low + high) // 2
+                low, high = (middle + 1, high) if tried[middle].nbytes(measured) <= budget else (low, middle)
+            if low:
+                return tried[low - 1]
+        least = tried[0].choices(measured)
+        kept = sum(each.numel for key, each in measured.items() if least[key] is None)
+        raise BudgetError(
+            budget,
+            f"{ENTRY_BYTES * (1 - saved_share(measured, least)):.4f} bytes per parameter are the least that these "
+            f"ratios allow, because {kept:,} entries are of vectors, norms, and weights without a known ratio, which "
+            "keep all of them, and every other weight has its smallest reduction",
+        )
+
+    def choose(self, measured: Measured) -> Choice:
+        """Return what a weight or part is reduced to by its ratios over all measurements."""
+        return self.decide(measured, {how: combined(how, each, self.over) for how, each in measured.ratios.items()})
+
+    def decide(self, measured: Measured, ratios: Mapping[Reduction, float]) -> Choice:
+        """Return what a weight or part is reduced to where each reduction has this one ratio."""
+        if measured.ndim < 2 or _NORM.search(measured.name):
+            return None
+        known = {how: ratio for how, ratio in ratios.items() if isinstance(how, tuple) or not self.axes_only}
+        if not self.fewest:
+            return best(known, self.cutoff)
+        above = [how for how, ratio in known.items() if ratio > self.cutoff]
+        return min(above, key=lambda how: kept_entries(measured, how), default=None)
+
+    def choices(self, measured: Mapping[str, Measured]) -> dict[str, Choice]:
+        """Return what each weight or part is reduced to, by key."""
+        return {key: self.choose(each) for key, each in measured.items()}
+
+    def nbytes(self, measured: Mapping[str, Measured]) -> float:
+        """Return the bytes of second moment per parameter that the choices keep, in float32."""
+        return ENTRY_BYTES * (1 - saved_share(measured, self.choices(measured)))
 
 
-def combined(ratios: Mapping[int, float], over: Over) -> float:
-    """Return the mean or the smallest of the ratios of all steps, NaN without any."""
-    if not ratios:
-        return math.nan
-    return min(ratios.values()) if over == "min" else math.fsum(ratios.values()) / len(ratios)
+def combined(how: Reduction, ratios: Mapping[int, float], over: Over) -> float:
+    """Return the mean or the smallest of a reduction's ratios of all steps, NaN without any."""
+    return min(ratios.values(), default=math.nan) if over == "min" else mean_ratio(how, ratios.values())
 
 
 def kept_entries(measured: Measured, choice: Choice) -> int:
     """Return the number of entries of the second moment that `choice` leaves of a weight or part."""
     if choice is None:
         return measured.numel
+    if choice == HEAD:
+        return measured.numel // max(measured.head_entries, 1)
     if choice == ROW_COL:
         *stack, rows, columns = measured.shape
         if stack and (0,) in measured.ratios:  # axis 0 counts no experts, so this is a convolution
@@ -94,34 +163,6 @@ def saved_share(measured: Mapping[str, Measured], choices: Mapping[str, Choice])
     """Return the share of all second moments' entries that the choices save."""
     kept = sum(kept_entries(each, choices[key]) for key, each in measured.items())
     return 1 - kept / max(sum(each.numel for each in measured.values()), 1)
-
-
-def cutoff_for(
-    measured: Mapping[str, Measured], bytes_budget: float, over: Over = "mean", row_col: bool = True
-) -> float:
-    """Return the highest cut-off whose choices keep at most `bytes_budget` bytes of second moment per parameter.
-
-    Raises:
-        ValueError: none does.
-    """
-
-    def bytes_at(cutoff: float) -> float:
-        choices = {key: choose(each, cutoff, over, row_col) for key, each in measured.items()}
-        return ENTRY_BYTES * (1 - saved_share(measured, choices))
-
-    ratios = {combined(each, over) for every in measured.values() for each in every.ratios.values()}
-    # A ratio must exceed its cut-off, so the ones to try lie right below the ratios.
-    cutoffs = [*sorted(math.nextafter(ratio, 0) for ratio in ratios if ratio > 0), math.inf]
-    low, high = 0, len(cutoffs)
-    while low < high:  # a higher cut-off never keeps fewer bytes
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if bytes_at(cutoffs[middle]) <= bytes_budget else (low, middle)
-    if not low:
-        raise ValueError(
-            f"bytes_budget={bytes_budget} is too small: these second moments need at least {bytes_at(cutoffs[0]):.4f} "
-            "bytes per parameter; raise it."
-        )
-    return cutoffs[low - 1]
 
 
 def as_rules(measured: Mapping[str, Measured], choices: Mapping[str, Choice]) -> dict[str, Any]:

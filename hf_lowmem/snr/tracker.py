@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_lowmem.log import is_first_process
-from hf_lowmem.moments import Full, Segment
+from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles
-from hf_lowmem.snr.measure import Ratio, SecondMoment, candidates
-from hf_lowmem.snr.ratios import HEAD, ROW_COL, Reduction, keep_until, write_rows
+from hf_lowmem.snr.choice import HEAD, ROW_COL
+from hf_lowmem.snr.measure import Ratio, candidates, ratios_of, unreduced
+from hf_lowmem.snr.ratios import keep_until, write_rows
 from hf_lowmem.state import FULL_SPACE, StatePlan
 from hf_lowmem.step_checks import check_whole
 
 MOST_AXES = 4  # up to which all subsets of a weight's axes are measured
+WITH_SECOND_MOMENT = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
 
 def is_due(step: int, every: int | None = None) -> bool:
@@ -35,10 +38,12 @@ class SnrTracker:
     """Measures the signal-to-noise ratios of the second moments under an optimizer that keeps them in full.
 
     That is torch's AdamW or Adam, or `lowmem_adamw` in 32, 16 or 8 bits. Every weight is measured over every subset of
-    its axes except that of experts; matrices also by head ("head", for queries and keys) and for the estimate from the
-    means of rows and columns ("row_col"); and the parts of a fused weight by themselves, as `name[query]`.
+    its axes except that of experts; matrices also by head ("head 64" for heads of queries or keys with 64 entries) and
+    for the estimate from the means of rows and columns ("row_col"); and the parts of a fused weight by themselves, as
+    `name[query]`.
 
     Source: arXiv:2503.01843; the columns are those of the authors' code dayal-kalra/low-memory-adam@bb3652c.
+    It departs from it: the second moments are measured after the step, and not before it.
 
     Args:
         model: the model that is trained.
@@ -69,7 +74,12 @@ class SnrTracker:
 
     @torch.no_grad()
     def check(self, optimizer: Optimizer) -> None:
-        """Raise ValueError if the optimizer is known to keep no full second moment of a weight."""
+        """Raise ValueError if the optimizer is known to keep no full second moment of a weight.
+
+        One that is neither torch's nor ours is known by its state alone, after its first step.
+        """
+        if type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, WITH_SECOND_MOMENT):
+            raise ValueError(_no_second_moment(optimizer, "any weight"))
         for _ in second_moments(optimizer, self._roles):
             pass
 
@@ -82,23 +92,23 @@ class SnrTracker:
         """
         if not is_first_process():
             return
-        measured = False
+        rows: list[tuple[str, tuple[int, ...], str]] = []
+        ratios: list[Tensor] = []
         for param, v in second_moments(optimizer, self._roles):
-            role = self._roles[id(param)]
-            if v is None or not v.numel():
-                continue
-            measured = True
-            rows = [(key, shape, str(how), ratio) for key, shape, how, ratio in ratios_of(v, role)]
-            numbers = torch.stack([torch.stack(ratio) for *_, ratio in rows]).tolist()  # the device is waited for once
-            write_rows(
-                self.path,
-                (
-                    (step, key, str(shape), how, *("" if number != number else number for number in found))
-                    for (key, shape, how, _), found in zip(rows, numbers, strict=True)
-                ),
-            )
-        if not measured:
+            if v is not None and v.numel():
+                named = list(rows_of(v, self._roles[id(param)]))
+                rows += [row for row, _ in named]
+                ratios.append(torch.stack([torch.stack(ratio) for _, ratio in named]))
+        if not rows:
             raise ValueError(_no_second_moment(optimizer, "any weight"))
+        numbers = torch.cat([each.to(ratios[0].device) for each in ratios]).tolist()  # waits for the device once
+        write_rows(
+            self.path,
+            (
+                (step, key, str(shape), how, *("" if math.isnan(number) else number for number in found))
+                for (key, shape, how), found in zip(rows, numbers, strict=True)
+            ),
+        )
 
 
 def second_moments(optimizer: Optimizer, roles: dict[int, ParamRole]) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -140,34 +150,23 @@ def _no_second_moment(optimizer: Optimizer, name: str) -> str:
     )
 
 
-def ratios_of(v: Tensor, role: ParamRole) -> Iterator[tuple[str, tuple[int, ...], Reduction, Ratio]]:
-    """Yield (key, shape, reduction, ratio) for everything that is measured of a weight's second moment."""
+def rows_of(v: Tensor, role: ParamRole) -> Iterator[tuple[tuple[str, tuple[int, ...], str], Ratio]]:
+    """Yield (key, shape, reduction as text) and the ratio of everything that is measured of a second moment."""
     found = candidates(role)
-    if not role.parts:
-        moment = SecondMoment(v if v.ndim else v.view(1))
-        for axes in _subsets(range(v.ndim or 1), role.expert_axis):
-            yield role.name, role.shape, axes, moment.ratio(axes)
-        named = found.get("", {})
-        if ROW_COL in named:
-            yield role.name, role.shape, ROW_COL, moment.ratio(named[ROW_COL].axes, named[ROW_COL].cross_axes)
-        if HEAD in named:
-            yield role.name, role.shape, HEAD, _by_head(v, named[HEAD])
-        return
-    for part, named in found.items():
-        segment = named[ROW_COL]
-        key = f"{role.name}[{part}]"
+    for segment in unreduced(role):
         rows = segment.outer * (segment.stop - segment.start)
         shape = tuple(rows if axis == segment.axis else size for axis, size in enumerate(role.shape))
-        moment = SecondMoment(segment.view(v))
-        for axes in _subsets(range(v.ndim), role.expert_axis):
-            yield key, shape, axes, moment.ratio(replace(segment, axes=axes, cross_axes=()).mean_dims)
-        yield key, shape, ROW_COL, moment.ratio(*(mean.mean_dims for mean in segment.means))
+        key = f"{role.name}[{segment.name}]" if segment.name else role.name
+        subsets = _subsets(range(v.ndim or 1), role.expert_axis)
+        segments = {str(axes): replace(segment, axes=axes) for axes in subsets}
+        named = found.get(segment.name, {})
+        if ROW_COL in named:
+            segments[ROW_COL] = named[ROW_COL]
         if HEAD in named:
-            yield key, shape, HEAD, _by_head(v, named[HEAD])
-
-
-def _by_head(v: Tensor, segment: Segment) -> Ratio:
-    return SecondMoment(segment.view(v)).ratio(segment.mean_dims)
+            heads = math.prod(named[HEAD].spec(role.shape).shape)
+            segments[f"{HEAD} {math.prod(shape) // heads}"] = named[HEAD]
+        for how, ratio in zip(segments, ratios_of(v, segments.values()), strict=True):
+            yield (key, shape, how), ratio
 
 
 def _subsets(axes: Sequence[int], expert_axis: int | None) -> Iterator[tuple[int, ...]]:

@@ -7,7 +7,7 @@ It changes five places, each of which `tests/contract/test_transformers_internal
 - The table of optimizer handlers gets an entry per name.
 - In `transformers.trainer`, `_parse_optim_args` accepts JSON, `get_last_checkpoint` skips incomplete checkpoints, and
   `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act on our optimizers only.
-- `Trainer.train` first checks a checkpoint that is given by its path, and prepares a calibration (`BEFORE_TRAIN`).
+- `Trainer.train` first checks a checkpoint that is given by its path, and calls what `before_train` was given.
 - `Accelerator.clip_grad_norm_`, which the Trainer clips with, lets our optimizers clip under `fused_clip=true`.
 """
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -34,7 +35,7 @@ from hf_lowmem.trainer.optim_args import read_optim_args
 logger = get_logger(__name__)
 
 TESTED_VERSIONS = "5.2.0 to 5.24.0"
-BEFORE_TRAIN: list[Callable[[Any], None]] = []  # functions that get each Trainer before it trains
+_BEFORE_TRAIN: list[Callable[[Any], None]] = []
 
 
 def _internal(module: str, name: str) -> Any:
@@ -85,6 +86,16 @@ def register() -> None:
     _default_callbacks.extend(callback for callback in CALLBACKS if callback not in _default_callbacks)
 
 
+@contextmanager
+def before_train(prepare: Callable[[Any], None]) -> Iterator[None]:
+    """Call `prepare` meanwhile with each Trainer before it trains, after registration."""
+    _BEFORE_TRAIN.append(prepare)
+    try:
+        yield
+    finally:
+        _BEFORE_TRAIN.remove(prepare)
+
+
 def optim_member(name: str) -> Any:
     """Return the `OptimizerNames` member of one of our names, after registration. Unpickling a member calls this."""
     register()
@@ -132,7 +143,7 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
 @functools.wraps(_transformers_train)
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Train as `Trainer.train` does, but first refuse a checkpoint that cannot be resumed from, in one sentence."""
-    for prepare in BEFORE_TRAIN:
+    for prepare in _BEFORE_TRAIN:
         prepare(self)
     folder = resume_from_checkpoint
     if isinstance(folder, (str, os.PathLike)):

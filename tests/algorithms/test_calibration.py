@@ -18,9 +18,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 import hf_lowmem
 from hf_lowmem.algorithms import FactoredAdamW, LowMemAdamW, SlimAdamW
 from hf_lowmem.algorithms.calibration import SNR_COUNT, SNR_SUM
-from hf_lowmem.algorithms.candidates import candidates_option, parts_of
+from hf_lowmem.algorithms.candidates import candidates_option, chosen, parts_of
 from hf_lowmem.roles import ParamRole, assign_roles
 from hf_lowmem.snr import snr_of
+from hf_lowmem.snr.choice import term
 from tests.support.model_families import VOCAB_SIZE, tiny_model
 
 AUTO = {"rules": "auto", "calibration_steps": 3, "snr_cutoff": 0.2, "min_8bit_size": 0}
@@ -66,6 +67,17 @@ def grads(seed: int, weight: Tensor, columns: float = 0.1) -> Tensor:
     return (torch.randn(weight.shape, generator=generator) * size).to(weight.dtype)
 
 
+def force(state: dict[str, Tensor], parts: Any, kept: Any) -> Tensor:
+    """Make the sums say that only the candidates in `kept` are good, one of each part in their order, if any."""
+    sums, at = state[SNR_SUM], 0
+    for number, part in enumerate(parts):
+        for each in part.candidates:
+            good = bool(kept) and each == kept[number]
+            sums[at] = float(good != (each.name == "row_col")) * 1e6  # of row_col, the inverse is summed
+            at += 1
+    return sums
+
+
 @pytest.mark.parametrize(("family", "optim"), [("llama", "slim_adamw_8bit"), ("phi3", "factored_adamw")])
 def test_a_folded_run_goes_on_as_one_with_the_rules_it_chose(family: str, optim: str, tmp_path: Path) -> None:
     model, optimizer = built(family, optim, AUTO)
@@ -101,12 +113,9 @@ def test_the_means_of_the_full_second_moment_take_its_place(cls: Any, kind: str,
     for seed in range(2):
         weight.grad, twin.grad = grads(seed, weight), grads(seed, twin)
         if seed and kept:  # the choice itself is another test's
-            number = parts[0].candidates.index(kept)
-            ratios = torch.zeros(len(parts[0].candidates), dtype=torch.float64)
-            ratios[number] = 1e6
-            optimizer.state[weight][SNR_SUM].copy_(ratios)
+            force(optimizer.state[weight], parts, [kept])
         elif seed:
-            optimizer.state[weight][SNR_SUM].fill_(-1e6)
+            force(optimizer.state[weight], parts, [])
         optimizer.step()
         adamw.step()
     assert torch.equal(weight, twin)
@@ -125,24 +134,39 @@ def test_the_means_of_the_full_second_moment_take_its_place(cls: Any, kind: str,
 
 
 def test_the_candidate_with_the_highest_mean_ratio_above_the_cutoff_is_chosen() -> None:
-    (part,) = parts_of(candidates_option(ROLE))
-    names = [each.name for each in part.candidates]
+    parts = parts_of(candidates_option(ROLE))
+    names = [each.name for each in parts[0].candidates]
     assert names == ["fan_in", "fan_out", "both", "row_col"]
     for ratios, best in (
         ([1.5, 2.0, 1.1, 1.9], "fan_out"),
         ([math.nan, 0.9, 1.1, 1.0], "both"),
         ([1.5, 2.0, math.nan, 2.1], "row_col"),
+        ([1.5, 2.0, math.nan, math.inf], "row_col"),
         ([0.5, 1.0, math.nan, 1.0], None),
         ([math.nan] * 4, None),
     ):
-        found = part.chosen(ratios, cutoff=1.0)
+        counts = torch.tensor([0.0 if math.isnan(ratio) else 5.0 for ratio in ratios])
+        sums = 5 * torch.tensor([*ratios[:3], 1 / ratios[3]], dtype=torch.float64)
+        (found,) = chosen(parts, sums, counts, cutoff=1.0)
         assert (found and found.name) == best
+
+
+def test_one_gradient_of_rank_1_does_not_decide_for_the_factored_estimate() -> None:
+    weight, optimizer = weight_and(SlimAdamW, calibration_steps=4, snr_cutoff=10.0)
+    for number in range(1, 5):
+        token = torch.rand(8, 1) * torch.rand(1, 64)
+        weight.grad = token if number == 1 else torch.randn(8, 64)
+        optimizer.step()
+        if number == 1:  # the ratio is that of float32, about 1e14
+            assert optimizer.state[weight][SNR_SUM][-1] < 1e-12
+    assert optimizer.state[weight]["exp_avg_sq"].shape == weight.shape
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_ratios_are_summed_over_the_schedule_and_those_that_are_not_finite_do_not_count(bits: int) -> None:
     weight, optimizer = weight_and(SlimAdamW, calibration_steps=60, state_bits=bits, min_8bit_size=0)
-    segments = [part.segment(c, ROLE.shape) for part in parts_of(candidates_option(ROLE)) for c in part.candidates]
+    (part,) = parts_of(candidates_option(ROLE))
+    segments = {each.name: part.segment(each, ROLE.shape) for each in part.candidates}
     expected = torch.zeros(len(segments), dtype=torch.float64)
     for number in range(1, 8):
         weight.grad = grads(number, weight) if number > 1 else torch.ones_like(weight)
@@ -150,9 +174,9 @@ def test_ratios_are_summed_over_the_schedule_and_those_that_are_not_finite_do_no
         if number in (3, 6):  # every 60 // 20 steps; at step 1 all entries are equal
             plan = optimizer.plan_of(weight)
             v = plan.bind(optimizer.state[weight], ROLE.shape)["exp_avg_sq"].load()
-            expected += torch.stack([snr_of(v, segment) for segment in segments])
+            expected += torch.stack([term(how, snr_of(v, segment)) for how, segment in segments.items()])
     torch.testing.assert_close(optimizer.state[weight][SNR_SUM], expected, rtol=1e-12, atol=0)
-    assert optimizer.state[weight][SNR_COUNT].tolist() == [2.0] * 4
+    assert optimizer.state[weight][SNR_COUNT].tolist() == [2.0, 2.0, 2.0, 3.0]  # equal entries are of rank 1
 
 
 def test_a_weight_counts_by_its_own_steps() -> None:
@@ -175,10 +199,10 @@ def test_a_fused_weight_is_folded_part_by_part() -> None:
     weight = model.transformer.h[0].attn.c_attn.weight  # (fan_in, fan_out) = (32, 3 * 32)
     parts = parts_of(candidates_option(dict(assign_roles(model))[weight]))
     wanted = {"query": "fan_in", "key": "row_col", "value": "fan_out"}
-    ratios = [float(each.name == wanted[part.place[0]]) for part in parts for each in part.candidates]
+    kept = [each for part in parts for each in part.candidates if each.name == wanted[part.place[0]]]
     for number in range(3):
         if number == 2:
-            optimizer.state[weight][SNR_SUM].copy_(1e6 * torch.tensor(ratios))
+            force(optimizer.state[weight], parts, kept)
         step(model, optimizer, number)
     rule = optimizer.chosen_rules()["transformer.h.0.attn.c_attn.weight"]
     assert rule == {"query": [0], "key": "row_col", "value": [1]}
@@ -193,7 +217,7 @@ def test_a_fused_weight_keeps_its_8_bit_codes_where_the_averaged_parts_save_noth
     for seed in range(2):
         weight.grad = grads(seed, weight)
         if seed:  # of query, key and value, only the query's fan_in stands out
-            optimizer.state[weight][SNR_SUM].fill_(-1e6)[0] = 1e6
+            force(optimizer.state[weight], parts_of(candidates_option(qkv)), [])[0] = 1e6
         optimizer.step()
     assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.uint8
     assert optimizer.chosen_rules() == {}  # it has no name

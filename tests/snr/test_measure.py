@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_lowmem.moments import GroupMean
 from hf_lowmem.roles import FusedPart, ParamRole
-from hf_lowmem.snr import candidates, factored_snr, layout_options, measure, snr, snr_of
+from hf_lowmem.snr import candidates, factored_snr, measure, snr, snr_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "snr_cases.json").read_text())["snr_float64_rescaled"]
@@ -50,10 +49,21 @@ def test_the_ratio_of_a_factored_estimate(tile: int, monkeypatch: pytest.MonkeyP
     for matrix in v.double():
         row, col = matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
         estimate = row * col / row.mean()
-        each.append(estimate.square().mean() / (matrix - estimate).square().mean())
-    torch.testing.assert_close(factored_snr(v, (2,), (1,)), torch.stack(each).mean())
+        each.append((matrix - estimate).square().mean() / estimate.square().mean())
+    torch.testing.assert_close(factored_snr(v, (2,), (1,)), 1 / torch.stack(each).mean())
     rank_1 = torch.rand(20, 1) * torch.rand(1, 30) * (1 + 1e-3 * torch.randn(20, 30))
     assert factored_snr(rank_1, (1,), (0,)) > 1e5 > snr(rank_1, (0, 1))
+
+
+def test_a_matrix_of_rank_1_does_not_hide_the_others_and_one_of_zeros_does_not_count() -> None:
+    v = torch.rand(3, 20, 30).double()
+    alone = factored_snr(v[0], (1,), (0,))
+    v[1] = torch.rand(20, 1).double() * torch.rand(1, 30)
+    torch.testing.assert_close(factored_snr(v[:2], (2,), (1,)), 2 * alone)
+    v[2] = 0
+    torch.testing.assert_close(factored_snr(v, (2,), (1,)), 2 * alone)
+    assert factored_snr(v[1:], (2,), (1,)) == torch.inf
+    assert factored_snr(v[2:], (2,), (1,)).isnan()
 
 
 def role_of(shape: tuple[int, ...], **fields: object) -> ParamRole:
@@ -105,18 +115,3 @@ def test_axes_of_experts_and_vectors_are_not_averaged() -> None:
     assert all(0 not in (*each.axes, *each.cross_axes) for each in candidates(experts)[""].values())
     assert candidates(role_of((8,), role="norm", fan_out=None, fan_in=())) == {}
     assert candidates(role_of((4, 6), role="bias", fan_out=None, fan_in=(), expert_axis=0)) == {}
-
-
-def test_chosen_candidates_as_layout_options() -> None:
-    assert layout_options(role_of((8, 4)), {}) == {}
-    assert layout_options(role_of((8, 4)), {"": "row_col"}) == {"axes": (1,), "cross_axes": (0,)}
-    query = role_of((8, 4), role="attention_query", head_dim=2)
-    assert layout_options(query, {"": "head"}) == {"axes": (1,), "rows_per_block": 2}
-    fused = role_of((16, 24), role="attention_qkv", head_dim=2, parts=QKV)
-    options = layout_options(fused, {"query": "head", "value": "row_col"})
-    assert options["segments"] == (
-        ("query", 0, 1, 0, 8, (1,), 2),
-        ("key", 0, 1, 8, 12, (), 1),
-        ("value", 0, 1, 12, 16, (1,), 1, (0,)),
-    )
-    GroupMean(tuple(measure.Segment(*each) for each in options["segments"])).check((16, 24))

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_lowmem
 from hf_lowmem.cli import main
 from hf_lowmem.snr.ratios import Measured
+from hf_lowmem.snr.rules import Criterion
 from hf_lowmem.snr_report import pattern, stability
 
 SCRIPT = """
@@ -40,7 +41,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
-    monkeypatch.setattr("hf_lowmem.trainer.registration.BEFORE_TRAIN", [])
     return tmp_path
 
 
@@ -98,10 +98,15 @@ def test_show_and_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("argv", "said"),
     [
         (["rules", "none.csv"], "'none.csv' is not a readable CSV"),
-        (["rules", "snr.csv", "--bytes-per-param", "0.1"], "bytes_budget=0.1 is too small"),
+        (["rules", "snr.csv", "--bytes-per-param", "0.1"], "--bytes-per-param 0.1 is too small: 0.8889 bytes per"),
+        (["rules", "snr.csv", "--bytes-per-param", "1", "--cutoff", "2"], "not allowed with argument"),
+        (["run", "--cutoff", "nan", "train.py"], "argument --cutoff: 'nan' must be a finite number above 0"),
+        (["run", "--bytes-per-param", "0", "train.py"], "argument --bytes-per-param: '0' must be a finite number"),
+        (["run", "sgd.py"], "SGD keeps no full second moment of any weight, so"),
+        (["run", "adafactor.py"], "Adafactor keeps no full second moment of model.embed_tokens.weight, so"),
         (["run", "none.py"], "there is no script 'none.py'"),
-        (["run", "--steps", "0", "none.py"], "--steps 0 must be at least 1"),
-        (["run", "empty.py"], "'empty.py' ended without a call of Trainer.train"),
+        (["run", "--steps", "0", "none.py"], "argument --steps: '0' must be a whole number of at least 1"),
+        (["run", "empty.py"], "'empty.py' ended before anything was measured"),
         (["shw"], "invalid choice: 'shw'"),
     ],
 )
@@ -110,12 +115,17 @@ def test_mistakes_are_told_in_a_sentence(
 ) -> None:
     Path("snr.csv").write_text(CSV)
     Path("empty.py").touch()
+    for optim in ("sgd", "adafactor"):
+        Path(f"{optim}.py").write_text(SCRIPT.replace("slim_adamw_8bit", optim).replace("optim_args=", "run_name="))
     with pytest.raises(SystemExit, match="2"):
         main(["snr", *argv])
-    assert said in capsys.readouterr().err
+    written = capsys.readouterr().err
+    assert said in written
+    assert "Traceback" not in written
+    assert not Path("unreached").exists()
 
 
 def test_stability_and_patterns() -> None:
     measured = Measured("w", (4, 4), {(0,): {1: 2.0, 2: 0.5}, (1,): {1: 1.5, 2: 0.1}})
-    assert stability([(measured, (0,))], 1.0) == (1, 2)
+    assert stability([(measured, (0,))], Criterion()) == (1, 2)
     assert pattern("model.layers.11.mlp.experts.3.w1.weight[up]") == "model.layers.*.mlp.experts.*.w1.weight[up]"

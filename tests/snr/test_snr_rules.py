@@ -52,9 +52,9 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_authors_rule(path: Path) -> None:
-    assert rules_from_csv(path, row_col=False) == {UP: [1], DOWN: None, NORM: None}
-    assert rules_from_csv(path, cutoff=0.5, row_col=False) == {UP: [1], DOWN: [0], NORM: None}
-    assert rules_from_csv(path, cutoff=3.0, row_col=False) == {UP: None, DOWN: None, NORM: None}
+    assert rules_from_csv(path, axes_only=True) == {UP: [1], DOWN: None, NORM: None}
+    assert rules_from_csv(path, cutoff=0.5, axes_only=True) == {UP: [1], DOWN: [0], NORM: None}
+    assert rules_from_csv(path, cutoff=3.0, axes_only=True) == {UP: None, DOWN: None, NORM: None}
 
 
 def test_the_smallest_ratio_and_the_factored_estimate(path: Path) -> None:
@@ -62,6 +62,25 @@ def test_the_smallest_ratio_and_the_factored_estimate(path: Path) -> None:
     assert rules_from_csv(path, cutoff=0.8) == {UP: [1], DOWN: "row_col", NORM: None}  # the highest ratio
     assert rules_from_csv(path, cutoff=0.95, over="min") == {UP: [0], DOWN: "row_col", NORM: None}
     assert rules_from_csv(path, over="min") == {UP: None, DOWN: "row_col", NORM: None}
+
+
+def test_a_measurement_of_rank_1_does_not_decide_for_the_factored_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "snr.csv"
+    rows = {1: (1e14, 0.5), 2: (0.5, 0.7), 3: ("inf", 0.4), 4: (0.6, 0.9)}
+    lines = [
+        f'{step},w,"(8, 4)",{how},{ratio},1,1'
+        for step, found in rows.items()
+        for how, ratio in zip(("row_col", "head 16"), found, strict=True)
+    ]
+    path.write_text("\n".join(["step,key,shape,compress_dims,snr,mean_sqr,var", *lines]))
+    assert rules_from_csv(path) == {"w": "row_col"}  # the harmonic mean is 4 / (1 / 0.5 + 1 / 0.6) = 1.09
+    assert rules_from_csv(path, cutoff=1.1) == {"w": None}
+    assert rules_from_csv(path, over="min", cutoff=0.4) == {"w": "row_col"}
+    assert rules_from_csv(path, bytes_budget=4 * 2 / 32) == {"w": "head"}
+    assert rules_from_csv(path, axes_only=True) == {"w": None}
+    path.write_text("\n".join(["step,key,shape,compress_dims,snr", 'w,w,"(8, 4)",both,2']))
+    with pytest.raises(ValueError, match="has the compress_dims 'both', expected axes such as"):
+        rules_from_csv(path)
 
 
 def test_a_budget_of_bytes_takes_the_highest_cutoff_that_keeps_it(path: Path) -> None:
@@ -72,8 +91,11 @@ def test_a_budget_of_bytes_takes_the_highest_cutoff_that_keeps_it(path: Path) ->
         found = read_ratios(path)
         choices = dict(zip(found, (tuple(r) if isinstance(r, list) else r for r in (*rules, None)), strict=True))
         assert 4 * (1 - saved_share(found, choices)) == pytest.approx(4 * kept / 72)
-    with pytest.raises(ValueError, match=r"bytes_budget=1.0 is too small.*at least 1.5556 bytes"):
-        rules_from_csv(path, bytes_budget=1.0)
+    # Where the highest ratios keep too much, the reductions with the fewest entries go before them.
+    for kept, rules in ((24, ([0], "row_col")), (20, ([0], [0])), (17, ([0, 1], [0]))):
+        assert tuple(rules_from_csv(path, bytes_budget=4 * kept / 72 + 1e-9).values())[:2] == rules
+    with pytest.raises(ValueError, match=r"bytes_budget=0.9 is too small: .* bytes per parameter are the least .* 8 "):
+        rules_from_csv(path, bytes_budget=0.9)
     with pytest.raises(ValueError, match="cutoff=0 must be a number above 0"):
         rules_from_csv(path, cutoff=0)
 
