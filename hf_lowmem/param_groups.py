@@ -36,6 +36,7 @@ class Recipe(Options):
     optimizer_cls: ClassVar[type[LowMemOptimizer]]
     fallback_options: ClassVar[dict[str, Any]] = {}  # for a frozen parameter that the recipe does not fit
     without_roles: ClassVar[str] = "every parameter keeps its full second moment"
+    splits_parts: ClassVar[bool] = False  # whether the parts of a fused weight may have rules of their own
     projects: ClassVar[bool] = False  # whether weights get a projection, so that none at all is worth a warning
     caution: ClassVar[str] = ""  # a warning that goes with the summary; may name {bytes} per parameter, and {adamw}'s
 
@@ -79,6 +80,14 @@ class Recipe(Options):
         """
         check_axes(role, value)
         return {"axes": value} if value else {}
+
+    def options_of_parts(self, role: ParamRole, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the layout options of a fused weight whose parts with these names get `values`; see `splits_parts`.
+
+        Raises:
+            ValueError: a value does not fit its part.
+        """
+        raise NotImplementedError
 
     def check_use(self, assignments: Sequence[Assignment]) -> None:
         """Raise ValueError if an option names parameters, but none that is trained."""
@@ -163,19 +172,33 @@ def plan_roles(model: nn.Module, recipe: Recipe, roles: Roles | None = None) -> 
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(canonical_name(name))
+    if roles is None:
+        roles = assign_roles(model)
     path = recipe.rules_file
     rules = load_rules(path, recipe.read_value) if path else None
     if rules:
-        rules.check_used([name for aliases in names.values() for name in aliases])
+        parts = {part.role for _, role in roles for part in role.parts} if recipe.splits_parts else set()
+        known = {role.role for _, role in roles} | parts
+        rules.check_used([name for aliases in names.values() for name in aliases], known)
 
     assignments = []
-    for param, role in assign_roles(model) if roles is None else roles:
+    for param, role in roles:
         entry = rules.find(names[id(param)], role.role) if rules else None
+        source = entry[1] if entry else ""
+        by_part = {}
+        if rules and not entry and recipe.splits_parts:
+            by_part = {part.name: rules.role[part.role] for part in role.parts if part.role in rules.role}
+            source = "rules file, by role of its parts" if by_part else ""
         try:
-            options, why = (recipe.options_from_file(role, entry[0]), entry[1]) if entry else recipe.options_of(role)
+            if entry:
+                options, why = recipe.options_from_file(role, entry[0]), source
+            elif by_part:
+                options, why = recipe.options_of_parts(role, by_part), source
+            else:
+                options, why = recipe.options_of(role)
         except ValueError as error:
             if param.requires_grad:
-                raise ValueError(f"{entry[1]}: {error}" if entry else str(error)) from None
+                raise ValueError(f"{source}: {error}" if source else str(error)) from None
             options, why = recipe.fallback_options, str(error)
         assignments.append(Assignment(param, role, recipe.with_storage(role, options), why))
     recipe.check_use(assignments)

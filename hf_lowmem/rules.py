@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_lowmem.roles import ROLES, canonical_name
+
+UNKNOWN = "unknown"  # the role whose rule a file may also give beside the others, as a fallback
 
 ReadValue = Callable[[Any], Any]  # checks the value of a rule; raises ValueError with what was expected
 
@@ -22,14 +24,13 @@ class Rules:
     Args:
         exact: the values by parameter name.
         regex: (pattern, value) pairs. The first pattern that is found in a parameter's name wins.
-        role: the values by role, for parameters that neither a name nor a pattern finds.
-        unknown: at most one value, which applies to parameters of unknown role.
+        role: the values by role, for parameters that neither a name nor a pattern finds, and for the parts of fused
+            weights.
     """
 
     exact: dict[str, Any]
     regex: tuple[tuple[str, Any], ...] = ()
     role: dict[str, Any] = field(default_factory=dict)
-    unknown: tuple[Any, ...] = ()
 
     def find(self, names: Sequence[str], role: str) -> tuple[Any, str] | None:
         """Return (value, its rule) for a parameter, which has several names if it is tied, or None without a rule."""
@@ -41,12 +42,15 @@ class Rules:
                 return value, f"rules file, {pattern!r}"
         if role in self.role:
             return self.role[role], "rules file, by role"
-        if role == "unknown" and self.unknown:
-            return self.unknown[0], "rules file, unknown role"
         return None
 
-    def check_used(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a rule matches none of the parameters with these names."""
+    def check_used(self, names: Sequence[str], roles: Collection[str]) -> None:
+        """Raise ValueError if a rule matches no parameter; that for unknown roles may, because it is a fallback.
+
+        Args:
+            names: the names of all parameters.
+            roles: the roles of all parameters, and of the parts that a rule by role may reach.
+        """
         known = set(names)
         for name in self.exact:
             if name not in known:
@@ -59,13 +63,19 @@ class Rules:
                 raise ValueError(
                     f"Rule pattern {pattern!r} matches no parameter: names look like {' or '.join(near) or names[0]}."
                 )
+        for role in self.role:
+            if role not in roles and role != UNKNOWN:
+                raise ValueError(
+                    f"The rule of the role {role!r} matches no parameter: the roles here are "
+                    f"{', '.join(sorted(roles))}."
+                )
 
 
 def load_rules(path: str, read_value: ReadValue) -> Rules:
     """Read a rules file.
 
     The file holds `{"exact": {name: value}, "regex": [[pattern, value], ...], "role": {role: value},
-    "unknown": value}` or a flat `{name: value}`.
+    "unknown": value}` or a flat `{name: value}`. "unknown" stands for the role of that name.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or has another structure.
@@ -82,6 +92,10 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
     exact, by_role = content.get("exact", {}), content.get("role", {})
     if not (isinstance(exact, dict) and isinstance(by_role, dict) and isinstance(regex, list)):
         raise ValueError(f'rules={path!r}: each of "exact" and "role" must be an object, and "regex" a list.')
+    if UNKNOWN in content:
+        if UNKNOWN in by_role:
+            raise ValueError(f'rules={path!r} has a rule for "unknown" twice, by itself and by role: keep one.')
+        by_role = {**by_role, UNKNOWN: content[UNKNOWN]}
     for role in by_role:
         if role not in ROLES:
             near = difflib.get_close_matches(role, ROLES, n=3, cutoff=0.3)
@@ -106,7 +120,6 @@ def load_rules(path: str, read_value: ReadValue) -> Rules:
         exact={canonical_name(name): read(value, name) for name, value in exact.items()},
         regex=tuple((pattern, read(value, pattern)) for pattern, value in regex),
         role={role: read(value, role) for role, value in by_role.items()},
-        unknown=(read(content["unknown"], "unknown"),) if "unknown" in content else (),
     )
 
 

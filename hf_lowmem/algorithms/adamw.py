@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from hf_lowmem.algorithms.candidates import rule_of
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
@@ -130,10 +131,12 @@ class RulesRecipe(Recipe):
         '`{"exact": {name: rule}, "regex": [[pattern, rule]], "role": {role: rule}, "unknown": rule}`, or a flat '
         "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
         '"row_col" (a factored second moment), "head" (a number per head of queries or keys), "full", or for a fused '
-        'weight `{part: rule}`. "paper" averages what the paper does, where the default departs from it.',
+        "weight `{part: rule}`. A rule by role reaches the parts of fused weights, too. "
+        '"paper" averages what the paper does, where the default departs from it.',
     )
 
     factored_roles: ClassVar[frozenset[str]] = frozenset()
+    splits_parts: ClassVar[bool] = True
 
     @property
     def rules_file(self) -> str | None:
@@ -176,6 +179,15 @@ class RulesRecipe(Recipe):
         if value == HEAD:
             return by_head(role, role.role)
         return by_part(role, value) if isinstance(value, dict) else super().options_from_file(role, value)
+
+    def options_of_parts(self, role: ParamRole, values: dict[str, Any]) -> dict[str, Any]:
+        if nested := [part for part, value in values.items() if isinstance(value, dict)]:
+            raise ValueError(
+                f"{nested[0]!r} of {role.name} is one part, which takes one rule, not an object of rules."
+            )
+        own = rule_of(self.options_of(role)[0])
+        rules = own if isinstance(own, dict) else dict.fromkeys((part.name for part in role.parts), own)
+        return self.options_from_file(role, {**self.read_value(rules), **values})
 
 
 def factored(role: ParamRole) -> dict[str, Any]:

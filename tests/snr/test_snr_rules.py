@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hf_lowmem.snr import SnrTracker, rules_from_csv
 from hf_lowmem.snr.ratios import read_ratios
 from hf_lowmem.snr.rules import saved_share, write_rules
 from hf_lowmem.state import STEP
+from tests.support.model_families import tiny_model
 
 # The second form is that of a data frame without quotes. Means: up (0,) 2.0, (1,) 3.0; down (0,) 0.9, row_col 2.0.
 FILES = {
@@ -147,3 +149,50 @@ def test_rules_by_role(tmp_path: Path) -> None:
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=said):
             hf_lowmem.explain(model, "slim_adamw", f"rules={path}")
+
+
+@pytest.mark.parametrize("optim", ["slim_adamw", "factored_adamw", "adam_mini", "adalayer"])
+def test_rules_by_role_reach_the_parts_of_fused_weights(optim: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "rules.json", tiny_model("phi3")
+    own = {row.name: row for row in hf_lowmem.explain(model, optim).rows}
+    path.write_text(json.dumps({"role": {"mlp_up": [0, 1], "attention_key": "head", "attention_value": None}}))
+    rows = {row.name: row for row in hf_lowmem.explain(model, optim, f"rules={path}").rows}
+    fused, qkv = (f"model.layers.0.{name}.weight" for name in ("mlp.gate_up_proj", "self_attn.qkv_proj"))
+    assert {rows[name].why for name in (fused, qkv)} == {"rules file, by role of its parts"}
+    assert rows[fused].state["exp_avg_sq_up"][0] == (1, 1)
+    assert rows[qkv].state["exp_avg_sq_key"][0] == (2, 1)
+    assert rows[qkv].state["exp_avg_sq_value"][0] == (16, 32)
+
+    def part(row: Any, name: str) -> set[Any]:
+        return {state for key, state in row.state.items() if key.startswith(f"exp_avg_sq_{name}")}
+
+    assert part(rows[qkv], "query") == part(own[qkv], "query")
+    if optim != "adam_mini":  # which keeps a number per row of the whole weight
+        assert part(rows[fused], "gate") == part(own[fused], "gate")
+    else:
+        assert rows[fused].state["exp_avg_sq_gate"][0] == (own[fused].shape[0] // 2, 1)
+    assert rows["model.layers.0.mlp.down_proj.weight"].state == own["model.layers.0.mlp.down_proj.weight"].state
+
+
+def test_a_role_that_matches_nothing_is_an_error_and_unknown_is_a_role(tmp_path: Path) -> None:
+    path, model = tmp_path / "rules.json", tiny_model("phi3")
+    for rules, optim, said in (
+        (
+            {"role": {"router": None}},
+            "slim_adamw",
+            "The rule of the role 'router' matches no parameter: the roles here",
+        ),
+        ({"role": {"mlp_up": 4}}, "coap_adamw", "The rule of the role 'mlp_up' matches no parameter"),
+        ({"role": {"mlp_up": "head"}}, "slim_adamw", 'rules file, by role of its parts: "head" does not fit'),
+        ({"role": {"mlp_up": {"up": [0]}}}, "slim_adamw", "'up' of model.*gate_up_proj.weight is one part"),
+        ({"role": {"unknown": None}, "unknown": [0]}, "slim_adamw", 'a rule for "unknown" twice'),
+    ):
+        path.write_text(json.dumps(rules))
+        with pytest.raises(ValueError, match=said):
+            hf_lowmem.explain(model, optim, f"rules={path}")
+    for same in ({"role": {"unknown": [1]}}, {"unknown": [1]}):
+        path.write_text(json.dumps(same))
+        mystery = torch.nn.ModuleDict({"x": torch.nn.Linear(8, 4, False)})
+        (row,) = hf_lowmem.explain(mystery, "slim_adamw", f"rules={path}").rows
+        assert row.state["exp_avg_sq"][0] == (4, 1)
+        hf_lowmem.explain(model, "slim_adamw", f"rules={path}")
