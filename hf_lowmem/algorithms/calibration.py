@@ -39,7 +39,7 @@ from hf_lowmem.state import State, StatePlan, TensorSpec
 logger = get_logger(__name__)
 
 SNR_SUM, SNR_COUNT = "snr_sum", "snr_count"  # the sum of each candidate's terms (`snr.choice.term`), and their number
-SECOND, CANDIDATES = "exp_avg_sq", "candidates"
+SECOND, CANDIDATES, CALIBRATED = "exp_avg_sq", "candidates", "calibrated"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class CalibratedOptions(CalibrationOptions, GroupedOptions):
         "(role, place, candidates) of a weight, or of each part of a fused one, that calibrates: `place` is the name, "
         "axis, outer, start and stop of the part, and a candidate the tuple (name, axes, rows_per_block, cross_axes).",
     )
+    calibrated: bool = decided_by_role(False, "whether a calibration has chosen what the second moment is folded to.")
 
 
 class CalibratedAdamW(GroupedAdamW):
@@ -160,7 +161,8 @@ class CalibratedAdamW(GroupedAdamW):
 
     def _folded(self, layout: ParamLayout, parts: Parts, kept: Sequence[Candidate | None]) -> ParamLayout:
         """Return the layout of a parameter whose parts keep these candidates."""
-        return layout.with_options({CANDIDATES: (), **(folded_options(parts, kept) or self.full_options)})
+        folded = folded_options(parts, kept) or self.full_options
+        return layout.with_options({CANDIDATES: (), CALIBRATED: True, **folded})
 
     def _fold(self, group: Group, before: ParamLayout, after: ParamLayout, param: Tensor) -> None:
         """Lay the state of a parameter out anew."""
@@ -208,18 +210,24 @@ class CalibratedAdamW(GroupedAdamW):
         """Return the layout of a parameter as a checkpoint has it, where the parameter was added with candidates.
 
         Raises:
-            ValueError: the checkpoint's is still calibrating, but the parameter was added without candidates.
+            ValueError: the checkpoint's is still calibrating, but the parameter was added without candidates; or the
+                other way round, and no calibration has ended.
         """
-        calibrates = bool(entry.get(CANDIDATES))
+        calibrates, name = bool(entry.get(CANDIDATES)), entry.get("name") or "a parameter"
         if not built.option(CANDIDATES):
             if calibrates:
                 raise ValueError(
-                    f"The checkpoint was written while rules=auto calibrated {entry.get('name') or 'a parameter'!r}, "
-                    "whose second moment this optimizer keeps by a rule: resume with rules=auto."
+                    f"The checkpoint was written while rules=auto calibrated {name!r}, whose second moment this "
+                    "optimizer keeps by a rule: resume with rules=auto."
                 )
-            return layout
+            return layout.with_options({CALIBRATED: bool(entry.get(CALIBRATED))})
         if calibrates:
             return built
+        if CALIBRATED in entry and not entry[CALIBRATED]:
+            raise ValueError(
+                f"The checkpoint was written without rules=auto, so the second moment of {name!r} was never measured "
+                "in full: resume with the rules of its run."
+            )
         by_role = self.options_cls.defaults("role")
         return built.with_options({CANDIDATES: (), **{name: as_tuple(entry[name]) for name in by_role & entry.keys()}})
 

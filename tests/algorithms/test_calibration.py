@@ -100,6 +100,10 @@ def test_a_folded_run_goes_on_as_one_with_the_rules_it_chose(family: str, optim:
         step(other, theirs, number)
     assert_same(model, optimizer, other, theirs)
 
+    again = built(family, optim, AUTO)[1]  # goes on with the checkpoint of a run that went on with what auto chose
+    again.load_state_dict(theirs.state_dict())
+    assert again.chosen_rules() == rules
+
 
 @pytest.mark.parametrize("role", [ROLE, QUERY])
 @pytest.mark.parametrize("cls", [SlimAdamW, FactoredAdamW])
@@ -277,7 +281,12 @@ def test_checkpoints_that_do_not_fit_are_refused_and_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"has (cross_)?axes=\(.*\), expected"):
         paper.load_state_dict(saved[2])
 
+    never = copy.deepcopy(paper.state_dict())
     _, fresh = built("llama", "slim_adamw", AUTO)
+    with pytest.raises(
+        ValueError, match=r"^The checkpoint was written without rules=auto, so .* of 'model\..*in full"
+    ):
+        fresh.load_state_dict(never)
     wrong = copy.deepcopy(saved[2])
     wrong["layouts"][0][0]["state_bits"] = 8
     before = fresh.state_dict()["layouts"]
