@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import hf_lowmem
 from hf_lowmem.roles import assign_roles
 from hf_lowmem.snr import SnrTracker, candidates, snr, snr_of
+from hf_lowmem.snr.measure import ratios_of
 from hf_lowmem.snr.ratios import COLUMNS, keep_until, read_ratios
 from hf_lowmem.snr.tracker import is_due
 
@@ -94,6 +95,22 @@ def test_a_killed_and_resumed_run_leaves_each_row_once(tmp_path: Path) -> None:
     assert {line.split(",")[0] for line in path.read_text().splitlines()} == {"step", "1"}
 
 
+def test_a_measurement_is_written_at_once_and_never_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    tracker = SnrTracker(model, tmp_path / "snr.csv")
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    tracker.measure(optimizer, 1)
+    written = (tmp_path / "snr.csv").read_text()
+    with monkeypatch.context() as patch:
+        measured = iter(range(5))
+        patch.setattr("hf_lowmem.snr.tracker.ratios_of", lambda *args: [next(measured)] and ratios_of(*args))
+        with pytest.raises(RuntimeError):  # the sixth weight is the last that is reached
+            tracker.measure(optimizer, 2)
+    assert (tmp_path / "snr.csv").read_text() == written
+
+
 def test_parts_of_a_fused_weight(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -115,6 +132,8 @@ def test_what_has_no_full_second_moment_is_refused_before_training(tmp_path: Pat
         trainer(tmp_path, optim="slim_adamw").train()
     with pytest.raises(ValueError, match=r"^SGD keeps no full second moment"):
         trainer(tmp_path, optim="sgd").train()
+    with pytest.raises(ValueError, match=r"^rules=auto measures by itself, .*: leave SnrCallback out, or train with"):
+        trainer(tmp_path, optim="slim_adamw", optim_args="rules=auto").train()
     with pytest.raises(ValueError, match="every=0 must be"):
         hf_lowmem.SnrCallback(every=0)
     sharded = SimpleNamespace(deepspeed=None, fsdp="full_shard", optim="adamw_torch")
