@@ -57,13 +57,14 @@ def report(found: Ratios, criterion: Criterion) -> str:
         reduced = sum(choice is not None for choice in chosen.values())
         share = saved_share(found, chosen)
         saved.append((f"{each:g}", f"{100 * share:.2f} %", f"{4 * (1 - share):.3f}", f"{reduced} of {len(found)}"))
+    fewest = " Of the reductions above it, the one with the fewest entries is taken." if criterion.fewest else ""
     word = "smallest" if criterion.over == "min" else "mean"
     return "\n".join(
         [
             wrapped(
                 f"Signal-to-noise ratio of each reduction of the second moment: {word} over all measurements, then "
                 f'mean over layers. "stable" counts the measurements that by themselves lead to the rule at '
-                f"cut-off {criterion.cutoff:g}."
+                f"cut-off {criterion.cutoff:g}.{fewest}"
             ),
             "",
             *table(head, lines, left=(0, len(head) - 1)),

@@ -17,6 +17,7 @@ from hf_lowmem.roles import assign_roles
 from hf_lowmem.snr import SnrTracker, candidates, snr, snr_of
 from hf_lowmem.snr.measure import ratios_of
 from hf_lowmem.snr.ratios import COLUMNS, keep_until, read_ratios
+from hf_lowmem.snr.rules import kept_entries
 from hf_lowmem.snr.tracker import is_due
 
 TOKENS = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
@@ -125,6 +126,7 @@ def test_parts_of_a_fused_weight(tmp_path: Path) -> None:
     assert (measured.shape, measured.name, measured.part) == ((16, 16), "transformer.h.0.attn.c_attn.weight", "key")
     assert measured.ratios[(0,)][1] == pytest.approx(snr(key, (0,)).item())
     assert measured.ratios["head"][1] == pytest.approx(snr(key.unflatten(1, (2, 8)), (0, 2)).item())
+    assert (measured.head_entries, kept_entries(measured, "head")) == (128, 2)
 
 
 def test_what_has_no_full_second_moment_is_refused_before_training(tmp_path: Path) -> None:
