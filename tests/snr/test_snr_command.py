@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
 tokens = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
-arguments = dict(max_steps=20, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+arguments = dict(max_steps=20, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, eval_on_start=True)
 args = TrainingArguments("run", optim="slim_adamw_8bit", optim_args="min_8bit_size=0,conservative=true", **arguments)
 trainer = Trainer(model, args, train_dataset=tokens)
 try:
