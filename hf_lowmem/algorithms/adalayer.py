@@ -49,7 +49,7 @@ class AdalayerRecipe(RulesRecipe):
 
     optimizer_cls = Adalayer
 
-    def options_by_role(self, role: ParamRole) -> RoleOptions:
+    def options_of(self, role: ParamRole) -> RoleOptions:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
             return {}, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):

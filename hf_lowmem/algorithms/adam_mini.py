@@ -59,7 +59,7 @@ class AdamMiniRecipe(RulesRecipe):
 
     optimizer_cls = AdamMini
 
-    def options_by_role(self, role: ParamRole) -> RoleOptions:
+    def options_of(self, role: ParamRole) -> RoleOptions:
         if role.role == "norm":
             return {"axes": tuple(range(len(role.shape)))}, "one per norm"
         if role.role in ELEMENTWISE or role.fan_out is None:

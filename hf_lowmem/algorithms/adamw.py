@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hf_lowmem.algorithms.candidates import rule_of
+from hf_lowmem.algorithms.candidates import AUTO, rule_of
 from hf_lowmem.codecs import codec_for
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.optimizer import LowMemOptimizer
@@ -17,8 +17,6 @@ from hf_lowmem.rules import read_axes
 from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import BY_HEAD
 from hf_lowmem.state import Codec, Moment, StatePlan
-
-PAPER = "paper"  # the value of `rules` that keeps to the paper
 
 
 def codec_of(shape: tuple[int, ...], options: Mapping[str, Any], any_divisor: bool = False) -> Codec:
@@ -119,11 +117,7 @@ class LowMemAdamWRecipe(Recipe):
 
 @dataclass(frozen=True)
 class RulesRecipe(Recipe):
-    """A recipe whose choices a rules file overrides by name.
-
-    `factored_roles` are those whose mean, which the paper takes, costs quality: unless `rules=paper`, their second
-    moments are factored. docs/quality.md has the evidence.
-    """
+    """A recipe whose choices a rules file overrides by name."""
 
     rules: str | None = recipe_only(
         None,
@@ -131,36 +125,20 @@ class RulesRecipe(Recipe):
         '`{"exact": {name: rule}, "regex": [[pattern, rule]], "role": {role: rule}, "unknown": rule}`, or a flat '
         "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
         '"row_col" (a factored second moment), "head" (a number per head of queries or keys), "full", or for a fused '
-        "weight `{part: rule}`. A rule by role reaches the parts of fused weights, too. "
-        '"paper" averages what the paper does, where the default departs from it.',
+        "weight `{part: rule}`. A rule by role reaches the parts of fused weights, too. Under `factored_adamw` and "
+        '`slim_adamw`, "auto" finds the rules in the run itself.',
     )
 
-    factored_roles: ClassVar[frozenset[str]] = frozenset()
     splits_parts: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = False  # whether `rules=auto` is legal
 
-    @property
-    def rules_file(self) -> str | None:
-        return None if self.rules == PAPER else self.rules
-
-    def options_of(self, role: ParamRole) -> RoleOptions:
-        options, why = self.options_by_role(role)
-        if self.rules == PAPER or not options:
-            return options, why
-        roles = [part.role for part in role.parts] or [role.role]
-        if self.factored_roles.issuperset(roles):
-            return factored(role), "factored, where the paper takes a mean"
-        if "segments" not in options or self.factored_roles.isdisjoint(roles):
-            return options, why
-        cross_axes = (role.fan_out,)
-        segments = tuple(
-            (*segment[:5], role.fan_in, 1, cross_axes) if part.role in self.factored_roles else segment
-            for part, segment in zip(role.parts, options["segments"], strict=True)
-        )
-        return {**options, "segments": segments}, f"{why}, some factored"
-
-    def options_by_role(self, role: ParamRole) -> RoleOptions:
-        """Return what `options_of` returns for the paper's own table."""
-        raise NotImplementedError
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rules == AUTO and not self.calibrates:
+            raise ValueError(
+                f"rules={AUTO} is for factored_adamw and slim_adamw alone: give {self.algorithm} the path of a rules "
+                "file."
+            )
 
     def read_value(self, value: Any) -> Any:
         if isinstance(value, dict):

@@ -142,8 +142,8 @@ def draw(pipelines: Mapping[str, Pipeline], panels: Sequence[Panel]) -> Figure:
     for (optim, pipeline), color in zip(pipelines.items(), cycle(COLORS), strict=False):
         largest = max(pipeline.values(), key=lambda run: run.state_bytes)
         bar = memory.barh(optim, largest.state_bytes / 2**20, color=color, height=0.6)
-        memory.bar_label(bar, [f"{largest.state_bytes_per_parameter:.1f} bytes per parameter"], padding=4)
-    memory.set(title="optimizer state", xlabel="MiB", xmargin=0.45)
+        memory.bar_label(bar, [f"{largest.state_bytes_per_parameter:.2f} B/param"], padding=4)
+    memory.set(title="Optimizer state", xlabel="MiB", xmargin=0.35)
     memory.invert_yaxis()
     return figure
 

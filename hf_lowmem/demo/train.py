@@ -26,7 +26,7 @@ from hf_lowmem.demo.settings import BASELINE, Settings
 from hf_lowmem.trainer.names import unknown_optim
 from hf_lowmem.trainer.registration import register
 
-EVALUATIONS = 8
+EVALUATIONS = 3
 PANEL = report.Panel("SFT", "loss", ["eval_loss"], "loss", "nats per token")
 
 
@@ -54,7 +54,7 @@ def run_demo(settings: Settings) -> None:
                 learning_rate=settings.learning_rate,
                 max_length=settings.max_length,
                 train_sampling_strategy="group_by_length",
-                logging_steps=max(1, settings.steps // 25),
+                logging_steps=max(1, settings.steps // 50),
             ),
             train_dataset=datasets.Dataset.from_list(train_pairs),
             eval_dataset=datasets.Dataset.from_list(held_out_pairs),
