@@ -107,7 +107,7 @@ def test_show_and_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["run", "none.py"], "there is no script 'none.py'"),
         (["run", "--steps", "0", "none.py"], "argument --steps: '0' must be a whole number of at least 1"),
         (["run", "empty.py"], "'empty.py' ended before anything was measured"),
-        (["shw"], "invalid choice: 'shw'"),
+        (["shows"], "invalid choice: 'shows'"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
