@@ -50,7 +50,7 @@ class Recipe(Options):
 
     @property
     def rules_file(self) -> str | None:
-        """The path of the rules file that overrides by name what the recipe does, if there is one."""
+        """Return the path of the rules file that overrides by name what the recipe does, or None without one."""
         return getattr(self, "rules", None)
 
     @classmethod

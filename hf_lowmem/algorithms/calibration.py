@@ -290,7 +290,7 @@ class CalibratedRecipe(RulesRecipe, CalibrationOptions):
 
 
 class FoldReport:
-    """What the second moments were folded to at one step, and the bytes that were given back, by role."""
+    """A count, by role, of what the second moments were folded to at one step, and of the bytes given back."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Counter[str]] = defaultdict(Counter)

@@ -1,4 +1,4 @@
-"""What a second moment may be folded to once its signal-to-noise ratio is known, and how the choice is made."""
+"""The candidates that a second moment may be folded to, and the choice between them by signal-to-noise ratio."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class FusedPart:
 
     @property
     def name(self) -> str:
-        """What the part is called in rules files and in the names of its state: query, up, and so on."""
+        """Return the name of the part in rules files and in the names of its state, such as query or up."""
         return self.role.rpartition("_")[2]
 
 

@@ -71,7 +71,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Criterion:
-    """What decides by its ratios to what a weight, or a part of one, is reduced.
+    """The settings by which the ratios of a weight, or of a part of one, decide how it is reduced.
 
     Args:
         cutoff: the ratio that must be exceeded.

@@ -75,7 +75,12 @@ def calibrate(path: Path, steps: int, every: int | None) -> Iterator[None]:
     A name that reduces them is replaced by `lowmem_adamw`, in as many bits and with the Trainer's hyperparameters.
     """
 
-    def prepare(trainer: Any) -> None:
+    def prepare(trainer: Any, resumes: bool) -> None:
+        if resumes:
+            raise CalibrationDone(
+                "A calibration measures a run from its start, and the script resumes from a checkpoint: call "
+                "Trainer.train without resume_from_checkpoint."
+            )
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if optim in OPTIM_NAMES and OPTIM_NAMES[optim].algorithm != FULL_ADAMW:
             full = FULL_ADAMW + ("_8bit" if OPTIM_NAMES[optim].state_bits == 8 else "")

@@ -35,7 +35,7 @@ from hf_lowmem.trainer.optim_args import read_optim_args
 logger = get_logger(__name__)
 
 TESTED_VERSIONS = "5.2.0 to 5.24.0"
-_BEFORE_TRAIN: list[Callable[[Any], None]] = []
+_BEFORE_TRAIN: list[Callable[[Any, bool], None]] = []
 
 
 def _internal(module: str, name: str) -> Any:
@@ -87,8 +87,8 @@ def register() -> None:
 
 
 @contextmanager
-def before_train(prepare: Callable[[Any], None]) -> Iterator[None]:
-    """Call `prepare` meanwhile with each Trainer before it trains, after registration."""
+def before_train(prepare: Callable[[Any, bool], None]) -> Iterator[None]:
+    """Call `prepare` meanwhile with each Trainer before it trains, and whether it resumes; after registration."""
     _BEFORE_TRAIN.append(prepare)
     try:
         yield
@@ -144,7 +144,7 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Train as `Trainer.train` does, but first refuse a checkpoint that cannot be resumed from, in one sentence."""
     for prepare in _BEFORE_TRAIN:
-        prepare(self)
+        prepare(self, bool(resume_from_checkpoint))
     folder = resume_from_checkpoint
     if isinstance(folder, (str, os.PathLike)):
         refuse_incomplete(folder)

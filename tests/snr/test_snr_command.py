@@ -104,6 +104,7 @@ def test_show_and_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["run", "--bytes-per-param", "0", "train.py"], "argument --bytes-per-param: '0' must be a finite number"),
         (["run", "sgd.py"], "SGD keeps no full second moment of any weight, so"),
         (["run", "adafactor.py"], "Adafactor keeps no full second moment of model.embed_tokens.weight, so"),
+        (["run", "resume.py"], "the script resumes from a checkpoint: call Trainer.train without"),
         (["run", "none.py"], "there is no script 'none.py'"),
         (["run", "--steps", "0", "none.py"], "argument --steps: '0' must be a whole number of at least 1"),
         (["run", "empty.py"], "'empty.py' ended before anything was measured"),
@@ -115,6 +116,7 @@ def test_mistakes_are_told_in_a_sentence(
 ) -> None:
     Path("snr.csv").write_text(CSV)
     Path("empty.py").touch()
+    Path("resume.py").write_text(SCRIPT.replace(".train()", ".train(resume_from_checkpoint=True)"))
     for optim in ("sgd", "adafactor"):
         Path(f"{optim}.py").write_text(SCRIPT.replace("slim_adamw_8bit", optim).replace("optim_args=", "run_name="))
     with pytest.raises(SystemExit, match="2"):
