@@ -19,6 +19,8 @@ import hf_lowmem
 from tests import ROOT
 
 model: PreTrainedModel
+args: TrainingArguments
+trainer: Trainer
 optimizer: hf_lowmem.LowMemOptimizer
 """
 OWN = """
