@@ -38,6 +38,7 @@ OTHER_RATES = {  # of the algorithms whose updates have another size
     "scratch": {"signum": (1e-4, 2e-4, 4e-4)},
     "encoder": {"signum": (5e-6, 1e-5, 2e-5)},
 }
+WITHOUT_BETA2 = ("signum", "smmf", "coap_adafactor")  # one run counts for every beta2
 MOST_RATES = 6
 FIRST_SEED = 0
 Losses = dict[tuple[Any, ...], float]
@@ -58,7 +59,8 @@ class Study(NamedTuple):
     rates: tuple[float, ...] = ()
 
     def run(self, optim: str, lr: float, seed: int = FIRST_SEED) -> Run:
-        return Run(optim, lr, self.beta2, seed, self.scale, self.task)
+        name = optim.split()[0].removesuffix("_8bit")
+        return Run(optim, lr, None if name in WITHOUT_BETA2 else self.beta2, seed, self.scale, self.task)
 
 
 def wanted(optim: str, study: Study, losses: Losses) -> Iterator[Run]:

@@ -44,10 +44,17 @@ class Result(NamedTuple):
 
 
 def results_of(rows: Iterable[Row]) -> list[Result]:
-    """Return a result per optimizer and beta2, the smaller beta2 first, and then by loss."""
+    """Return a result per optimizer and beta2, the smaller beta2 first, and then by loss.
+
+    An optimizer without a beta2 has a result at each beta2 of AdamW.
+    """
+    rows = list(rows)
+    decays = {row["run"]["beta2"] for row in rows if row["run"]["optim"] == BASELINE}
     by_optim: dict[tuple[float, str], list[Row]] = defaultdict(list)
     for row in rows:
-        by_optim[row["run"]["beta2"], row["run"]["optim"]].append(row)
+        beta2 = row["run"]["beta2"]
+        for each in decays if beta2 is None else [beta2]:
+            by_optim[each, row["run"]["optim"]].append(row)
     best = {key: at_best_rate(found) for key, found in by_optim.items()}
     found = []
     for (beta2, optim), (lr, losses, rates) in best.items():

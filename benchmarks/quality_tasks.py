@@ -27,17 +27,23 @@ import hf_lowmem
 
 WEIGHT_DECAY, MAX_NORM, LAST_LR = 0.1, 1.0, 0.1  # the learning rate ends at this share of its peak
 WARMUP = 0.1  # share of the steps
+UNUSED_BETA2 = 0.999  # given to optimizers without such a decay, which accept it
 CURVE = 60  # points of a loss curve
 CLASSES, PER_CLASS, LENGTH, EVALUATED, ENCODER_STEPS = 20, 160, 64, 640, 300  # of the encoder
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `optim` is a name, which may be followed by options separated by spaces."""
+    """One training.
+
+    Args:
+        optim: a name, which may be followed by options separated by spaces.
+        beta2: None if the optimizer has no such decay.
+    """
 
     optim: str
     lr: float
-    beta2: float
+    beta2: float | None
     seed: int
     scale: str = "small"
     task: str = "scratch"
@@ -135,7 +141,7 @@ def llama(scale: Scale) -> LlamaForCausalLM:
 def build(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """Build the optimizer as a Trainer would; torch's AdamW with the Trainer's groups."""
     name, *options = run.optim.split()
-    kwargs: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2), "eps": 1e-8}
+    kwargs: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2 or UNUSED_BETA2), "eps": 1e-8}
     if name != "adamw_torch":
         return hf_lowmem.build_optimizer(
             model, name, weight_decay=WEIGHT_DECAY, optim_args=",".join(options) or None, **kwargs
@@ -197,7 +203,7 @@ def fine_tune_encoder(run: Run) -> dict[str, Any]:
             optim=name,
             optim_args=",".join(options) or None,
             learning_rate=run.lr,
-            adam_beta2=run.beta2,
+            adam_beta2=run.beta2 or UNUSED_BETA2,
             weight_decay=0.01,
             warmup_steps=ENCODER_STEPS // 10,
             lr_scheduler_type="linear",

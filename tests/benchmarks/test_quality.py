@@ -21,8 +21,10 @@ def benchmarks_are_importable():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def row(optim: str, lr: float, seed: int, loss: float | None, scale: str = "small") -> dict[str, Any]:
-    run = {"optim": optim, "lr": lr, "beta2": 0.95, "seed": seed, "scale": scale, "task": "scratch"}
+def row(
+    optim: str, lr: float, seed: int, loss: float | None, scale: str = "small", beta2: float | None = 0.95
+) -> dict[str, Any]:
+    run = {"optim": optim, "lr": lr, "beta2": beta2, "seed": seed, "scale": scale, "task": "scratch"}
     fixed = {
         "parameters": 3_000_000,
         "state_bytes_per_parameter": 8.0,
@@ -67,6 +69,18 @@ def test_differences_are_between_runs_of_the_same_seed_and_scale():
     assert slim.error == pytest.approx(0.005)
     other = row("slim_adamw", 1e-3, 0, 9.0, "micro") | {"parameters": 1_100_000}
     assert sorted(map(len, studies_of([*rows, other]).values())) == [1, 5]
+
+
+def test_an_optimizer_without_beta2_runs_once_and_is_compared_at_every_beta2():
+    from quality import Study
+    from quality_report import results_of
+
+    runs = {Study(beta2, (0,), "small", "scratch").run("smmf", 1e-3) for beta2 in (0.95, 0.999)}
+    assert [run.beta2 for run in runs] == [None]
+    rows = [row("adamw_torch", 1e-3, seed, 4.0, beta2=beta2) for seed in (0, 1) for beta2 in (0.95, 0.999)]
+    rows += [row("smmf", 1e-3, seed, 4.04, beta2=None) for seed in (0, 1)]
+    found = {result.beta2: result.change for result in results_of(rows) if result.optim == "smmf"}
+    assert found == {0.95: pytest.approx(0.01), 0.999: pytest.approx(0.01)}
 
 
 def test_the_report_is_written_and_unfinished_lines_are_left_out(tmp_path):
