@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, RulesRecipe, segments_of
+from hf_lowmem.algorithms.grouped import GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import EMBEDDINGS, RoleOptions
 from hf_lowmem.roles import ParamRole

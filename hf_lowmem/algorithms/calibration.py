@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.algorithms.adamw import GroupedAdamW, GroupedOptions, RulesRecipe
 from hf_lowmem.algorithms.candidates import (
     AUTO,
     CalibrationOptions,
@@ -24,6 +23,7 @@ from hf_lowmem.algorithms.candidates import (
     parts_of,
     rule_of,
 )
+from hf_lowmem.algorithms.grouped import GroupedAdamW, GroupedOptions, RulesRecipe
 from hf_lowmem.kernels.means import tile_size, tiles
 from hf_lowmem.log import announce, get_logger, is_first_process
 from hf_lowmem.moments import Full, GroupMean

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from hf_lowmem.algorithms.adamw import factored
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedOptions, CalibratedRecipe
+from hf_lowmem.algorithms.grouped import factored
 from hf_lowmem.moments import whole
 from hf_lowmem.options import decided_by_role, recipe_only
 from hf_lowmem.param_groups import RoleOptions

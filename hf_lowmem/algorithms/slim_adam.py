@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.adamw import segments_of
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedRecipe
+from hf_lowmem.algorithms.grouped import segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
