@@ -72,7 +72,7 @@ def keep_until(path: Path, step: int) -> None:
     Raises:
         ValueError: there is such a file, and it is no CSV of ratios.
     """
-    kept = [fields for fields in _rows(path) if int(float(fields["step"])) <= step] if path.exists() and step else []
+    kept = [fields for fields in _rows(path) if _step(path, fields) <= step] if path.exists() and step else []
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".tmp")
     lines = [_line(COLUMNS), *(_line(fields[column] for column in COLUMNS) for fields in kept)]
@@ -84,35 +84,35 @@ def read_ratios(path: str | Path) -> dict[str, Measured]:
     """Return what a CSV of ratios holds by key, as this package or SlimAdam's authors write it.
 
     Raises:
-        ValueError: the file cannot be read, lacks a column, holds no ratio, or one of what is no reduction.
+        ValueError: the file cannot be read, lacks a column, holds no ratio, or has a line that cannot be read.
     """
+    path = Path(path)
     found: dict[str, Measured] = {}
-    for fields in _rows(Path(path)):
+    for fields in _rows(path):
         key = canonical_name(fields["key"])
         measured = found.setdefault(key, Measured(key, _integers(fields["shape"])))
-        text, ratio = fields["compress_dims"].strip(), _number(fields["snr"])
-        how: Reduction = text.split()[0] if text.startswith((ROW_COL, HEAD)) else _integers(text)
-        if not how:
-            raise ValueError(
-                f"{str(path)!r} has the compress_dims {text!r}, expected axes such as (0, 1), {ROW_COL!r}, or "
-                f"{HEAD!r} and its entries: measure again, or correct the file."
-            )
-        if how == HEAD:
-            measured.head_entries = math.prod(_integers(text))
+        how, entries = _reduction(path, fields)
+        measured.head_entries = entries or measured.head_entries
+        step, ratio = _step(path, fields), _ratio(path, fields)
         ratios = measured.ratios.setdefault(how, {})
         if math.isfinite(ratio) or (how == ROW_COL and ratio > 0):
-            ratios[int(float(fields["step"]))] = ratio
+            ratios[step] = ratio
     if not found:
         raise ValueError(f"{str(path)!r} holds no ratios: was the run stopped before its first measurement?")
     return found
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV by column; a line that was cut off when its run was killed is left out."""
+    """Yield the rows of a CSV by column, with their number in the file as "line".
+
+    A last line that was cut off when its run was killed is left out, and so are the first lines of files that were
+    appended to this one.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not a readable CSV of signal-to-noise ratios: {error}.") from error
+    lines = text.splitlines()
     head = [name.strip() for name in _split(lines[0])] if lines else []
     missing = [column for column in COLUMNS[:5] if column not in head]
     if missing:
@@ -120,10 +120,17 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
             f"{str(path)!r} is no CSV of signal-to-noise ratios: its first line must name the columns "
             f"{','.join(COLUMNS)}, but lacks {', '.join(missing)}."
         )
-    for line in lines[1:]:
+    for number, line in enumerate(lines[1:], 2):
         values = _split(line)
+        if not line.strip() or [value.strip() for value in values] == head:
+            continue
         if len(values) == len(head):
-            yield {**dict.fromkeys(COLUMNS, ""), **dict(zip(head, values, strict=True))}
+            yield {**dict.fromkeys(COLUMNS, ""), **dict(zip(head, values, strict=True)), "line": str(number)}
+        elif number < len(lines) or text.endswith("\n"):
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is {line!r}, expected the {len(head)} columns {','.join(head)}: "
+                "correct or delete it."
+            )
 
 
 def _split(line: str) -> list[str]:
@@ -149,8 +156,36 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def _number(text: str) -> float:
+def _reduction(path: Path, fields: dict[str, str]) -> tuple[Reduction, int]:
+    """Return what a row's ratio is of, and the number of entries of a head if it is that of heads."""
+    text = fields["compress_dims"].strip()
+    if text == ROW_COL:
+        return ROW_COL, 0
+    if match := re.fullmatch(rf"{HEAD} (\d+)", text):
+        return HEAD, int(match[1])
+    if re.fullmatch(r"[(\[]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[)\]]?", text):
+        return _integers(text), 0
+    raise _fault(path, fields, "compress_dims", f"axes such as (0, 1), {ROW_COL!r}, or {HEAD!r} and its entries")
+
+
+def _step(path: Path, fields: dict[str, str]) -> int:
     try:
-        return float(text)
-    except ValueError:  # "None", or nothing
-        return math.nan
+        return int(float(fields["step"]))
+    except (ValueError, OverflowError):
+        raise _fault(path, fields, "step", "a number") from None
+
+
+def _ratio(path: Path, fields: dict[str, str]) -> float:
+    """Return the ratio of a row, NaN where there was none."""
+    text = fields["snr"].strip()
+    try:
+        return math.nan if text in ("", "None") else float(text)
+    except ValueError:
+        raise _fault(path, fields, "snr", "a number, or nothing") from None
+
+
+def _fault(path: Path, fields: dict[str, str], column: str, expected: str) -> ValueError:
+    return ValueError(
+        f"Line {fields['line']} of {str(path)!r} has the {column} {fields[column]!r}, expected {expected}: measure "
+        "again, or correct the file."
+    )

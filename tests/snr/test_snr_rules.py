@@ -80,9 +80,32 @@ def test_a_measurement_of_rank_1_does_not_decide_for_the_factored_estimate(tmp_p
     assert rules_from_csv(path, over="min", cutoff=0.4) == {"w": "row_col"}
     assert rules_from_csv(path, bytes_budget=4 * 2 / 32) == {"w": "head"}
     assert rules_from_csv(path, axes_only=True) == {"w": None}
-    path.write_text("\n".join(["step,key,shape,compress_dims,snr", 'w,w,"(8, 4)",both,2']))
-    with pytest.raises(ValueError, match="has the compress_dims 'both', expected axes such as"):
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('1,w,"(8, 4)",both,2', "Line 3 of .* has the compress_dims 'both', expected axes such as"),
+        ('1,w,"(8, 4)","(-1,)",2', r"has the compress_dims '\(-1,\)', expected axes such as"),
+        ('1,w,"(8, 4)",head,2', "has the compress_dims 'head', expected axes such as .* 'head' and its entries"),
+        ('inf,w,"(8, 4)","(0,)",2', "Line 3 of .* has the step 'inf', expected a number"),
+        ('first,w,"(8, 4)","(0,)",2', "has the step 'first', expected a number"),
+        ('1,w,"(8, 4)","(0,)",high', "has the snr 'high', expected a number, or nothing"),
+        ('1,w,"(8, 4)"', "Line 3 of .* is '1,w.*', expected the 5 columns step,key,shape,compress_dims,snr"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "snr.csv"
+    path.write_text("\n".join(["step,key,shape,compress_dims,snr", 'w,"(8, 4)"'.join(["1,", ',"(1,)",2']), line, ""]))
+    with pytest.raises(ValueError, match=message):
         rules_from_csv(path)
+
+
+def test_files_that_were_edited_or_joined_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "snr.csv"
+    head = "step,key,shape,compress_dims,snr\n"
+    path.write_text("\ufeff" + head + '1,w,"(8, 4)","(0,)",2\n\n' + head + '2,w,"(8, 4)","(0, )",4\n3,w,"(8', "utf-8")
+    assert read_ratios(path)["w"].ratios == {(0,): {1: 2.0, 2: 4.0}}
 
 
 def test_a_budget_of_bytes_takes_the_highest_cutoff_that_keeps_it(path: Path) -> None:
