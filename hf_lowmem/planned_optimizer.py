@@ -17,7 +17,6 @@ from hf_lowmem.options import HYPERPARAMETERS, Hyperparameters, Options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
 from hf_lowmem.state import FULL_SPACE, STEP, Rounding, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.step_checks import check_capturable, check_param, check_whole
-from hf_lowmem.update_rules import RULE_FLAGS
 
 logger = get_logger(__name__)
 
@@ -257,7 +256,7 @@ class PlannedOptimizer(Optimizer):
 
     def step_options(self, group: Group) -> tuple[Any, ...]:
         """Return the values of a group that its parameters' plans and backends depend on."""
-        flags = [group[flag] for flag in RULE_FLAGS.get(self.rule, ())]
+        flags = [group[flag] for flag in self.options_cls.defaults("flag")]
         return (*self._schedule(group), group["capturable"], group["compile"], *flags)
 
     @property

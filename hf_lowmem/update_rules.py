@@ -91,6 +91,33 @@ def adamw_rule(
     return new_param
 
 
+@update_rule("limited_adamw", elementwise=True, averages_squares=True)
+def limited_adamw_rule(
+    param: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    space: BoundProjection,
+    step: Number,
+    *,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    update_limit: Number,
+) -> Tensor:
+    """AdamW whose second moment includes the first, so that no entry moves by more than `update_limit` times lr.
+
+    A second moment that is an average over entries may be far below an entry's own, whose update would then be far
+    above those of AdamW, which hardly exceed lr.
+    """
+    g = space.project(grad)
+    m_hat = moments["exp_avg"].ema(g, beta1) / (1 - beta1**step)
+    v_hat = moments["exp_avg_sq"].ema(g.square(), beta2) / (1 - beta2**step) + (m_hat / update_limit).square()
+    new_param: Tensor = param * (1 - lr * weight_decay) - lr * space.project_back(m_hat / (v_hat.sqrt() + eps))
+    return new_param
+
+
 @update_rule("transformers_adamw", elementwise=True, averages_squares=True)
 def transformers_adamw_rule(
     param: Tensor,

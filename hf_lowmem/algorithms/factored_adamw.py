@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedOptions, CalibratedRecipe
-from hf_lowmem.algorithms.grouped import factored
+from hf_lowmem.algorithms.grouped import LimitedOptions, factored
 from hf_lowmem.moments import whole
-from hf_lowmem.options import decided_by_role, recipe_only
+from hf_lowmem.options import decided_by_role, recipe_only, with_default
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment
@@ -21,6 +21,7 @@ IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # sma
 class FactoredOptions(CalibratedOptions):
     """Options of a weight whose second moment is factored."""
 
+    update_limit: float = with_default(0.7, LimitedOptions, "update_limit")
     factored: bool = decided_by_role(
         True,
         "whether a weight of two or more axes, without `axes` and `segments`, is factored over its last two axes.",
@@ -34,13 +35,14 @@ class FactoredAdamW(CalibratedAdamW):
         r <- b2 r + (1 - b2) mean(g^2, columns)
         c <- b2 c + (1 - b2) mean(g^2, rows)
         v =  r c / mean(r)
-        w <- w - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay w)
+        w <- w - lr (m_hat / (sqrt(v_hat + (m_hat / update_limit)^2) + eps) + weight_decay w)
 
     Source: the estimate is that of Adafactor (arXiv:1804.04235, algorithm 4), the step AdamW's (arXiv:1711.05101,
     algorithm 2).
-    It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and no update is clipped.
-    Where most entries of a gradient are zero, an estimate may be far below an entry's own square, and the entry then
-    moves by many times lr.
+    It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and in place of clipping the
+    update's root mean square each entry is limited. An estimate may be far below the entry's own second moment, as
+    where most entries of a gradient are zero. AdamW hardly moves an entry by more than lr, and this no entry by more
+    than `update_limit` times lr; without the limit it is behind AdamW (docs/quality.md).
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
     (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its
@@ -70,6 +72,7 @@ class FactoredAdamW(CalibratedAdamW):
 class FactoredAdamWRecipe(CalibratedRecipe):
     """Factored AdamW, and which weights are factored: every matrix."""
 
+    update_limit: float = with_default(0.7, LimitedOptions, "update_limit")
     lora: Literal["full", "factored"] = recipe_only("full", '"factored" factors the matrices of LoRA adapters too.')
 
     optimizer_cls = FactoredAdamW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,17 +10,30 @@ from typing import Any, ClassVar
 from hf_lowmem.algorithms.adamw import LowMemAdamW
 from hf_lowmem.algorithms.candidates import AUTO, rule_of
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
-from hf_lowmem.options import Options, at_least, decided_by_role, recipe_only
+from hf_lowmem.options import Legal, Options, at_least, decided_by_role, flag, recipe_only
 from hf_lowmem.param_groups import Recipe, check_axes
+from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
 from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import BY_HEAD
-from hf_lowmem.state import Moment
+from hf_lowmem.state import Moment, StatePlan
 
 
 @dataclass(frozen=True)
-class GroupedOptions(Options):
+class LimitedOptions(Options):
+    """The option that limits updates of weights whose second moment is made of means."""
+
+    update_limit: float = flag(
+        math.inf,
+        "the most that an entry moves by, as a multiple of the learning rate, if its second moment is averaged or "
+        "factored; `inf` limits nothing.",
+        Legal("above 0", lambda value: value > 0),
+    )
+
+
+@dataclass(frozen=True)
+class GroupedOptions(LimitedOptions):
     """Options that say which entries of a weight share one number of the second moment."""
 
     axes: tuple[int, ...] = decided_by_role(
@@ -62,9 +76,13 @@ class GroupedAdamW(LowMemAdamW):
             return whole(shape, options["axes"], options["rows_per_block"], options["cross_axes"])
         return Full(signed=False)
 
+    def rule_of(self, plan: StatePlan, group: Group) -> str:
+        averaged = isinstance(plan.moments["exp_avg_sq"], GroupMean)
+        return "limited_adamw" if averaged and math.isfinite(group["update_limit"]) else self.rule
+
 
 @dataclass(frozen=True)
-class RulesRecipe(Recipe):
+class RulesRecipe(Recipe, LimitedOptions):
     """A recipe whose choices a rules file overrides by name."""
 
     rules: str | None = recipe_only(

@@ -63,4 +63,4 @@ TRITON_PART = (
 
 # The numbers of one step of a part, float64: see `scalars.py`. `new_1` and `new_2` are the new gradient's shares in
 # the moments; `grad_scale` is what clipping multiplies the gradient by, which the Triton kernels read from elsewhere.
-SCALARS = ("decay", "step_size", "eps", "new_1", "beta2", "new_2", "noise_key", "grad_scale")
+SCALARS = ("decay", "step_size", "eps", "momentum", "new_1", "beta2", "new_2", "noise_key", "grad_scale")

@@ -32,9 +32,9 @@ def second_moment(rule: str, plan: StatePlan) -> str | None:
         return None
     if second is None:
         return "none" if rule == "signum" else None
-    if rule not in ("adamw", "transformers_adamw"):
+    if rule not in ("adamw", "limited_adamw", "transformers_adamw"):
         return None
-    if second == Full(signed=False):
+    if second == Full(signed=False) and rule != "limited_adamw":
         return "full"
     return "mean" if type(second) is GroupMean else None
 

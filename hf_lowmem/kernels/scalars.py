@@ -1,6 +1,6 @@
 """The scalars of an elementwise step, in one form for AdamW and Signum.
 
-    param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
+    param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq + (momentum * exp_avg)^2) + eps)
 
 Bias corrections and the order of decay and update, in which the update rules differ, are in these numbers.
 """
@@ -25,6 +25,7 @@ class Scalars(NamedTuple):
     decay: Any
     step_size: Any
     eps: Any
+    momentum: Any = 0.0
 
 
 def adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
@@ -32,6 +33,12 @@ def adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
     root = (1 - hyper.beta2**step) ** 0.5
     step_size = hyper.lr * root / (1 - hyper.beta1**step)
     return Scalars(1 - hyper.lr * hyper.weight_decay, step_size, hyper.eps * root)
+
+
+def limited_adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
+    """Return the numbers of `limited_adamw_rule`, whose second moment includes the first."""
+    momentum = (1 - hyper.beta2**step) ** 0.5 / (1 - hyper.beta1**step) / hyper.flags["update_limit"]
+    return adamw_scalars(step, hyper)._replace(momentum=momentum)
 
 
 def transformers_adamw_scalars(step: Any, hyper: Hyper) -> Scalars:
@@ -48,6 +55,7 @@ def signum_scalars(step: Any, hyper: Hyper) -> Scalars:
 
 SCALARS: dict[str, Callable[[Any, Hyper], Scalars]] = {
     "adamw": adamw_scalars,
+    "limited_adamw": limited_adamw_scalars,
     "transformers_adamw": transformers_adamw_scalars,
     "signum": signum_scalars,
 }

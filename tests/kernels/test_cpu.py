@@ -52,6 +52,8 @@ LARGE: list[tuple[type, dict[str, Any], tuple[int, ...]]] = [
     (SlimAdamW, {"axes": (0, 1)}, (4500, 512)),
     (SlimAdamW, {"axes": (1,)}, (2, 2100, 1024)),
     (SlimAdamW, {"axes": (1,)}, (700, 768)),
+    (SlimAdamW, {"axes": (0,), "update_limit": 0.5}, (1500, 1536)),
+    (SlimAdamW, {"axes": (0, 1), "update_limit": 0.5}, (1500, 1536)),
     (FactoredAdamW, {}, (1500, 1536)),
     (FactoredAdamW, {"axes": (1,), "cross_axes": (2,)}, (2, 300, 1024)),
     (AdamMini, {"axes": (1,), "rows_per_block": 64}, (1024, 768)),

@@ -96,7 +96,8 @@ def variant(
     second, geometry = SHAPES[shape]
     layout, cut = tiles(geometry, second, moment[1], arch)
     assert layout.aligned
-    return Variant(weight, moment[0], rounding, second, *cut, 16, factored=shape == "factored")
+    factored = shape == "factored"
+    return Variant(weight, moment[0], rounding, second, *cut, 16, factored=factored, limited=factored)
 
 
 def tiles(geometry: Geometry, second: str, block: int | None, arch: int) -> tuple[Layout, tuple[Any, ...]]:
@@ -252,7 +253,8 @@ def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch:
     second, geometry = RAGGED[shape]
     layout, cut = tiles(geometry, second, 256 if geometry.columns > 256 else geometry.columns, arch)
     align = 16 if layout.aligned else 1
-    v = Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, ragged=True, factored=shape == "factored")
+    factored = shape == "factored"
+    v = Variant(tl.bfloat16, tl.uint8, "stochastic", second, *cut, align, False, True, factored, limited=factored)
     report = Report(kernels.step, tmp_path, arch, warps(v), v=constants(v))
     assert (report.stack, report.local) == (0, 0)
     assert (128 in report.accesses("LDG")) == layout.aligned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_lowmem.state import Codec, Moment, StatePlan
 from tests.support.declarations import FACTORED_LAST_AXIS, FACTORED_QKV, LAST_AXIS, QKV
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+LIMITED = replace(HYPER, flags={"update_limit": 0.7})
 CPU = torch.device("cpu")
 FULL = Full(signed=False)
 
@@ -51,6 +53,11 @@ PLANS: list[tuple[str, str, StatePlan, tuple[int, ...]]] = [
     ("factored and fused on axis 0", "adamw", adamw(second=fused(FACTORED_QKV)), (16, 128)),
     ("factored and fused on axis 1", "adamw", adamw(second=fused(FACTORED_LAST_AXIS)), (24, 192)),
     ("number", "adamw", adamw(second=whole((), (0,))), ()),
+    ("limited rows", "limited_adamw", adamw(second=whole((33, 64), (1,))), (33, 64)),
+    ("limited columns", "limited_adamw", adamw(Int8Blockwise(64), whole((33, 64), (0,))), (33, 64)),
+    ("limited and fused", "limited_adamw", adamw(second=fused(QKV)), (16, 128)),
+    ("limited and factored", "limited_adamw", adamw(second=whole((33, 300), (1,), cross_axes=(0,))), (33, 300)),
+    ("limited, factored and fused", "limited_adamw", adamw(second=fused(FACTORED_QKV)), (16, 128)),
 ]
 
 
@@ -74,6 +81,7 @@ def stepped(
     """
     generator, chosen = torch.Generator().manual_seed(1), BACKENDS[backend]
     assert chosen.covers(rule, step)
+    hyper = LIMITED if rule == "limited_adamw" else HYPER
     for number in (1.0, 2.0, 3.0):
         key = noise_key(0, 0, int(number)) if step.plan.rounding.kind == "stochastic" else 0
         scale = None if clip is None else torch.tensor(clip, dtype=step.plan.arithmetic, device=step.param.device)
@@ -83,9 +91,9 @@ def stepped(
         if apart:
             for each, sums in zip(bucket, chosen.reduce(bucket), strict=True):
                 average(each, sums, HYPER.beta2)
-            chosen.apply(bucket, HYPER)
+            chosen.apply(bucket, hyper)
         else:
-            chosen.step(bucket, HYPER)
+            chosen.step(bucket, hyper)
     return {"param": step.param, **{name: value for name, value in step.state.items() if name != "step"}}
 
 

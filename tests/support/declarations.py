@@ -6,6 +6,7 @@ An algorithm adds its declaration here, and every test of all optimizers runs on
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,9 @@ FULL_SPACE = [
             ({"axes": (2,)}, (5, 4, 23)),
             ({"segments": QKV}, (16, 131)),
             ({"segments": ODD_LAST_AXIS}, (24, 195)),
+            ({"axes": (1,), "update_limit": 0.5}, (7, 131)),
+            ({"axes": (0,), "update_limit": 0.5}, (16, 65)),
+            ({"segments": LAST_AXIS, "update_limit": 0.5}, (24, 384)),
         ],
     ),
     Declaration(
@@ -97,6 +101,8 @@ FULL_SPACE = [
             ({"segments": FACTORED_EXPERTS}, (3, 16, 64)),
             ({"axes": (1, 2, 3), "cross_axes": (0,)}, (6, 3, 5, 5)),
             ({"factored": False}, (16, 128)),
+            ({"update_limit": math.inf}, (7, 131)),
+            ({"segments": FACTORED_QKV, "update_limit": math.inf}, (16, 128)),
         ],
     ),
     Declaration(

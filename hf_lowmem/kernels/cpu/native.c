@@ -35,8 +35,12 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------------- one run */
 
+/* The root of a second moment that includes the first. */
+INLINE float limited_root(float root, float momentum) { return sqrtf(root * root + momentum * momentum); }
+
 /* Step one run. Where the second moment is a mean, exp_avg is multiplied by `scales`, one factor per column, or by
- * `scale`. Where it is factored, its root is `scale`, the row's factor, times `scales`, those of the columns. */
+ * `scale`. Where it is factored, its root is `scale`, the row's factor, times `scales`, those of the columns. Where it
+ * includes the first moment, they are the roots of means, and `scale` is 1 beside roots of columns alone. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
@@ -71,6 +75,13 @@ INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, f
             exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
             float sign = (float)((exp_avg[i] > 0) - (exp_avg[i] < 0));
             param[i] = param[i] * decay - step_size * (sign + 0.0f * exp_avg[i]); /* NaN where it is not finite */
+        }
+    } else if (part->momentum > 0) {
+        const float momentum = (float)part->momentum;
+        SIMD for (int i = 0; i < n; i++) {
+            exp_avg[i] += weight1 * (grad[i] - exp_avg[i]);
+            float root = limited_root(scales ? scale * scales[i] : scale, momentum * exp_avg[i]);
+            param[i] = param[i] * decay - step_size * (exp_avg[i] / (root + eps));
         }
     } else if (part->row_means) {
         SIMD for (int i = 0; i < n; i++) {
@@ -166,8 +177,9 @@ INLINE void sum_column_squares(const Part *part, int64_t group, const Range *ran
 
 INLINE int64_t means_of_group(const Part *part) { return part->per_column ? part->columns : 1; }
 
-/* Average the sums of squares of a group into its means, and compute the factors step_size / (sqrt(mean) + eps); those
- * of a factored part are sqrt(mean / the mean of all entries). */
+/* Average the sums of squares of a group into its means, and compute the factors step_size / (sqrt(mean) + eps), or
+ * sqrt(mean) where entries differ by their first moments; those of a factored part are sqrt(mean / the mean of all
+ * entries). */
 INLINE void average(const Part *part, int64_t group, const double *sums, float *scales) {
     int64_t count = means_of_group(part);
     float *means = part->means + group * count;
@@ -179,6 +191,8 @@ INLINE void average(const Part *part, int64_t group, const double *sums, float *
         for (int64_t row = 0; row < part->rows; row++) total += part->row_means[group * part->rows + row];
         const float mean = fmaxf((float)(total / (double)part->rows), 0x1p-126f); /* or a zero matrix is 0 / 0 */
         SIMD for (int64_t i = 0; i < count; i++) scales[i] = sqrtf(means[i] / mean);
+    } else if (part->momentum > 0) {
+        SIMD for (int64_t i = 0; i < count; i++) scales[i] = sqrtf(means[i]);
     } else {
         const float step_size = (float)part->step_size, eps = (float)part->eps;
         SIMD for (int64_t i = 0; i < count; i++) scales[i] = step_size / (sqrtf(means[i]) + eps);
@@ -188,7 +202,7 @@ INLINE void average(const Part *part, int64_t group, const double *sums, float *
 /* The step of a range of one group; `scales` are its columns' or its only one, and nothing for a rule without means. */
 INLINE void step_range(const Part *part, int64_t group, const Range *range, const float *scales) {
     int size = run_size(part);
-    float scale = scales ? scales[0] : 0;
+    float scale = part->per_column ? 1 : scales ? scales[0] : 0;
     for (int64_t row = range->first_row; row < range->last_row; row++) {
         int64_t from = offset_of(part, group, row);
         if (part->row_means) scale = sqrtf(part->row_means[group * part->rows + row]);

@@ -28,6 +28,7 @@ from hf_lowmem.kernels.triton.memory import (
     INFINITY,
     KAHAN_COMP,
     LARGEST,
+    MOMENTUM,
     NEW_1,
     NEW_2,
     NOISE_KEY,
@@ -131,7 +132,10 @@ def step(parts, all_scalars, grad_scale, group_means, part_numbers, v: tl.conste
 
 @triton.jit
 def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
-    """param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps); of means, `root` is the square root."""
+    """param <- decay * param - step_size * exp_avg / (sqrt(exp_avg_sq) + eps); of means, `root` is the square root.
+
+    Where updates are limited, (momentum * exp_avg)^2 is added to exp_avg_sq.
+    """
     if v.second == "full":
         CODES: tl.constexpr = tl.uint8 if v.moment == tl.uint8 else tl.float32
         exp_avg_sq = loaded(part, EXP_AVG_SQ, CODES, tile, False, v)
@@ -144,6 +148,9 @@ def step_tile(part, scalars, tile, grad, root, v: tl.constexpr):
         sign = (exp_avg > 0).to(tl.float32) - (exp_avg < 0).to(tl.float32)
         update = tl.fma(exp_avg, 0.0, sign) * scalar(scalars, STEP_SIZE)  # NaN where exp_avg is not finite
     else:
+        if v.limited:
+            momentum = exp_avg * scalar(scalars, MOMENTUM)
+            root = tl.sqrt(tl.fma(momentum, momentum, root * root))
         update = exp_avg * (scalar(scalars, STEP_SIZE) * reciprocal(root + scalar(scalars, EPS)))
     store(part, EXP_AVG, v.moment, tile, exp_avg, True, v)
 

@@ -40,6 +40,7 @@ class Variant(NamedTuple):
         clip: whether a scale multiplies the gradients.
         ragged: whether each run is a row of 8-bit blocks of which the last is shorter than a block.
         factored: whether the rows of a group have means too, beside those of its columns.
+        limited: whether the second moment includes the first, which limits updates.
     """
 
     weight: Any
@@ -56,11 +57,12 @@ class Variant(NamedTuple):
     clip: bool = False
     ragged: bool = False
     factored: bool = False
+    limited: bool = False
 
     @property
     def sums(self) -> Variant:
         """Return what the kernels before a step are compiled for, whatever its moments are."""
-        return self._replace(moment=None, rounding="", clip=False, ragged=False)
+        return self._replace(moment=None, rounding="", clip=False, ragged=False, limited=False)
 
 
 class Layout(NamedTuple):
@@ -190,7 +192,8 @@ def _planned(
         layout = layout_of(geometry, second, code_block, tile)
         cut = (layout.means, layout.nest, layout.block, layout.blocks, layout.groups, tile.per_thread)
         factored = "exp_avg_sq_rows" in names
-        variant = Variant(weight, first, rounding, second, *cut, ALIGN, False, row is not None, factored)
+        limited = rule == "limited_adamw"
+        variant = Variant(weight, first, rounding, second, *cut, ALIGN, False, row is not None, factored, limited)
         columns = geometry._asdict() | {"tiles": layout.tiles, "sums": layout.sums, "reductions": layout.reductions}
         parts.append((variant, layout.aligned, columns))
     return parts
