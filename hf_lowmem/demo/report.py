@@ -86,6 +86,17 @@ def describe_run(optim: str, run: Training, baseline: Training | None) -> dict[s
     return numbers | {name: value for name, value in vars(run).items() if not isinstance(value, dict)} | curves
 
 
+def headline(runs: list[dict[str, Any]]) -> str:
+    """Return what the first optimizer after the baseline does to its memory and its loss, "" without a baseline."""
+    baseline = next((run for run in runs if run["optim"] == BASELINE), None)
+    other = next((run for run in runs if run["optim"] != BASELINE), None)
+    if baseline is None or other is None:
+        return ""
+    less = baseline["state_bytes"] / other["state_bytes"]
+    change = other["held_out_loss_change_percent"]
+    return f"{other['optim']}: {less:.1f} times less optimizer state than AdamW, held-out loss {change:+.1f} %"
+
+
 def print_runs(runs: list[dict[str, Any]]) -> None:
     """Print the demo's table, with a row per optimizer."""
     head = ("optim", "state, MiB", "bytes per param", "without embeddings", "held-out loss", "change", "s per step")

@@ -26,7 +26,7 @@ from hf_lowmem.demo.settings import BASELINE, Settings
 from hf_lowmem.trainer.names import unknown_optim
 from hf_lowmem.trainer.registration import register
 
-EVALUATIONS = 3
+EVALUATIONS = 5
 PANEL = report.Panel("SFT", "loss", ["eval_loss"], "loss", "nats per token")
 
 
@@ -65,6 +65,7 @@ def run_demo(settings: Settings) -> None:
     report.print_runs(described)
     tqdm.write(f"{time.perf_counter() - started:.0f} s in all.")
     figure = report.draw({optim: {"SFT": run} for optim, run in runs.items()}, [PANEL])
+    figure.suptitle(report.headline(described), fontsize=14, fontweight="bold")
     report.save(settings, "demo", figure, {"baseline": BASELINE, "runs": described})
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
 
 from hf_lowmem.demo.data import build_pairs, train_tokenizer
+from hf_lowmem.demo.report import headline
 from hf_lowmem.demo.train import run_demo
 
 TINY_MODEL = {
@@ -86,6 +87,11 @@ def test_short_run_writes_table_figure_and_numbers(tmp_path, capsys):
     assert slim["train_losses"][0] == adamw["train_losses"][0]  # the same weights and the same first batch
     assert slim["held_out_losses"][-1] == [3, slim["held_out_loss"]]
     assert slim["seconds_per_step"] > 0
+    change = f"{slim['held_out_loss_change_percent']:+.1f} %"
+    less = adamw["state_bytes"] / slim["state_bytes"]
+    shown = headline([adamw, slim])
+    assert shown == f"slim_adamw_8bit: {less:.1f} times less optimizer state than AdamW, held-out loss {change}"
+    assert headline([adamw]) == headline([slim]) == ""
 
 
 def test_unknown_optim_is_refused_before_training(tmp_path, capsys):
