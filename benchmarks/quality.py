@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
 RESULTS = ROOT / "benchmarks" / "results"
-RATES = {"scratch": (5e-4, 1e-3, 2e-3), "encoder": (5e-5, 1e-4, 2e-4)}
+RATES = {"scratch": (5e-4, 1e-3, 2e-3), "encoder": (2e-4, 4e-4, 8e-4)}
 OTHER_RATES = {  # of the algorithms whose updates have another size
     "scratch": {"signum": (1e-4, 2e-4, 4e-4)},
-    "encoder": {"signum": (5e-6, 1e-5, 2e-5)},
+    "encoder": {"signum": (2e-5, 4e-5, 8e-5)},
 }
 WITHOUT_BETA2 = ("signum", "smmf", "coap_adafactor")  # one run counts for every beta2
 MOST_RATES = 6

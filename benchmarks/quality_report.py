@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from matplotlib.figure import Figure
 
 BASELINE = "adamw_torch"
 TITLES = {"scratch": "A new Llama on Python source", "encoder": "A pretrained encoder, fine-tuned"}
@@ -125,6 +124,36 @@ def table_of(title: str, rows: list[Row]) -> list[str]:
     return lines
 
 
+def summary_of(rows: Iterable[Row], task: str, scale: str, column: str) -> list[str]:
+    """Return a short table of one task and scale: the change of the loss against AdamW by optimizer and beta2.
+
+    Args:
+        column: the head of the first column.
+    """
+    own = [row for row in rows if (row["run"]["task"], row["run"]["scale"]) == (task, scale)]
+    found: dict[str, dict[float, Result]] = defaultdict(dict)
+    for result in results_of(own):
+        if result.change is not None:
+            found[result.optim][result.beta2] = result
+    decays = sorted({beta2 for by_beta2 in found.values() for beta2 in by_beta2})
+    heads = [column, "state", *(f"beta2 {beta2}" for beta2 in decays)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(decays)]
+    for optim, by_beta2 in sorted(found.items(), key=lambda item: min(each.mean for each in item[1].values())):
+        state = next(iter(by_beta2.values())).state
+        cells = [cell(by_beta2[beta2]) if beta2 in by_beta2 else "" for beta2 in decays]
+        lines.append(f"| `{named(optim)}` | {state:.3f} | {' | '.join(cells)} |")
+    return lines
+
+
+def cell(result: Result) -> str:
+    return f"{result.mean:.3f}" if result.optim == BASELINE else against(result)
+
+
+def named(optim: str) -> str:
+    """Return an optimizer with its options as a reader writes them, without folders."""
+    return " ".join(re.sub("=.*/", "=", option) for option in optim.split())
+
+
 def edge(result: Result) -> str:
     """Return a mark where the best learning rate is the lowest or the highest that was tried."""
     inside = min(result.rates) < result.lr < max(result.rates)
@@ -139,6 +168,8 @@ def against(result: Result) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw the change of the loss against the bytes of state, a panel for each task and scale."""
+    from matplotlib.figure import Figure  # the tables alone do not need it
+
     studies = studies_of(rows)
     figure = Figure(figsize=(8, 5 * len(studies)), layout="constrained")
     axes = figure.subplots(len(studies), squeeze=False)[:, 0]

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed results and from the package. A test fails if they differ.
+"""Writes the tables of README.md and docs/ from the committed results and the package. A test fails if they differ.
 
     python benchmarks/readme_tables.py
 
@@ -13,16 +13,18 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peers import BASELINE, ROOT
+from quality_report import summary_of
 from step_time_report import clipped, figure, sections, table, with_quartiles
 
 from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.demo import BASELINE as ADAMW
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
-README = ROOT / "README.md"
+README, QUALITY = ROOT / "README.md", ROOT / "docs" / "quality.md"
 STATE = "state_bytes_per_parameter_outside_embeddings"
 
 
@@ -157,25 +159,37 @@ def step_times(name: str, shown: Callable[[dict[str, Any]], bool]) -> str:
     return "\n".join([f"Fused AdamW against itself: {', on two threads '.join(noise)}.", "", *lines])
 
 
-TABLES: dict[str, Callable[[str], str]] = {
-    function.__name__: function
-    for function in (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc)
+def ablations(_: str) -> str:
+    return "\n".join(summary_of(json_lines("ablations_cpu"), "scratch", "micro", "`optim` and its options"))
+
+
+def json_lines(name: str) -> list[dict[str, Any]]:
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# The tables of each page.
+PAGES: dict[Path, tuple[Callable[[str], str], ...]] = {
+    README: (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc),
+    QUALITY: (ablations,),
 }
 
 
-def regenerate(text: str) -> str:
-    """Return the README with all tables written again."""
+def regenerate(text: str, page: Path = README) -> str:
+    """Return a page with all of its tables written again."""
+    tables = {function.__name__: function for function in PAGES[page]}
     found: list[str] = []
 
     def rewrite(match: re.Match[str]) -> str:
         found.append(match[1])
-        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]](match[2])}\n\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n\n{tables[match[1]](match[2])}\n\n<!-- end -->"
 
     text = re.sub(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", rewrite, text, flags=re.DOTALL)
-    if sorted(found) != sorted(TABLES):
-        raise ValueError(f"README.md must have each of the tables {sorted(TABLES)} once, but has {sorted(found)}.")
+    if sorted(found) != sorted(tables):
+        raise ValueError(f"{page.name} must have each of the tables {sorted(tables)} once, but has {sorted(found)}.")
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(regenerate(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(regenerate(page.read_text(encoding="utf-8"), page), encoding="utf-8")
