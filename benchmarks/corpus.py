@@ -97,7 +97,7 @@ def rows_of(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
 
 
 def functions_by_module(classes: int, per_class: int) -> list[tuple[str, int]]:
-    """Return (source of a function, number of its module) in the order of a hash, as many for each module.
+    """Return (source of a function, number of its module) in a fixed order, as many for each module.
 
     The modules are those parts of torch, such as torch/nn and torch/optim, that define the most functions.
     """
@@ -122,4 +122,5 @@ def functions_by_module(classes: int, per_class: int) -> list[tuple[str, int]]:
         for label, part in enumerate(largest)
         for digest in sorted(found[part])[:per_class]
     ]
-    return [(source, label) for _, source, label in sorted(rows)]
+    # The tail of the hash, as the heads of those that were taken depend on the size of their module.
+    return [(source, label) for digest, source, label in sorted(rows, key=lambda row: row[0][::-1])]
