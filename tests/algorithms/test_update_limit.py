@@ -1,0 +1,68 @@
+"""The limit of updates whose second moment is made of means."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+import hf_lowmem
+from tests.support.model_families import VOCAB_SIZE, tiny_model
+
+LR = 1e-2
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    for step in range(steps):
+        ids = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(seed + step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["slim_adamw", "slim_adamw_8bit", "adam_mini", "adalayer", "factored_adamw_8bit"])
+def test_no_entry_moves_further_and_full_second_moments_are_not_limited(name: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    plain = copy.deepcopy(model)
+    settings = {"lr": LR, "weight_decay": 0.0}
+    optimizer = hf_lowmem.build_optimizer(model, name, optim_args="update_limit=0.3", **settings)
+    unlimited = hf_lowmem.build_optimizer(plain, name, optim_args="update_limit=inf", **settings)
+    before = {key: param.detach().clone() for key, param in model.named_parameters()}
+    train(model, optimizer, 1)
+    train(plain, unlimited, 1)
+    others = dict(plain.named_parameters())
+    kept = 0
+    for key, param in model.named_parameters():
+        moved, freely = ((p - before[key]).abs().max() / LR for p in (param, others[key]))
+        if optimizer.state[param].get("exp_avg_sq", torch.empty(0)).shape == param.shape:
+            kept += 1
+            assert torch.equal(param, others[key])
+        else:
+            assert moved <= 0.3 * (1 + 1e-4)
+            assert freely > 0.3
+    assert 0 < kept < len(before) or name in ("adam_mini", "adalayer")  # which average norms, too
+
+
+def test_a_group_may_change_its_limit_and_so_may_a_resumed_run() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=LR, optim_args="update_limit=0.3")
+    train(model, optimizer, 2)
+    resumed_model = copy.deepcopy(model)
+    resumed = hf_lowmem.build_optimizer(resumed_model, "slim_adamw", lr=LR, optim_args="update_limit=inf")
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in optimizer.param_groups:
+        group["update_limit"] = math.inf
+    train(model, optimizer, 2, seed=2)
+    train(resumed_model, resumed, 2, seed=2)
+    for mine, theirs in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "none", "much"])
+def test_values_that_limit_nothing_sensible(value: str) -> None:
+    with pytest.raises(ValueError, match=f"update_limit='?{value}"):
+        hf_lowmem.build_optimizer(tiny_model("llama"), "slim_adamw", lr=LR, optim_args=f"update_limit={value}")
