@@ -133,10 +133,13 @@ def _found(parser: ArgumentParser, args: Namespace, file: Path) -> tuple[dict[st
 
 
 def _write_rules(found: dict[str, Measured], criterion: Criterion, output: Path) -> None:
+    from hf_lowmem.snr.choice import ROW_COL
     from hf_lowmem.snr.rules import as_rules, write_rules
 
-    write_rules(output, as_rules(found, criterion.choices(found)))
-    sys.stdout.write(f'Train with optim="slim_adamw" and optim_args="rules={output}".\n')
+    choices = criterion.choices(found)
+    write_rules(output, as_rules(found, choices))
+    optim = "factored_adamw" if ROW_COL in choices.values() else "slim_adamw"  # which limits the updates, or not
+    sys.stdout.write(f'Train with optim="{optim}" (or "{optim}_8bit") and optim_args="rules={output}".\n')
 
 
 def _show(found: dict[str, Measured], criterion: Criterion, png: Path) -> None:

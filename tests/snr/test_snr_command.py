@@ -89,9 +89,12 @@ def test_show_and_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "h.1.up.weight": None,
         "norm.weight": None,
     }
-    assert "rules=" in capsys.readouterr().out
+    assert 'Train with optim="slim_adamw" (or "slim_adamw_8bit") and optim_args="rules=my' in capsys.readouterr().out
     main(["snr", "rules", "snr.csv", "--bytes-per-param", "1"])
     assert json.loads(Path("rules.json").read_text())["h.1.up.weight"] == [0]
+    Path("snr.csv").write_text(CSV + '3,h.1.up.weight,"(8, 4)",row_col,9,1,1\n')
+    main(["snr", "rules", "snr.csv"])
+    assert 'Train with optim="factored_adamw" (or "factored_adamw_8bit")' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
