@@ -28,7 +28,7 @@ class LimitedOptions(Options):
         math.inf,
         "the most that an entry moves by, as a multiple of the learning rate, if its second moment is averaged or "
         "factored; `inf` limits nothing.",
-        Legal("above 0", lambda value: value > 0),
+        Legal("at least 1e-6", lambda value: value >= 1e-6),  # the kernels divide by it in float32
     )
 
 

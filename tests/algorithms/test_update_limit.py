@@ -62,7 +62,7 @@ def test_a_group_may_change_its_limit_and_so_may_a_resumed_run() -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "none", "much"])
+@pytest.mark.parametrize("value", ["0", "-1", "1e-40", "nan", "none", "much"])
 def test_values_that_limit_nothing_sensible(value: str) -> None:
     with pytest.raises(ValueError, match=f"update_limit='?{value}"):
         hf_lowmem.build_optimizer(tiny_model("llama"), "slim_adamw", lr=LR, optim_args=f"update_limit={value}")
