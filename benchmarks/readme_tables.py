@@ -160,7 +160,8 @@ def step_times(name: str, shown: Callable[[dict[str, Any]], bool]) -> str:
 
 
 def ablations(_: str) -> str:
-    return "\n".join(summary_of(json_lines("ablations_cpu"), "scratch", "micro", "`optim` and its options"))
+    rows = [row for row in json_lines("ablations_cpu") if row["run"]["lr"] == 2e-3]
+    return "\n".join(summary_of(rows, "scratch", "micro", "`optim` and its options"))
 
 
 def json_lines(name: str) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def option(kind: Kind, default: Any, text: str = "", legal: Legal | None = None,
 
 
 def with_default(default: Any, options: type[Options], name: str) -> Any:
-    """Declare an option of a base class again, in a recipe whose default is another than the optimizer class's."""
+    """Declare an option of another class again with a default of its own."""
     return field(default=default, metadata=options.__dataclass_fields__[name].metadata)
 
 

@@ -106,7 +106,7 @@ def limited_adamw_rule(
     weight_decay: Number,
     update_limit: Number,
 ) -> Tensor:
-    """AdamW whose second moment includes the first, so that no entry moves by more than `update_limit` times lr.
+    """AdamW whose second moment includes the first, so that no update exceeds `update_limit` times lr.
 
     A second moment that is an average over entries may be far below an entry's own, whose update would then be far
     above those of AdamW, which hardly exceed lr.

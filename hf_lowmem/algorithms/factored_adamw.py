@@ -14,6 +14,7 @@ from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment
 
+LIMIT = 0.7  # the default of `update_limit`: docs/quality.md
 IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # small, or not known to be one matrix
 
 
@@ -21,7 +22,7 @@ IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # sma
 class FactoredOptions(CalibratedOptions):
     """Options of a weight whose second moment is factored."""
 
-    update_limit: float = with_default(0.7, LimitedOptions, "update_limit")
+    update_limit: float = with_default(LIMIT, LimitedOptions, "update_limit")
     factored: bool = decided_by_role(
         True,
         "whether a weight of two or more axes, without `axes` and `segments`, is factored over its last two axes.",
@@ -41,8 +42,8 @@ class FactoredAdamW(CalibratedAdamW):
     algorithm 2).
     It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and in place of clipping the
     update's root mean square each entry is limited. An estimate may be far below the entry's own second moment, as
-    where most entries of a gradient are zero. AdamW hardly moves an entry by more than lr, and this no entry by more
-    than `update_limit` times lr; without the limit it is behind AdamW (docs/quality.md).
+    where most entries of a gradient are zero. AdamW hardly moves an entry by more than lr, and this optimizer moves no
+    entry by more than `update_limit` times lr, beside the weight decay.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
     (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its
@@ -72,7 +73,7 @@ class FactoredAdamW(CalibratedAdamW):
 class FactoredAdamWRecipe(CalibratedRecipe):
     """Factored AdamW, and which weights are factored: every matrix."""
 
-    update_limit: float = with_default(0.7, LimitedOptions, "update_limit")
+    update_limit: float = with_default(LIMIT, LimitedOptions, "update_limit")
     lora: Literal["full", "factored"] = recipe_only("full", '"factored" factors the matrices of LoRA adapters too.')
 
     optimizer_cls = FactoredAdamW

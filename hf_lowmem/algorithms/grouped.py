@@ -26,9 +26,10 @@ class LimitedOptions(Options):
 
     update_limit: float = flag(
         math.inf,
-        "the most that an entry moves by, as a multiple of the learning rate, if its second moment is averaged or "
-        "factored; `inf` limits nothing.",
-        Legal("at least 1e-6", lambda value: value >= 1e-6),  # the kernels divide by it in float32
+        "the largest update of an entry, as a multiple of the learning rate, in weights whose second moment is "
+        "averaged or factored, all of it or some of its parts; `inf` limits nothing.",
+        # The kernels divide by it in float32.
+        Legal("a number of at least 1e-6", lambda value: isinstance(value, float | int) and value >= 1e-6),
     )
 
 
@@ -77,6 +78,7 @@ class GroupedAdamW(LowMemAdamW):
         return Full(signed=False)
 
     def rule_of(self, plan: StatePlan, group: Group) -> str:
+        self.options_cls.check_values({"update_limit": group["update_limit"]})
         averaged = isinstance(plan.moments["exp_avg_sq"], GroupMean)
         return "limited_adamw" if averaged and math.isfinite(group["update_limit"]) else self.rule
 

@@ -87,7 +87,7 @@ def describe_run(optim: str, run: Training, baseline: Training | None) -> dict[s
 
 
 def headline(runs: list[dict[str, Any]]) -> str:
-    """Return what the first optimizer after the baseline does to its memory and its loss, "" without a baseline."""
+    """Return what the first optimizer beside the baseline does to memory and loss, "" if one of the two is missing."""
     baseline = next((run for run in runs if run["optim"] == BASELINE), None)
     other = next((run for run in runs if run["optim"] != BASELINE), None)
     if baseline is None or other is None:

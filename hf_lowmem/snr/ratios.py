@@ -109,10 +109,10 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
     appended to this one.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not a readable CSV of signal-to-noise ratios: {error}.") from error
-    lines = text.splitlines()
+    lines = text.replace("\ufeff", "").splitlines()  # files with a byte order mark may have been joined
     head = [name.strip() for name in _split(lines[0])] if lines else []
     missing = [column for column in COLUMNS[:5] if column not in head]
     if missing:

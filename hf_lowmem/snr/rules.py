@@ -27,7 +27,7 @@ def rules_from_csv(
     bytes_budget: float | None = None,
     axes_only: bool = False,
 ) -> dict[str, Any]:
-    """Return the rules that follow from a CSV of ratios, as the option `rules` of `slim_adamw` reads them.
+    """Return the rules that follow from a CSV of ratios, as the option `rules` reads them.
 
     The ratio of each subset of a weight's axes is averaged over all measurements, and of the subsets above the cut-off
     that with the highest ratio is averaged over. Norms and vectors keep every entry. So far that is the authors' rule,

@@ -24,7 +24,7 @@ class OptimName(NamedTuple):
 OPTIM_NAMES: dict[str, OptimName] = {
     "lowmem_adamw": OptimName("lowmem_adamw", None, 8.000, "AdamW with the storage options of the others"),
     "lowmem_adamw_8bit": OptimName("lowmem_adamw", 8, 2.031, "AdamW, both moments in 8 bit"),
-    "factored_adamw": OptimName("factored_adamw", None, 4.002, "AdamW whose second moment is rows times columns"),
+    "factored_adamw": OptimName("factored_adamw", None, 4.002, "AdamW, second moment as rows times columns"),
     "factored_adamw_8bit": OptimName("factored_adamw", 8, 1.017, "The same, first moment in 8 bit"),
     "slim_adamw": OptimName("slim_adamw", None, 4.001, "SlimAdam: one second moment per row or column"),
     "slim_adamw_8bit": OptimName("slim_adamw", 8, 1.016, "SlimAdam, first moment in 8 bit"),

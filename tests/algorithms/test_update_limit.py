@@ -62,6 +62,16 @@ def test_a_group_may_change_its_limit_and_so_may_a_resumed_run() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "0.7", None])
+def test_a_group_may_not_have_a_limit_that_is_none(value: object) -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 64))
+    optimizer = hf_lowmem.algorithms.FactoredAdamW([weight], lr=LR)
+    optimizer.param_groups[0]["update_limit"] = value
+    weight.square().sum().backward()
+    with pytest.raises(ValueError, match=r"update_limit=.* must be a number of at least 1e-6"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1e-40", "nan", "none", "much"])
 def test_values_that_limit_nothing_sensible(value: str) -> None:
     with pytest.raises(ValueError, match=f"update_limit='?{value}"):

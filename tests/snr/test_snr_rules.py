@@ -104,7 +104,9 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: str, message:
 def test_files_that_were_edited_or_joined_are_read(tmp_path: Path) -> None:
     path = tmp_path / "snr.csv"
     head = "step,key,shape,compress_dims,snr\n"
-    path.write_text("\ufeff" + head + '1,w,"(8, 4)","(0,)",2\n\n' + head + '2,w,"(8, 4)","(0, )",4\n3,w,"(8', "utf-8")
+    path.write_text(
+        "\ufeff" + head + '1,w,"(8, 4)","(0,)",2\n\n' + "\ufeff" + head + '2,w,"(8, 4)","(0, )",4\n3,w,"(8', "utf-8"
+    )
     assert read_ratios(path)["w"].ratios == {(0,): {1: 2.0, 2: 4.0}}
 
 

@@ -40,7 +40,8 @@ INLINE float limited_root(float root, float momentum) { return sqrtf(root * root
 
 /* Step one run. Where the second moment is a mean, exp_avg is multiplied by `scales`, one factor per column, or by
  * `scale`. Where it is factored, its root is `scale`, the row's factor, times `scales`, those of the columns. Where it
- * includes the first moment, they are the roots of means, and `scale` is 1 beside roots of columns alone. */
+ * includes the first moment, `scales` are the roots of the columns' means, beside which `scale` is 1, or `scale` is the
+ * root of the only mean. */
 INLINE void step_run(const Part *part, int64_t at, int n, const float *scales, float scale) {
     float params[RUN], grads[RUN], averages[RUN + LANES], squares[RUN + LANES];
     const float *grad = load_grad(part, at, n, grads);
