@@ -82,6 +82,7 @@ def test_state_bytes_equal_the_declared_bytes(cls: type, options: dict, shape: t
 @each_variant(FULL_SPACE, geometries=True)
 def test_bfloat16_weights_follow_the_float32_rule(cls: type, options: dict, shape: tuple[int, ...], bits: int) -> None:
     options = {**options, "state_bits": bits, "min_8bit_size": 0}
+    torch.manual_seed(0)  # how many entries lie on a boundary is a matter of luck
     start, grads = torch.randn(shape).bfloat16(), gradients(shape, 1, torch.bfloat16)
     actual, optimizer = run(cls, options, start, grads)
     expected, _ = run(cls, options, start.float(), [g.float() for g in grads])
