@@ -90,7 +90,7 @@ def read_ratios(path: str | Path) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for fields in _rows(path):
         key = canonical_name(fields["key"])
-        measured = found.setdefault(key, Measured(key, _integers(fields["shape"])))
+        measured = found.setdefault(key, Measured(key, _shape(path, fields)))
         how, entries = _reduction(path, fields)
         measured.head_entries = entries or measured.head_entries
         step, ratio = _step(path, fields), _ratio(path, fields)
@@ -154,6 +154,13 @@ def _line(values: Iterable[object]) -> str:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def _shape(path: Path, fields: dict[str, str]) -> tuple[int, ...]:
+    """Return the shape of a row's weight, () where the file leaves it out."""
+    if re.fullmatch(r"(torch\.Size)?[\d\s,()\[\]]*|None", fields["shape"].strip()):
+        return _integers(fields["shape"])
+    raise _fault(path, fields, "shape", "sizes such as (64, 128), or nothing")
 
 
 def _reduction(path: Path, fields: dict[str, str]) -> tuple[Reduction, int]:

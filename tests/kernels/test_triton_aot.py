@@ -191,6 +191,16 @@ def test_clipping_takes_an_instruction_per_entry(shape: str, tmp_path: Path) -> 
         assert per_entry <= ROOM * measured + twice
 
 
+@pytest.mark.parametrize("shape", [shape for shape, (second, _) in SHAPES.items() if second in ("group", "column")])
+def test_a_limit_of_updates_takes_a_few_instructions(shape: str, tmp_path: Path) -> None:
+    """The other variants are factored with a limit, and averaged without one."""
+    for moment, measured in zip((FLOATS, CODES), MEASURED[shape], strict=True):
+        usual = variant(shape, moment, tl.bfloat16)
+        v = usual._replace(limited=not usual.limited)
+        per_entry = check(Report(kernels.step, tmp_path, 90, warps(v), v=constants(v)), v)
+        assert per_entry <= ROOM * measured + (6 if v.limited else 0), (v.moment, per_entry)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [FLOATS, (tl.bfloat16, None), CODES], ids=lambda moment: str(moment[0]))
 @pytest.mark.parametrize("shape", SHAPES)

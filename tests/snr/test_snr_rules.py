@@ -87,6 +87,7 @@ def test_a_measurement_of_rank_1_does_not_decide_for_the_factored_estimate(tmp_p
     [
         ('1,w,"(8, 4)",both,2', "Line 3 of .* has the compress_dims 'both', expected axes such as"),
         ('1,w,"(8, 4)","(-1,)",2', r"has the compress_dims '\(-1,\)', expected axes such as"),
+        ('1,w,8x4,"(1,)",2', r"Line 3 of .* has the shape '8x4', expected sizes such as \(64, 128\)"),
         ('1,w,"(8, 4)",head,2', "has the compress_dims 'head', expected axes such as .* 'head' and its entries"),
         ('inf,w,"(8, 4)","(0,)",2', "Line 3 of .* has the step 'inf', expected a number"),
         ('first,w,"(8, 4)","(0,)",2', "has the step 'first', expected a number"),
