@@ -194,8 +194,10 @@ class CalibratedAdamW(GroupedAdamW):
     def loaded_state(self, state_dict: Mapping[str, Any]) -> dict[Any, State]:
         """Load a checkpoint from before or after the fold into parameters that were added with candidates."""
         mine = [list(layouts.layouts) for layouts in self._layouts]
+        ours = all(group.get("algorithm") == self.algorithm for group in state_dict["param_groups"])
+        saved = state_dict.get("layouts") if ours else None  # another optimizer's checkpoint is refused below
         try:
-            for layouts, entries in zip(self._layouts, state_dict.get("layouts") or [], strict=False):
+            for layouts, entries in zip(self._layouts, saved or [], strict=False):
                 for place, entry in zip(range(len(layouts.layouts)), entries, strict=False):
                     layouts.layouts[place] = self._as_saved(layouts.layouts[place], layouts.built[place], entry)
             loaded = super().loaded_state(state_dict)

@@ -287,12 +287,35 @@ def test_checkpoints_that_do_not_fit_are_refused_and_change_nothing() -> None:
         ValueError, match=r"^The checkpoint was written without rules=auto, so .* of 'model\..*in full"
     ):
         fresh.load_state_dict(never)
+    _, factored = built("llama", "factored_adamw", {"min_8bit_size": 0})
+    for theirs in saved[0], saved[2]:
+        with pytest.raises(ValueError, match=r"^The checkpoint's optimizer state was written by slim_adamw, not by"):
+            factored.load_state_dict(theirs)
     wrong = copy.deepcopy(saved[2])
     wrong["layouts"][0][0]["state_bits"] = 8
     before = fresh.state_dict()["layouts"]
     with pytest.raises(ValueError, match="state_bits=8, expected 32"):
         fresh.load_state_dict(wrong)
     assert fresh.state_dict()["layouts"] == before
+
+
+@pytest.mark.parametrize("limit", [0.3, math.inf])
+def test_updates_are_limited_from_the_fold_on(limit: float) -> None:
+    model, optimizer = built("llama", "factored_adamw", {**AUTO, "update_limit": limit})
+    theirs = copy.deepcopy(model)
+    plain = hf_lowmem.build_optimizer(theirs, "lowmem_adamw", lr=1e-2)
+    for number in range(3):
+        step(model, optimizer, number)
+        step(theirs, plain, number)
+        assert all(map(torch.equal, model.parameters(), theirs.parameters()))
+    before = [param.detach().clone() for param in model.parameters()]
+    step(model, optimizer, 3)
+    most = max(
+        (param - old).abs().max() / 1e-2
+        for param, old in zip(model.parameters(), before, strict=True)
+        if "exp_avg_sq" not in optimizer.state[param] or optimizer.state[param]["exp_avg_sq"].shape != param.shape
+    )
+    assert (most <= 0.3 * (1 + 1e-4)) == (limit == 0.3)
 
 
 def test_a_folded_optimizer_can_go_back_to_a_checkpoint_from_before() -> None:

@@ -76,3 +76,15 @@ def test_a_group_may_not_have_a_limit_that_is_none(value: object) -> None:
 def test_values_that_limit_nothing_sensible(value: str) -> None:
     with pytest.raises(ValueError, match=f"update_limit='?{value}"):
         hf_lowmem.build_optimizer(tiny_model("llama"), "slim_adamw", lr=LR, optim_args=f"update_limit={value}")
+
+
+def test_a_checkpoint_from_before_there_was_a_limit_takes_that_of_the_run() -> None:
+    model = tiny_model("llama")
+    optimizer = hf_lowmem.build_optimizer(model, "factored_adamw", lr=LR)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["update_limit"]
+    resumed = hf_lowmem.build_optimizer(model, "factored_adamw", lr=LR, optim_args="update_limit=0.3")
+    resumed.load_state_dict(saved)
+    assert {group["update_limit"] for group in resumed.param_groups} == {0.3}
