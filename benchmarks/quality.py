@@ -5,7 +5,8 @@
     python benchmarks/quality.py --report                         # writes the table and the picture again
 
 Each optimizer is tried at three learning rates, and at further ones for as long as the best is the lowest or the
-highest; then the best is repeated with other seeds. An 8-bit name takes the learning rate of the name without 8 bits.
+highest; then the best, and all whose loss is close to its, are repeated with other seeds, whose mean decides. An 8-bit
+name takes the learning rate of the name without 8 bits, and `lowmem_adamw` that of torch's AdamW.
 As many processes as cores run at once, with one thread each. Every run is a line of JSON in the results as soon as it
 has ended; a study that was stopped goes on where it was.
 """
@@ -39,7 +40,9 @@ OTHER_RATES = {  # of the algorithms whose updates have another size
     "encoder": {"signum": (2e-5, 4e-5, 8e-5)},
 }
 WITHOUT_BETA2 = ("signum", "smmf", "coap_adafactor")  # one run counts for every beta2
+SAME_AS = {"lowmem_adamw": "adamw_torch"}  # whose learning rates are not tried again
 MOST_RATES = 6
+CLOSE = 1.01  # rates whose first loss is at most so many times the best one are repeated with the other seeds
 FIRST_SEED = 0
 Losses = dict[tuple[Any, ...], float]
 
@@ -66,13 +69,21 @@ class Study(NamedTuple):
 def wanted(optim: str, study: Study, losses: Losses) -> Iterator[Run]:
     """Yield the runs of one optimizer that can be started, given those that are known."""
     name, *options = optim.split()
-    swept = " ".join([name.removesuffix("_8bit"), *options])
+    plain = name.removesuffix("_8bit")
+    swept = " ".join([SAME_AS.get(plain, plain), *options])
     tried = rates_of(swept, study, losses)
     missing = [run for lr in tried if (run := study.run(swept, lr)).key not in losses]
     if missing:
         yield from missing
         return
-    best = min(tried, key=lambda lr: losses[study.run(swept, lr).key])
+    first = {lr: losses[study.run(swept, lr).key] for lr in tried}
+    close = [lr for lr in tried if first[lr] <= CLOSE * min(first.values())]
+    repeated = {lr: [study.run(swept, lr, seed) for seed in study.seeds] for lr in close}
+    missing = [run for runs in repeated.values() for run in runs if run.key not in losses]
+    yield from missing
+    if missing or swept == optim:
+        return
+    best = min(close, key=lambda lr: sum(losses[run.key] for run in repeated[lr]))
     yield from (run for seed in study.seeds if (run := study.run(optim, best, seed)).key not in losses)
 
 

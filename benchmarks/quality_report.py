@@ -71,14 +71,18 @@ def results_of(rows: Iterable[Row]) -> list[Result]:
 
 
 def at_best_rate(rows: list[Row]) -> tuple[float, dict[int, float], dict[float, float]]:
-    """Return the best learning rate of the first seed, its losses by seed, and all rates with that seed's loss."""
-    losses: dict[int, dict[float, float]] = defaultdict(dict)
+    """Return the best learning rate, its losses by seed, and all rates with the first seed's loss.
+
+    The best has the lowest mean loss of those that were run with the most seeds.
+    """
+    losses: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         loss = row["held_out_loss"]
-        losses[row["run"]["seed"]][row["run"]["lr"]] = math.inf if loss is None else loss
-    rates = losses[min(losses)]
-    best = min(rates, key=lambda lr: rates[lr])
-    return best, {seed: found[best] for seed, found in sorted(losses.items()) if best in found}, rates
+        losses[row["run"]["lr"]][row["run"]["seed"]] = math.inf if loss is None else loss
+    most, first = max(map(len, losses.values())), min(seed for by_seed in losses.values() for seed in by_seed)
+    best = min((lr for lr in losses if len(losses[lr]) == most), key=lambda lr: statistics.mean(losses[lr].values()))
+    rates = {lr: by_seed[first] for lr, by_seed in losses.items() if first in by_seed}
+    return best, dict(sorted(losses[best].items())), rates
 
 
 def write_report(rows: list[Row], path: Path) -> None:

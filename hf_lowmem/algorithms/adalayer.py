@@ -38,7 +38,10 @@ class Adalayer(GroupedAdamW):
 
 @dataclass(frozen=True)
 class AdalayerRecipe(RulesRecipe):
-    """Adalayer, and which weights get one number."""
+    """Adalayer, and which weights get one number.
+
+    Embeddings and the head, which lose most by a single mean, are factored unless `rules=paper` or `variant` is given.
+    """
 
     variant: Literal["star", "all", "slim_repo"] = recipe_only(
         "star",
@@ -48,8 +51,12 @@ class AdalayerRecipe(RulesRecipe):
     )
 
     optimizer_cls = Adalayer
+    factored_roles = frozenset((*EMBEDDINGS, "lm_head"))
 
     def options_of(self, role: ParamRole) -> RoleOptions:
+        return super().options_of(role) if self.variant == "star" else self.options_by_role(role)
+
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):
             return {}, "variant=slim_repo"
         if self.variant == "star" and (role.role in ("lm_head", "classifier") or role.tied):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowmem.algorithms.grouped import GroupedAdamW, RulesRecipe, segments_of
+from hf_lowmem.algorithms.grouped import LOSE_BY_MEANS, GroupedAdamW, RulesRecipe, segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -49,7 +49,10 @@ class AdamMini(GroupedAdamW):
 
 @dataclass(frozen=True)
 class AdamMiniRecipe(RulesRecipe):
-    """Adam-mini, and which entries of which weight form a block."""
+    """Adam-mini, and which entries of which weight form a block.
+
+    MLPs, embeddings and the head, which lose quality by a mean per neuron or token, are factored unless `rules=paper`.
+    """
 
     value: Literal["row", "tensor"] = recipe_only(
         "row",
@@ -58,8 +61,9 @@ class AdamMiniRecipe(RulesRecipe):
     )
 
     optimizer_cls = AdamMini
+    factored_roles = LOSE_BY_MEANS
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
         if role.role == "norm":
             return {"axes": tuple(range(len(role.shape)))}, "one per norm"
         if role.role in ELEMENTWISE or role.fan_out is None:

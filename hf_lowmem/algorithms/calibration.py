@@ -261,16 +261,12 @@ class CalibratedRecipe(RulesRecipe, CalibrationOptions):
 
     def options_of(self, role: ParamRole) -> RoleOptions:
         if self.rules != AUTO:
-            return self.options_by_role(role)
+            return super().options_of(role)
         if not (found := candidates_option(role)):
             return self.options_from_file(role, ()), "rules=auto: there are no axes to average over"
         names = list(dict.fromkeys(each[0] for _, _, candidates in found for each in candidates))
         why = f"rules=auto: measured for {self.calibration_steps} steps, then {', '.join(names)} or full"
         return {"candidates": found}, why
-
-    def options_by_role(self, role: ParamRole) -> RoleOptions:
-        """Return what `options_of` returns where no calibration decides."""
-        raise NotImplementedError
 
     def caution_for(self, assignments: Sequence[Assignment], numel: int, nbytes: int) -> str:
         calibrating = [each for each in assignments if each.param.requires_grad and each.options.get("candidates")]

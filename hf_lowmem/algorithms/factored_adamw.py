@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedOptions, CalibratedRecipe
-from hf_lowmem.algorithms.grouped import LimitedOptions, factored
+from hf_lowmem.algorithms.grouped import LIMIT, LimitedOptions, factored
 from hf_lowmem.moments import whole
 from hf_lowmem.options import decided_by_role, recipe_only, with_default
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment
 
-LIMIT = 0.7  # the default of `update_limit`: docs/quality.md
 IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # small, or not known to be one matrix
 
 
@@ -73,7 +72,6 @@ class FactoredAdamW(CalibratedAdamW):
 class FactoredAdamWRecipe(CalibratedRecipe):
     """Factored AdamW, and which weights are factored: every matrix."""
 
-    update_limit: float = with_default(LIMIT, LimitedOptions, "update_limit")
     lora: Literal["full", "factored"] = recipe_only("full", '"factored" factors the matrices of LoRA adapters too.')
 
     optimizer_cls = FactoredAdamW

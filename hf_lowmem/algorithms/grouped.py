@@ -11,7 +11,7 @@ from hf_lowmem.algorithms.adamw import LowMemAdamW
 from hf_lowmem.algorithms.candidates import AUTO, rule_of
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.options import Legal, Options, at_least, decided_by_role, flag, recipe_only
-from hf_lowmem.param_groups import Recipe, check_axes
+from hf_lowmem.param_groups import EMBEDDINGS, Recipe, RoleOptions, check_axes
 from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
@@ -19,18 +19,23 @@ from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import BY_HEAD
 from hf_lowmem.state import Moment, StatePlan
 
+PAPER = "paper"  # the value of `rules` that keeps to the paper's table
+LIMIT = 0.7  # the default of `update_limit` under an optim name: docs/quality.md
+LOSE_BY_MEANS = frozenset(("mlp_up", "mlp_gate", "mlp_down", "lm_head", *EMBEDDINGS))  # roles: docs/quality.md
+
+WHAT_IT_LIMITS = (
+    "the largest update of an entry, as a multiple of the learning rate, in weights whose second moment is averaged "
+    "or factored, all of it or some of its parts; `inf` limits nothing"
+)
+# The kernels divide by it in float32.
+LIMITS = Legal("a number of at least 1e-6", lambda value: isinstance(value, float | int) and value >= 1e-6)
+
 
 @dataclass(frozen=True)
 class LimitedOptions(Options):
     """The option that limits updates of weights whose second moment is made of means."""
 
-    update_limit: float = flag(
-        math.inf,
-        "the largest update of an entry, as a multiple of the learning rate, in weights whose second moment is "
-        "averaged or factored, all of it or some of its parts; `inf` limits nothing.",
-        # The kernels divide by it in float32.
-        Legal("a number of at least 1e-6", lambda value: isinstance(value, float | int) and value >= 1e-6),
-    )
+    update_limit: float = flag(math.inf, f"{WHAT_IT_LIMITS}.", LIMITS)
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,12 @@ class GroupedAdamW(LowMemAdamW):
 
 
 @dataclass(frozen=True)
-class RulesRecipe(Recipe, LimitedOptions):
-    """A recipe whose choices a rules file overrides by name."""
+class RulesRecipe(Recipe):
+    """A recipe that has a table of means by role, some of which it factors, and that a rules file overrides."""
 
+    update_limit: float | None = flag(
+        None, f"{WHAT_IT_LIMITS}. By default it is {LIMIT}, and inf with `rules=paper`.", LIMITS
+    )
     rules: str | None = recipe_only(
         None,
         "path of a JSON file that goes before what the optimizer does by role: "
@@ -99,14 +107,46 @@ class RulesRecipe(Recipe, LimitedOptions):
 
     splits_parts: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False  # whether `rules=auto` is legal
+    factored_roles: ClassVar[frozenset[str]] = frozenset()  # those whose means, which the paper takes, cost quality
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rules == PAPER and not self.factored_roles:
+            raise ValueError(
+                f"rules={PAPER} is for slim_adamw, adam_mini and adalayer: {self.algorithm} departs from no paper's "
+                "table, so leave it out."
+            )
         if self.rules == AUTO and not self.calibrates:
             raise ValueError(
                 f"rules={AUTO} is for factored_adamw and slim_adamw alone: give {self.algorithm} the path of a rules "
                 "file."
             )
+
+    @property
+    def rules_file(self) -> str | None:
+        return None if self.rules == PAPER else self.rules
+
+    def shared_options(self) -> dict[str, Any]:
+        limit = math.inf if self.rules == PAPER else LIMIT
+        given = self.update_limit
+        return {**super().shared_options(), "update_limit": limit if given is None else given}
+
+    def options_of(self, role: ParamRole) -> RoleOptions:
+        options, why = self.options_by_role(role)
+        roles = [part.role for part in role.parts] or [role.role]
+        if self.rules == PAPER or not options or self.factored_roles.isdisjoint(roles):
+            return options, why
+        if self.factored_roles.issuperset(roles):
+            return factored(role), "factored, as a mean costs quality"
+        segments = tuple(
+            (*segment[:5], role.fan_in, 1, (role.fan_out,)) if part.role in self.factored_roles else segment
+            for part, segment in zip(role.parts, options["segments"], strict=True)
+        )
+        return {"segments": segments}, f"{why}, some factored"
+
+    def options_by_role(self, role: ParamRole) -> RoleOptions:
+        """Return what `options_of` returns for the table of the paper."""
+        raise NotImplementedError
 
     def read_value(self, value: Any) -> Any:
         if isinstance(value, dict):

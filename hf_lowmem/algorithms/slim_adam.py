@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedRecipe
-from hf_lowmem.algorithms.grouped import segments_of
+from hf_lowmem.algorithms.grouped import LOSE_BY_MEANS, segments_of
 from hf_lowmem.options import recipe_only
 from hf_lowmem.param_groups import RoleOptions
 from hf_lowmem.roles import ParamRole
@@ -51,7 +51,10 @@ class SlimAdamW(CalibratedAdamW):
 
 @dataclass(frozen=True)
 class SlimAdamRecipe(CalibratedRecipe):
-    """SlimAdam, and which axis of which weight is averaged."""
+    """SlimAdam, and which axis of which weight is averaged.
+
+    MLPs, embeddings and the head, which lose quality by the paper's means, are factored unless `rules=paper`.
+    """
 
     conservative: bool = recipe_only(
         False,
@@ -66,6 +69,7 @@ class SlimAdamRecipe(CalibratedRecipe):
     lora: Literal["full", "fan_in"] = recipe_only("full", '"fan_in" averages `lora_A` over its inputs.')
 
     optimizer_cls = SlimAdamW
+    factored_roles = LOSE_BY_MEANS
 
     def options_by_role(self, role: ParamRole) -> RoleOptions:
         if role.parts:

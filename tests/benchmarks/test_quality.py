@@ -52,9 +52,23 @@ def test_rates_are_added_until_the_best_is_inside_and_then_it_is_repeated():
     assert asked("adamw_torch", rows) == []
 
 
+def test_close_rates_are_repeated_and_the_mean_over_seeds_decides():
+    from quality_report import results_of
+
+    rows = [row("slim_adamw", lr, 0, loss) for lr, loss in ((5e-4, 3.1), (1e-3, 3.01), (2e-3, 3.0), (4e-3, 3.5))]
+    assert asked("slim_adamw", rows) == [("slim_adamw", 1e-3, 1), ("slim_adamw", 2e-3, 1)]
+    rows += [row("slim_adamw", 1e-3, 1, 3.01), row("slim_adamw", 2e-3, 1, 3.1)]
+    assert asked("slim_adamw", rows) == []
+    assert asked("slim_adamw_8bit", rows) == [("slim_adamw_8bit", 1e-3, 0), ("slim_adamw_8bit", 1e-3, 1)]
+    assert [result.lr for result in results_of(rows)] == [1e-3]
+
+
 def test_an_8_bit_name_takes_the_best_rate_of_its_32_bit_name():
     assert {optim for optim, _, _ in asked("slim_adamw_8bit lora=full", [])} == {"slim_adamw lora=full"}
+    assert {optim for optim, _, _ in asked("lowmem_adamw_8bit", [])} == {"adamw_torch"}
     rows = [row("slim_adamw", lr, 0, loss) for lr, loss in ((5e-4, 3.1), (1e-3, 3.0), (2e-3, 3.2))]
+    assert asked("slim_adamw_8bit", rows) == [("slim_adamw", 1e-3, 1)]
+    rows.append(row("slim_adamw", 1e-3, 1, 3.0))
     assert asked("slim_adamw_8bit", rows) == [("slim_adamw_8bit", 1e-3, 0), ("slim_adamw_8bit", 1e-3, 1)]
 
 

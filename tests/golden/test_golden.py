@@ -16,16 +16,16 @@ from hf_lowmem.trainer.optim_args import recipe_for
 GOLDEN = Path(__file__).parent
 CASES = {
     "slim_llama_adamw": ("lowmem_adamw", None),
-    "slim_llama_layermap": ("slim_adamw", None),
-    "slim_gpt2_canonical": ("slim_adamw", None),
-    "slim_mixtral_canonical": ("slim_adamw", None),
-    "slim_phi3_canonical": ("slim_adamw", None),
-    "mini_llama_default": ("adam_mini", None),
-    "mini_llama_wv_empty": ("adam_mini", "value=tensor"),
-    "mini_gpt2_canonical": ("adam_mini", None),
-    "mini_mixtral_canonical": ("adam_mini", None),
-    "adalayer_llama_all": ("adalayer", "variant=all"),
-    "adalayer_llama_star": ("adalayer", None),
+    "slim_llama_layermap": ("slim_adamw", "rules=paper"),
+    "slim_gpt2_canonical": ("slim_adamw", "rules=paper"),
+    "slim_mixtral_canonical": ("slim_adamw", "rules=paper"),
+    "slim_phi3_canonical": ("slim_adamw", "rules=paper"),
+    "mini_llama_default": ("adam_mini", "rules=paper"),
+    "mini_llama_wv_empty": ("adam_mini", "rules=paper,value=tensor"),
+    "mini_gpt2_canonical": ("adam_mini", "rules=paper"),
+    "mini_mixtral_canonical": ("adam_mini", "rules=paper"),
+    "adalayer_llama_all": ("adalayer", "rules=paper,variant=all"),
+    "adalayer_llama_star": ("adalayer", "rules=paper"),
     "signum_llama": ("signum", None),
 }
 
