@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -103,9 +102,8 @@ def test_means_that_cost_quality_are_factored_and_the_others_are_the_papers(fami
 
 
 def test_a_fused_weight_is_factored_in_those_parts_whose_mean_costs_quality() -> None:
-    """No family fuses attention with an MLP as Falcon's or PaLM's blocks could, so the role is made up."""
-    part = partial(FusedPart, outer=1)
-    parts = (part("query", "attention_query", start=0, stop=8), part("up", "mlp_up", start=8, stop=24))
+    """No family here fuses attention with an MLP, so the role is made up."""
+    parts = (FusedPart("attention_query", 1, 0, 8), FusedPart("mlp_up", 1, 8, 24))
     role = ParamRole("fused.weight", (24, 16), "attention_qkv", fan_out=0, fan_in=(1,), parts=parts)
     options, why = SlimAdamRecipe().options_of(role)
     assert "some factored" in why
