@@ -211,9 +211,9 @@ def step_temporaries(model: Any, optim: str, optim_args: str | None) -> int:
             for each in launches_of(bucket):
                 found = each.tables(bucket, bucket.gradient_addresses())
                 tables |= {id(table): table for table in found if table is not None}
-                width = each.variant.block if each.variant.second == "column" else 1
-                sums = 0 if found.sums is None else found.sums.numel() * width
-                passing = max(passing, 8 * len(SCALARS) * len(steps) + 4 * sums)
+                sums = 0 if found.sums is None else each.number_of_sums
+                means = 0 if found.groups is None else len(found.groups)
+                passing = max(passing, 8 * len(SCALARS) * len(steps) + 4 * (sums + means))
     return nbytes(tables.values()) + passing
 
 

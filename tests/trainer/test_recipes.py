@@ -91,13 +91,15 @@ class Launches:
         self.DTYPES = {dtype: dtype for dtype in (torch.bfloat16, torch.float32, torch.uint8)}
         self.tl = SimpleNamespace(constexpr=lambda value: value)
         self.given = [{}]
-        self.sum_squares = self.combine = self.step = self
+        self.sum_squares = self.combine = self.mean_of_rows = self.step = self
 
     def __getitem__(self, grid):
         return lambda *tensors, **options: self.given[-1].update({id(tensor): tensor for tensor in tensors})
 
 
-@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "adam_mini", "adalayer_8bit", "signum", "lowmem_adamw_8bit"])
+@pytest.mark.parametrize(
+    "optim", ["slim_adamw_8bit", "adam_mini", "adalayer_8bit", "signum", "lowmem_adamw_8bit", "factored_adamw_8bit"]
+)
 def test_temporaries_are_what_the_launches_are_given(optim, recipe_memory, monkeypatch):
     launches, step = Launches(), launch.Launch.step
     for module in (backend, launch, variants):

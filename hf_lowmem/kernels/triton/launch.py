@@ -59,7 +59,7 @@ class Launch:
         self._counts = [tuple(tiles), *([tuple(sums), tuple(reductions)] if variant.means == "before" else [])]
         self._counts += [tuple(groups)] if variant.factored else []
         column_sums = sum(sums) * (variant.block if variant.second == "column" else 1)
-        self._all_sums = column_sums + (sum(row_sums) if variant.factored else 0)
+        self.number_of_sums = column_sums + (sum(row_sums) if variant.factored else 0)
         counts = {"tile": tiles, "sum": sums, "reduction": reductions, "row_sum": row_sums, "group": groups}
         starts = {name: accumulate(each, initial=0) for name, each in counts.items()}
         for (number, _), column in zip(pieces, columns, strict=True):
@@ -145,7 +145,7 @@ class Launch:
         finite too."""
         variant, sums = self.variant.sums, tables.sums
         assert sums is not None
-        found = torch.empty(self._all_sums, dtype=torch.float32, device=sums.device)
+        found = torch.empty(self.number_of_sums, dtype=torch.float32, device=sums.device)
         total = torch.empty(len(sums), dtype=torch.float32, device=sums.device) if totals else found
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)
         triton_kernels().sum_squares[(len(sums),)](
