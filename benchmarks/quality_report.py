@@ -142,7 +142,9 @@ def summary_of(rows: Iterable[Row], task: str, scale: str, column: str) -> list[
     decays = sorted({beta2 for by_beta2 in found.values() for beta2 in by_beta2})
     heads = [column, "state", *(f"beta2 {beta2}" for beta2 in decays)]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(decays)]
-    for optim, by_beta2 in sorted(found.items(), key=lambda item: min(each.change or 0.0 for each in item[1].values())):
+    for optim, by_beta2 in sorted(
+        found.items(), key=lambda item: min(each.change or 0.0 for each in item[1].values())
+    ):
         state = next(iter(by_beta2.values())).state
         cells = [cell(by_beta2[beta2]) if beta2 in by_beta2 else "" for beta2 in decays]
         lines.append(f"| `{named(optim)}` | {state:.3f} | {' | '.join(cells)} |")

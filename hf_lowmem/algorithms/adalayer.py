@@ -45,9 +45,9 @@ class AdalayerRecipe(RulesRecipe):
 
     variant: Literal["star", "all", "slim_repo"] = recipe_only(
         "star",
-        '"star" gives every weight one number, and the last layer one per logit; "all" gives the last layer one '
-        'number too; "slim_repo" keeps the full second moment of embeddings, head and norms, as the rules that '
-        "SlimAdam's authors ship.",
+        '"star" gives every weight one number, and the last layer, where it is not factored, one per logit; "all" '
+        'gives the last layer one number too; "slim_repo" keeps the full second moment of embeddings, head and norms, '
+        "as the rules that SlimAdam's authors ship.",
     )
 
     optimizer_cls = Adalayer
