@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -49,7 +50,6 @@ def merge(paths: list[Path], commit: str) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    means = {row["optim"]: statistics.mean(row["held_out_losses"]) for row in report["rows"]}
     lines = [
         "# Held-out loss of the demo by seed",
         "",
@@ -63,11 +63,22 @@ def render(report: dict[str, Any]) -> str:
         "|---|---:|" + "---:|" * (len(report["seeds"]) + 2),
     ]
     for row in report["rows"]:
-        mean = means[row["optim"]]
-        against = f"{mean / means[BASELINE] - 1:+.1%}" if BASELINE in means and row["optim"] != BASELINE else ""
         cells = " | ".join(f"{loss:.3f}" for loss in row["held_out_losses"])
-        lines.append(f"| `{row['optim']}` | {row[STATE]:.3f} | {cells} | {mean:.3f} | {against} |")
+        mean = statistics.mean(row["held_out_losses"])
+        lines.append(
+            f"| `{row['optim']}` | {row[STATE]:.3f} | {cells} | {mean:.3f} | {against(row, report['rows'])} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def against(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return the mean difference to AdamW's loss with the same seed, and its standard error."""
+    baseline = next((each["held_out_losses"] for each in rows if each["optim"] == BASELINE), None)
+    if baseline is None or row["optim"] == BASELINE:
+        return ""
+    changes = [loss / theirs - 1 for loss, theirs in zip(row["held_out_losses"], baseline, strict=True)]
+    error = f" ± {statistics.stdev(changes) / math.sqrt(len(changes)):.2%}" if len(changes) > 1 else ""
+    return f"{statistics.mean(changes):+.2%}{error}"
 
 
 def main() -> None:

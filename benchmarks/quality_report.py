@@ -21,9 +21,9 @@ class Result(NamedTuple):
 
     Args:
         losses: the held-out loss by seed at the best learning rate.
-        change: the mean over seeds of the loss relative to AdamW's at its own best learning rate, less 1, or None
-            where there is none.
-        error: the standard error of `change`, or None where there is one seed.
+        change: the mean over seeds of the loss relative to AdamW's at its own best learning rate, less 1: infinite if
+            a run diverged, None if AdamW was not run with these seeds.
+        error: the standard error of `change`, or None where there is one seed or a run diverged.
         rates: the learning rates that were tried, with the first seed's losses.
     """
 
@@ -59,9 +59,9 @@ def results_of(rows: Iterable[Row]) -> list[Result]:
     for (beta2, optim), (lr, losses, rates) in best.items():
         baseline = best.get((beta2, BASELINE), (0.0, dict[int, float](), {}))[1]
         changes = [loss / baseline[seed] - 1 for seed, loss in losses.items() if seed in baseline]
-        known = changes and all(map(math.isfinite, changes))
-        change = statistics.mean(changes) if known else None
-        error = statistics.stdev(changes) / math.sqrt(len(changes)) if known and len(changes) > 1 else None
+        change = statistics.mean(changes) if changes else None
+        several = len(changes) > 1 and all(map(math.isfinite, changes))
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if several else None
         own = [row for row in by_optim[beta2, optim] if row["run"]["lr"] == lr]
         accuracies = [row["accuracy"] for row in own if "accuracy" in row]
         accuracy = statistics.mean(accuracies) if accuracies else None
@@ -142,9 +142,7 @@ def summary_of(rows: Iterable[Row], task: str, scale: str, column: str) -> list[
     decays = sorted({beta2 for by_beta2 in found.values() for beta2 in by_beta2})
     heads = [column, "state", *(f"beta2 {beta2}" for beta2 in decays)]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(decays)]
-    for optim, by_beta2 in sorted(
-        found.items(), key=lambda item: min(each.change or 0.0 for each in item[1].values())
-    ):
+    for optim, by_beta2 in sorted(found.items(), key=lambda item: min(each.change for each in item[1].values())):
         state = next(iter(by_beta2.values())).state
         cells = [cell(by_beta2[beta2]) if beta2 in by_beta2 else "" for beta2 in decays]
         lines.append(f"| `{named(optim)}` | {state:.3f} | {' | '.join(cells)} |")
@@ -169,7 +167,9 @@ def edge(result: Result) -> str:
 def against(result: Result) -> str:
     if result.optim == BASELINE or result.change is None:
         return ""
-    return f"{result.change:+.2%} ± {result.error:.2%}" if result.error is not None else f"{result.change:+.2%}"
+    if math.isinf(result.change):
+        return "diverged"
+    return f"{result.change:+.2%}" + (f" ± {result.error:.2%}" if result.error is not None else "")
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -184,7 +184,8 @@ def draw(rows: list[Row], path: Path) -> None:
         beta2 = min(result.beta2 for result in results)
         panel.axhline(0, color="#4c566a", linewidth=1)
         for result in results:
-            if result.beta2 != beta2 or result.change is None or " " in result.optim:
+            unknown = result.change is None or math.isinf(result.change)
+            if result.beta2 != beta2 or unknown or " " in result.optim:
                 continue
             percent, error = 100 * result.change, 100 * (result.error or 0)
             place = min(max(percent, SHOWN_BELOW), SHOWN_ABOVE)

@@ -198,7 +198,7 @@ def convert(argv: list[str]) -> None:
 
 
 def snr(argv: list[str]) -> None:
-    """Measure which second moments of a training script may be averaged, and write rules for slim_adamw."""
+    """Measure which second moments of a training script may be averaged, and write rules for it."""
     from hf_lowmem.snr_command import main as command
 
     command(Parser(prog="hf-lowmem snr", description=snr.__doc__), argv)

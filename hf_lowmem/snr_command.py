@@ -138,7 +138,7 @@ def _write_rules(found: dict[str, Measured], criterion: Criterion, output: Path)
 
     choices = criterion.choices(found)
     write_rules(output, as_rules(found, choices))
-    optim = "factored_adamw" if ROW_COL in choices.values() else "slim_adamw"  # which limits the updates, or not
+    optim = "factored_adamw" if ROW_COL in choices.values() else "slim_adamw"
     sys.stdout.write(f'Train with optim="{optim}" (or "{optim}_8bit") and optim_args="rules={output}".\n')
 
 

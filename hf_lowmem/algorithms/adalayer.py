@@ -40,21 +40,22 @@ class Adalayer(GroupedAdamW):
 class AdalayerRecipe(RulesRecipe):
     """Adalayer, and which weights get one number.
 
-    Embeddings and the head, which lose most by a single mean, are factored unless `rules=paper` or `variant` is given.
+    Embeddings and the head, which lose most by a single mean, are factored unless the algorithm is a paper's.
     """
 
     variant: Literal["star", "all", "slim_repo"] = recipe_only(
         "star",
-        '"star" gives every weight one number, and the last layer, where it is not factored, one per logit; "all" '
-        'gives the last layer one number too; "slim_repo" keeps the full second moment of embeddings, head and norms, '
-        "as the rules that SlimAdam's authors ship.",
+        '"star" gives every weight one number, and the last layer, where it is not factored, one per logit. Two '
+        'others are of papers, without factored weights and a limit: "all" gives the last layer one number too, and '
+        '"slim_repo" keeps the full second moment of embeddings, head and norms, as the rules of SlimAdam\'s authors.',
     )
 
     optimizer_cls = Adalayer
     factored_roles = frozenset((*EMBEDDINGS, "lm_head"))
 
-    def options_of(self, role: ParamRole) -> RoleOptions:
-        return super().options_of(role) if self.variant == "star" else self.options_by_role(role)
+    @property
+    def is_papers(self) -> bool:
+        return super().is_papers or self.variant != "star"
 
     def options_by_role(self, role: ParamRole) -> RoleOptions:
         if self.variant == "slim_repo" and role.role in (*EMBEDDINGS, "lm_head", "norm"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from hf_lowmem.algorithms.adamw import LowMemAdamW
 from hf_lowmem.algorithms.candidates import AUTO, rule_of
@@ -21,7 +21,9 @@ from hf_lowmem.state import Moment, StatePlan
 
 PAPER = "paper"  # the value of `rules` that keeps to the paper's table
 LIMIT = 0.7  # the default of `update_limit` under an optim name: docs/quality.md
-LOSE_BY_MEANS = frozenset(("mlp_up", "mlp_gate", "mlp_down", "lm_head", *EMBEDDINGS))  # roles: docs/quality.md
+LOSE_BY_MEANS = frozenset(
+    ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down", "lm_head", *EMBEDDINGS)
+)  # roles: docs/quality.md
 
 WHAT_IT_LIMITS = (
     "the largest update of an entry, as a multiple of the learning rate, in weights whose second moment is averaged "
@@ -92,8 +94,10 @@ class GroupedAdamW(LowMemAdamW):
 class RulesRecipe(Recipe):
     """A recipe that has a table of means by role, some of which it factors, and that a rules file overrides."""
 
-    update_limit: float | None = flag(
-        None, f"{WHAT_IT_LIMITS}. By default it is {LIMIT}, and inf with `rules=paper`.", LIMITS
+    update_limit: float | Literal["auto"] = flag(
+        "auto",
+        f'{WHAT_IT_LIMITS}. "auto" is {LIMIT}, and inf where the algorithm is the paper\'s, as with `rules=paper`.',
+        Legal(f'{LIMITS.words}, or "auto"', lambda value: value == "auto" or LIMITS.includes(value)),
     )
     rules: str | None = recipe_only(
         None,
@@ -102,7 +106,8 @@ class RulesRecipe(Recipe):
         "`{name: rule}` as SlimAdam's authors and `hf-lowmem snr` write it. A rule is a list of axes to average over, "
         '"row_col" (a factored second moment), "head" (a number per head of queries or keys), "full", or for a fused '
         "weight `{part: rule}`. A rule by role reaches the parts of fused weights, too. Under `factored_adamw` and "
-        '`slim_adamw`, "auto" finds the rules in the run itself.',
+        '`slim_adamw`, "auto" finds the rules in the run itself. Under `slim_adamw`, `adam_mini` and `adalayer`, '
+        '"paper" keeps to the algorithm of the paper, of whose means some are factored by default.',
     )
 
     splits_parts: ClassVar[bool] = True
@@ -126,23 +131,22 @@ class RulesRecipe(Recipe):
     def rules_file(self) -> str | None:
         return None if self.rules == PAPER else self.rules
 
+    @property
+    def is_papers(self) -> bool:
+        """Whether the algorithm is that of its paper, without a limit and with all of its means."""
+        return self.rules == PAPER
+
     def shared_options(self) -> dict[str, Any]:
-        limit = math.inf if self.rules == PAPER else LIMIT
-        given = self.update_limit
-        return {**super().shared_options(), "update_limit": limit if given is None else given}
+        limit = self.update_limit
+        if limit == "auto":
+            limit = math.inf if self.is_papers else LIMIT
+        return {**super().shared_options(), "update_limit": limit}
 
     def options_of(self, role: ParamRole) -> RoleOptions:
         options, why = self.options_by_role(role)
-        roles = [part.role for part in role.parts] or [role.role]
-        if self.rules == PAPER or not options or self.factored_roles.isdisjoint(roles):
+        if self.is_papers or not options or role.role not in self.factored_roles:
             return options, why
-        if self.factored_roles.issuperset(roles):
-            return factored(role), "factored, as a mean costs quality"
-        segments = tuple(
-            (*segment[:5], role.fan_in, 1, (role.fan_out,)) if part.role in self.factored_roles else segment
-            for part, segment in zip(role.parts, options["segments"], strict=True)
-        )
-        return {"segments": segments}, f"{why}, some factored"
+        return factored(role), "factored, as a mean costs quality"
 
     def options_by_role(self, role: ParamRole) -> RoleOptions:
         """Return what `options_of` returns for the table of the paper."""

@@ -63,8 +63,8 @@ class SlimAdamRecipe(CalibratedRecipe):
     )
     fused: Literal["split", "full"] = recipe_only(
         "split",
-        '"split" averages each part of a fused QKV or gate-up weight by a table entry of its own; "full" keeps '
-        "the full second moment of such weights.",
+        '"split" takes each part of a fused QKV or gate-up weight as a weight of its own; "full" keeps the full '
+        "second moment of such weights.",
     )
     lora: Literal["full", "fan_in"] = recipe_only("full", '"fan_in" averages `lora_A` over its inputs.')
 

@@ -33,7 +33,7 @@ def explain(model: nn.Module, name: str, optim_args: str | Mapping[str, Any] | N
     ...     model = LlamaForCausalLM(LlamaConfig())  # Llama 2 7B
     >>> explanation = hf_lowmem.explain(model, "slim_adamw_8bit")
     >>> round(explanation.bytes_per_param, 3)
-    1.016
+    1.017
     """
     if name in ADAMW_NAMES:
         if optim_args:

@@ -72,7 +72,7 @@ def test_a_group_may_not_have_a_limit_that_is_none(value: object) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1e-40", "nan", "much"])
+@pytest.mark.parametrize("value", ["0", "-1", "1e-40", "nan", "none", "much"])
 def test_values_that_limit_nothing_sensible(value: str) -> None:
     with pytest.raises(ValueError, match=f"update_limit='?{value}"):
         hf_lowmem.build_optimizer(tiny_model("llama"), "slim_adamw", lr=LR, optim_args=f"update_limit={value}")

@@ -10,9 +10,6 @@ import pytest
 import torch
 
 import hf_lowmem
-from hf_lowmem.algorithms.slim_adam import SlimAdamRecipe
-from hf_lowmem.moments import GroupMean, Segment
-from hf_lowmem.roles import FusedPart, ParamRole
 from hf_lowmem.sizes import readable
 from tests.support.model_families import DECODER_LMS, FAMILIES, tiny_model
 
@@ -101,15 +98,24 @@ def test_means_that_cost_quality_are_factored_and_the_others_are_the_papers(fami
     assert found == {True, False}
 
 
-def test_a_fused_weight_is_factored_in_those_parts_whose_mean_costs_quality() -> None:
-    """No family here fuses attention with an MLP, so the role is made up."""
-    parts = (FusedPart("attention_query", 1, 0, 8), FusedPart("mlp_up", 1, 8, 24))
-    role = ParamRole("fused.weight", (24, 16), "attention_qkv", fan_out=0, fan_in=(1,), parts=parts)
-    options, why = SlimAdamRecipe().options_of(role)
-    assert "some factored" in why
-    moment = GroupMean(tuple(Segment(*segment) for segment in options["segments"]))
-    shapes = {mean.name: mean.spec(role.shape).shape for mean in moment.means}
-    assert shapes == {"query": (8, 1), "up_row": (16, 1), "up_col": (1, 16)}
+@pytest.mark.parametrize("optim", ["slim_adamw", "adam_mini", "adalayer"])
+def test_the_papers_algorithm_has_no_limit_unless_one_is_given(optim: str) -> None:
+    def limits(optim_args: str | None) -> set[float]:
+        optimizer = hf_lowmem.build_optimizer(tiny_model("llama"), optim, lr=1e-3, optim_args=optim_args)
+        return {group["update_limit"] for group in optimizer.param_groups}
+
+    assert limits(None) == limits("update_limit=auto") == {0.7}
+    assert limits("rules=paper") == {math.inf}
+    assert limits("rules=paper,update_limit=0.7") == {0.7}
+    if optim == "adalayer":
+        assert limits("variant=all") == limits("variant=slim_repo") == {math.inf}
+
+
+def test_only_what_departs_from_a_paper_can_keep_to_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^rules=paper is for slim_adamw, adam_mini and adalayer: factored_adamw dep"
+    ):
+        hf_lowmem.explain(tiny_model("llama"), "factored_adamw", "rules=paper")
 
 
 def test_options() -> None:
