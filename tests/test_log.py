@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 import hf_lowmem
 from hf_lowmem.log import PACKAGE, get_logger
@@ -57,6 +58,12 @@ def test_one_line_and_the_warnings_are_shown_where_no_logging_is_set(terminal: C
         'details: print(hf_lowmem.explain(model, "slim_adamw"))'
     )
     assert warning.startswith(WARNING)
+
+
+def test_the_name_of_training_arguments_is_shown_as_it_is_written(terminal: Callable[[], str]) -> None:
+    hf_lowmem.register()
+    build(TrainingArguments(report_to=[], optim="slim_adamw").optim)
+    assert terminal().startswith("[hf_lowmem] slim_adamw: 32.00 KiB")
 
 
 @pytest.mark.parametrize(("dtype", "adamw"), [("float32", 8), ("bfloat16", 4), ("float16", 4), ("float64", 16)])

@@ -105,6 +105,7 @@ def optimizer_cls_and_kwargs(
     >>> chosen = hf_lowmem.optimizer_cls_and_kwargs(model, "adam_mini_8bit", lr=1e-3)
     >>> trainer = Trainer(model, TrainingArguments(report_to="none"), optimizer_cls_and_kwargs=chosen)
     """
+    name = getattr(name, "value", name)  # `TrainingArguments.optim` is a member of an enum
     recipe = recipe_for(name, optim_args, target_modules)
     if model is None:
         logger.warning(
