@@ -288,7 +288,7 @@ def test_every_family_is_covered(family: str, name: str, monkeypatch: pytest.Mon
         param.grad = torch.randn_like(param)
     with forced("torch_fused", "cpu", "tiles"):
         optimizer.step()
-    assert bool(left) == (family == "gpt_oss" and name != "adam_mini")
+    assert bool(left) == (family == "gpt_oss")
 
 
 @pytest.mark.parametrize(
