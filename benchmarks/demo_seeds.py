@@ -66,12 +66,12 @@ def render(report: dict[str, Any]) -> str:
         cells = " | ".join(f"{loss:.3f}" for loss in row["held_out_losses"])
         mean = statistics.mean(row["held_out_losses"])
         lines.append(
-            f"| `{row['optim']}` | {row[STATE]:.3f} | {cells} | {mean:.3f} | {against(row, report['rows'])} |"
+            f"| `{row['optim']}` | {row[STATE]:.3f} | {cells} | {mean:.3f} | {difference(row, report['rows'])} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def against(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def difference(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the mean difference to AdamW's loss with the same seed, and its standard error."""
     baseline = next((each["held_out_losses"] for each in rows if each["optim"] == BASELINE), None)
     if baseline is None or row["optim"] == BASELINE:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from demo_seeds import difference
 from peers import BASELINE, ROOT
 from quality_report import summary_of
 from step_time_report import clipped, figure, sections, table, with_quartiles
@@ -164,6 +165,20 @@ def ablations(_: str) -> str:
     return "\n".join(summary_of(rows, "scratch", "micro", "`optim` and its options"))
 
 
+def quality(_: str) -> str:
+    rows = [row for row in json_lines("quality_cpu") if " " not in row["run"]["optim"]]
+    return "\n".join(summary_of(rows, "scratch", "small", "`optim`"))
+
+
+def demo_rules(_: str) -> str:
+    rows = results("demo_rules_cpu")["rows"]
+    lines = ["| `optim` and its options | state | mean held-out loss | against AdamW |", "|---|---:|---:|---:|"]
+    for row in rows:
+        mean = statistics.mean(row["held_out_losses"])
+        lines.append(f"| `{row['optim']}` | {row[STATE]:.3f} | {mean:.3f} | {difference(row, rows)} |")
+    return "\n".join(lines)
+
+
 def json_lines(name: str) -> list[dict[str, Any]]:
     lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -172,7 +187,7 @@ def json_lines(name: str) -> list[dict[str, Any]]:
 # The tables of each page.
 PAGES: dict[Path, tuple[Callable[[str], str], ...]] = {
     README: (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc),
-    QUALITY: (ablations,),
+    QUALITY: (quality, ablations, demo_rules),
 }
 
 
