@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from paired import in_percent, mean_and_error
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -77,8 +78,7 @@ def difference(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if baseline is None or row["optim"] == BASELINE:
         return ""
     changes = [loss / theirs - 1 for loss, theirs in zip(row["held_out_losses"], baseline, strict=True)]
-    error = f" ± {statistics.stdev(changes) / math.sqrt(len(changes)):.2%}" if len(changes) > 1 else ""
-    return f"{statistics.mean(changes):+.2%}{error}"
+    return in_percent(*mean_and_error(changes))
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from paired import in_percent, mean_and_error
+
 BASELINE = "adamw_torch"
 TITLES = {"scratch": "A new Llama on Python source", "encoder": "A pretrained encoder, fine-tuned"}
 SHOWN_ABOVE, SHOWN_BELOW = 3.0, -3.0  # percent; the picture has an arrow for what is further away
@@ -59,9 +61,7 @@ def results_of(rows: Iterable[Row]) -> list[Result]:
     for (beta2, optim), (lr, losses, rates) in best.items():
         baseline = best.get((beta2, BASELINE), (0.0, dict[int, float](), {}))[1]
         changes = [loss / baseline[seed] - 1 for seed, loss in losses.items() if seed in baseline]
-        change = statistics.mean(changes) if changes else None
-        several = len(changes) > 1 and all(map(math.isfinite, changes))
-        error = statistics.stdev(changes) / math.sqrt(len(changes)) if several else None
+        change, error = mean_and_error(changes) if changes else (None, None)
         own = [row for row in by_optim[beta2, optim] if row["run"]["lr"] == lr]
         accuracies = [row["accuracy"] for row in own if "accuracy" in row]
         accuracy = statistics.mean(accuracies) if accuracies else None
@@ -167,9 +167,7 @@ def edge(result: Result) -> str:
 def against(result: Result) -> str:
     if result.optim == BASELINE or result.change is None:
         return ""
-    if math.isinf(result.change):
-        return "diverged"
-    return f"{result.change:+.2%}" + (f" ± {result.error:.2%}" if result.error is not None else "")
+    return in_percent(result.change, result.error)
 
 
 def draw(rows: list[Row], path: Path) -> None:

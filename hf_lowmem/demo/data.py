@@ -1,34 +1,20 @@
 """Question/answer pairs from the documentation that ships with Python, and a tokenizer trained on them.
 
-Nothing is downloaded. The text is that of the running interpreter: it differs a little between Python versions, and is
-the same in every run of one version.
+Nothing is downloaded. The text is that of the running Python: it differs a little between versions, and is the same in
+every run of one version, whatever other packages are installed or imported.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
-import inspect
-import pydoc_data.topics
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-MODULES = """
-abc argparse array ast asyncio base64 binascii bisect builtins bz2 calendar cmath cmd codecs collections
-collections.abc colorsys concurrent.futures configparser contextlib contextvars copy copyreg csv dataclasses datetime
-decimal difflib dis doctest email.message email.utils enum filecmp fileinput fnmatch fractions ftplib functools gc
-gettext glob gzip hashlib heapq hmac html html.parser http.client http.cookies http.server imaplib importlib.metadata
-inspect io ipaddress itertools json linecache locale logging logging.handlers lzma mailbox math mimetypes mmap
-multiprocessing.pool numbers operator optparse os os.path pathlib pickle pickletools pkgutil platform plistlib poplib
-pprint pstats pyclbr queue quopri random re reprlib runpy sched secrets selectors shelve shlex shutil smtplib socket
-socketserver sqlite3 ssl stat statistics string struct subprocess symtable sys tarfile tempfile textwrap threading
-time timeit tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.mock urllib.error
-urllib.parse urllib.request urllib.robotparser uuid venv warnings wave weakref xml.dom.minidom xml.etree.ElementTree
-xml.sax xmlrpc.client xmlrpc.server zipapp zipfile zlib zoneinfo
-""".split()
 
 PIECE_CHARS = 400  # about 100 tokens
 SHORTEST_CHARS = 40
@@ -72,26 +58,12 @@ def train_tokenizer(pairs: list[Pair], vocab_size: int = 4096) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    """Yield (question, text) for every topic, module, class, function and method, in a fixed order."""
-    for topic, text in sorted(pydoc_data.topics.topics.items()):
-        yield f'Explain "{topic}" in Python.', text
-    for module_name in MODULES:
-        with contextlib.suppress(ImportError):  # some builds come without sqlite3, ssl, bz2 or lzma
-            module = importlib.import_module(module_name)
-            yield f"What is the module `{module_name}` for?", inspect.getdoc(module) or ""
-            for name, value in sorted(vars(module).items()):
-                if not name.startswith("_") and callable(value):
-                    yield from _docstrings(f"{module_name}.{name}", value)
-
-
-def _docstrings(path: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yield (question, docstring) for a function, or for a class and its public methods and properties."""
-    is_class = inspect.isclass(value)
-    yield f"What is `{path}`?" if is_class else f"What does `{path}` do?", inspect.getdoc(value) or ""
-    for name, member in sorted(vars(value).items()) if is_class else ():
-        if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
-            yield f"What does `{path}.{name}` do?", inspect.getdoc(member) or ""
+def _documents() -> list[tuple[str, str]]:
+    """Return (question, text) for every topic, module, class, function and method, in a fixed order."""
+    program = Path(__file__).with_name("documentation.py")
+    found = subprocess.run([sys.executable, "-I", "-S", program], check=True, capture_output=True)
+    documents: list[tuple[str, str]] = json.loads(found.stdout)
+    return documents
 
 
 def _pieces(text: str, seen: set[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The data of the RLHF demo: short answers, preference pairs made of them, and a reward that needs no model.
 
-All of it is computed from the documentation pairs alone, so it is the same in every run. Messages have TRL's
+All of it is computed from the documentation pairs alone, so the same pairs give the same data. Messages have TRL's
 conversational form, a list of `{"role": ..., "content": ...}`.
 """
 

@@ -42,6 +42,13 @@ def test_pairs_are_enough_and_the_same_every_time(pairs):
     assert build_pairs() == pairs
 
 
+def test_pairs_do_not_depend_on_what_other_packages_replace(pairs, monkeypatch):
+    monkeypatch.setattr("abc.abstractmethod.__doc__", "Another package's words, which are long enough to be a pair.")
+    monkeypatch.setattr("shutil.copy", lambda source, target: None)
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")  # leaves the docstrings out
+    assert build_pairs() == pairs
+
+
 def test_no_paragraph_is_in_both_splits(pairs):
     train, held_out = pairs
     assert not paragraphs(train) & paragraphs(held_out)
