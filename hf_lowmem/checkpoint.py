@@ -14,6 +14,7 @@ from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
+from hf_lowmem.sharding import StatePlace
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
 
 Group = Mapping[str, Any]
@@ -47,10 +48,10 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
                 plan = optimizer.plan_by(layout, group, param)
                 if adamw:
                     saved = from_adamw(saved, plan, tuple(param.shape))
-                specs = optimizer.specs_of(param, plan, group)
+                specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
                 check_state(saved, specs, tuple(param.shape))
                 with torch.inference_mode(False):  # a later step may be outside of it
-                    loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
+                    loaded[param] = {name: copied(value, specs.get(name), place) for name, value in saved.items()}
     take_over(optimizer.param_groups, saved_groups, optimizer.kept_options, HYPERPARAMETERS if adamw else None)
     return loaded
 
@@ -168,13 +169,14 @@ def check_layouts(
                     )
 
 
-def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
+def copied(value: Any, spec: TensorSpec | None, place: StatePlace) -> Tensor:
     """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
-        return value.to(param.device, copy=True)  # type: ignore[no-any-return]
-    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
-    number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-    return tensor.copy_(number.reshape(spec.shape))
+        return value.to(place.param.device, copy=True)  # type: ignore[no-any-return]
+    part, shape = place.part_of(value, spec), place.shape(spec)
+    tensor = torch.empty(shape, dtype=spec.dtype, device=spec.place(place.param.device))
+    number = part if isinstance(part, Tensor) else torch.tensor(part, device="cpu")
+    return place.placed(tensor.copy_(number.reshape(shape)), spec)
 
 
 def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:
