@@ -23,7 +23,7 @@ class CalibrationOptions(Options):
     """When and by which signal-to-noise ratio `rules=auto` folds second moments."""
 
     calibration_steps: int = run(
-        300,
+        100,
         "with `rules=auto`, the number of a weight's own steps in which it keeps its full second moment and the "
         "signal-to-noise ratio of that is measured; then it is averaged where the ratio allows it.",
         at_least(1),
