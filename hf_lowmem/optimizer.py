@@ -264,6 +264,7 @@ class LowMemOptimizer(PlannedOptimizer):
         """
         self.synchronize_state()
         found = super().state_dict()
+        found["state"] = {key: checkpoint.saved(state) for key, state in found["state"].items()}
         for group in found["param_groups"]:
             group["algorithm"] = self.algorithm  # the group's own may be of another optimizer that has it too
         return {**found, "layouts": [layouts.saved() for layouts in self._layouts]}

@@ -23,6 +23,7 @@ from torch import Tensor
 from hf_lowmem.state import TensorSpec
 
 Groups = tuple[Any, ...]  # process groups, over each of which in turn something is added up
+EVERYONE: Groups = (None,)  # all processes
 
 
 class Tile(NamedTuple):
@@ -64,6 +65,11 @@ def is_sharded(tensor: Any) -> bool:
 def local(tensor: Any) -> Any:
     """Return the piece of a DTensor that this process holds, or any other value itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """Return all of a DTensor, which all processes of its mesh must call, or any other value itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def tile_of(param: Tensor) -> Tile:
@@ -146,7 +152,7 @@ class StatePlace:
 
         shape, stride = torch.Size(spec.shape), torch.empty(spec.shape, device="meta").stride()
         mesh, placements = self.param.device_mesh, self.placements(spec)
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def placements(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Return how a state tensor is placed: cut as its parameter along the axes that it runs along, or replicated."""
@@ -200,6 +206,32 @@ def _longest(tile: Tile, axis: int) -> int:
     for group in tile.groups[axis]:
         size = -(-size // group.size())
     return size
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return int16 numbers as uint8 (..., 2), as checkpoints hold them: the collectives that gather and send them take
+    no int16."""
+    part = local(tensor).unsqueeze(-1).view(torch.uint8)
+    return replaced(tensor, part) if is_sharded(tensor) else part
+
+
+def from_bytes(tensor: Tensor) -> Tensor:
+    """Return what `as_bytes` was given."""
+    part = local(tensor).contiguous().view(torch.int16).squeeze(-1)
+    return replaced(tensor, part) if is_sharded(tensor) else part
+
+
+def replaced(tensor: Any, part: Tensor) -> Tensor:
+    """Return a DTensor that is cut like another one, whose shape may have another last axis; `part` is what is here."""
+    from torch.distributed.tensor import DTensor
+
+    shape = (
+        torch.Size((*tensor.shape, *part.shape[tensor.ndim :]))
+        if part.ndim > tensor.ndim
+        else tensor.shape[: part.ndim]
+    )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 # -- gradients and weights ---------------------------------------------------------------------------------------------

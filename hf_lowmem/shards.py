@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.means import means_of
 from hf_lowmem.moments import GroupMean, Segment
-from hf_lowmem.sharding import Groups, Tile, add_up, can_be_cut
+from hf_lowmem.sharding import Groups, Tile, add_up, can_be_cut, whole
 from hf_lowmem.state import FULL_SPACE, State, StatePlan
 from hf_lowmem.update_rules import RULES
 
@@ -180,6 +180,12 @@ def average_over_shards(shards: Sequence[tuple[Shard, float]]) -> None:
         shard.hand_out()
 
 
+def whole_moment(plan: StatePlan, name: str, state: State, shape: tuple[int, ...]) -> Tensor:
+    """Return all of a full moment of a weight, which may be sharded, in the dtype of the arithmetic."""
+    held = {key: whole(state[key]) for key in plan.moments[name].specs(name, shape, plan.codec)}
+    return plan.bind(held, shape)[name].load()
+
+
 def is_view(tensor: Tensor, of: Tensor) -> bool:
     """Return whether two tensors of the same shape are the same memory."""
     return tensor.data_ptr() == of.data_ptr() and tensor.stride() == of.stride()
@@ -231,7 +237,8 @@ def is_gathered(rule: str, plan: StatePlan, tile: Tile) -> bool:
         and moment.segments[0].outer > 1
     ):
         return True
-    specs = {name: spec for name, spec in plan.specs(tile.whole).items() if spec.shape and name not in averaged}
+    left_out = averaged | set(plan.statistics)  # which every process holds
+    specs = {name: spec for name, spec in plan.specs(tile.whole).items() if spec.shape and name not in left_out}
     return not all(can_be_cut(spec, tile) for spec in specs.values())
 
 

@@ -157,14 +157,15 @@ def check_stored(
 
 
 def check_sharded(group: Mapping[str, Any], name: str) -> None:
-    """Refuse options of a step that shards do not have, because collectives come between its parts.
+    """Refuse the options of a run that sharded weights do not have.
 
     Raises:
-        ValueError: `compile` or `capturable` is set.
+        ValueError: `compile`, `capturable` or `offload_state` is set.
     """
-    for option in ("compile", "capturable"):
+    remedies = {"offload_state": "let FSDP2 offload it (fsdp_offload_params, or CPUOffloadPolicy)"}
+    for option in ("compile", "capturable", "offload_state"):
         if group[option]:
             raise ValueError(
-                f"{option}=true does not go with sharded weights, such as {name}, whose steps wait for sums over all "
-                "processes: leave it out."
+                f"{option}=true does not go with sharded weights, such as {name}: "
+                f"{remedies.get(option, 'leave it out')}."
             )
