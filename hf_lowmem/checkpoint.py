@@ -14,7 +14,7 @@ from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
-from hf_lowmem.sharding import StatePlace, as_bytes, from_bytes
+from hf_lowmem.sharding import StatePlace, as_bytes, from_bytes, whole
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
 
 Group = Mapping[str, Any]
@@ -47,7 +47,7 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
             if held := state_dict["state"].get(key):
                 plan = optimizer.plan_by(layout, group, param)
                 if adamw:
-                    held = from_adamw(held, plan, tuple(param.shape))
+                    held = from_adamw({k: whole(value) for k, value in held.items()}, plan, tuple(param.shape))
                 specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
                 held = restored(held, specs)
                 check_state(held, specs, tuple(param.shape))

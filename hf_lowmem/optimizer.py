@@ -19,6 +19,7 @@ from hf_lowmem.moments import GroupMean
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.planned_optimizer import Group, PlannedOptimizer, not_compiled
+from hf_lowmem.sharding import is_sharded
 from hf_lowmem.shards import average_over_shards
 from hf_lowmem.state import State
 from hf_lowmem.step_checks import check_whole
@@ -94,7 +95,6 @@ class LowMemOptimizer(PlannedOptimizer):
         self._check_capture()
         self._fetch_state()
         self._clipping.warn_if_missed(self.param_groups)
-        stepped: list[Tensor] = []
         try:
             found = self._found_buckets(advance=True)
             parts = [(self.param_groups[number], p) for number, b in found for p in self._clipping.applied(b)]
@@ -102,7 +102,7 @@ class LowMemOptimizer(PlannedOptimizer):
             for group, part in parts:
                 with _no_autocast(part.device.type):
                     step_bucket(part, self._hyper(group, part))
-                stepped += part.owners
+            stepped = self._buckets.stepped
         finally:
             self._buckets.release()
         # Kernels write through addresses, which autograd does not see.
@@ -247,6 +247,11 @@ class LowMemOptimizer(PlannedOptimizer):
         for _, group, layouts in self.groups_with_layouts():
             for param, layout in zip(group["params"], layouts, strict=True):
                 if self.state.get(param):
+                    if is_sharded(param):
+                        raise RuntimeError(
+                            f"The state of {layout.name or 'a sharded weight'} cannot be resized: resize the model "
+                            "before it is sharded and the optimizer is built."
+                        )
                     plan = self.plan_by(layout, group, param)
                     specs, name = self.specs_of(param, plan, group), layout.name or "A parameter"
                     resized[param] = checkpoint.resized_state(param, self.state[param], specs, name)

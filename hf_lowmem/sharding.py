@@ -100,7 +100,7 @@ def _tile(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Til
 
 
 def cut_axis(placement: Any) -> int | None:
-    """Return the axis that a placement cuts: of Shard, and of the strided kind that FSDP2 makes of tensor parallelism."""
+    """Return the axis that a placement cuts: Shard, or the strided kind that FSDP2 adds to tensor parallelism."""
     return getattr(placement, "dim", None)
 
 
@@ -155,7 +155,7 @@ class StatePlace:
         return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def placements(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Return how a state tensor is placed: cut as its parameter along the axes that it runs along, or replicated."""
+        """Return how a state tensor is placed: cut as its parameter, or replicated where it runs along no cut."""
         from torch.distributed.tensor import Replicate, Shard
 
         found: list[Any] = []
@@ -209,8 +209,7 @@ def _longest(tile: Tile, axis: int) -> int:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return int16 numbers as uint8 (..., 2), as checkpoints hold them: the collectives that gather and send them take
-    no int16."""
+    """Return int16 numbers as uint8 (..., 2), as checkpoints hold them: collectives do not take int16."""
     part = local(tensor).unsqueeze(-1).view(torch.uint8)
     return replaced(tensor, part) if is_sharded(tensor) else part
 
@@ -222,7 +221,7 @@ def from_bytes(tensor: Tensor) -> Tensor:
 
 
 def replaced(tensor: Any, part: Tensor) -> Tensor:
-    """Return a DTensor that is cut like another one, whose shape may have another last axis; `part` is what is here."""
+    """Return a DTensor that is cut like another one, from what is here of it; it may have an axis more at the end."""
     from torch.distributed.tensor import DTensor
 
     shape = (
@@ -234,7 +233,7 @@ def replaced(tensor: Any, part: Tensor) -> Tensor:
     return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
-# -- gradients and weights ---------------------------------------------------------------------------------------------
+# -- gradients and weights --------------------------------------------------------------------------------------------
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
@@ -264,11 +263,11 @@ def whole_of(piece: Tensor, param: Any) -> Tensor:
     ).full_tensor()
 
 
-# -- sums ---------------------------------------------------------------------------------------------------------------
+# -- sums -------------------------------------------------------------------------------------------------------------
 
 
 def add_up(sums: Iterable[tuple[Tensor, Groups]]) -> None:
-    """Add up tensors over process groups, in place and in float64: one collective for all of the same groups and device.
+    """Add up tensors over process groups, in place and in float64: one collective for all that have the same groups.
 
     All processes must give as many tensors, of the same shapes and in the same order.
     """

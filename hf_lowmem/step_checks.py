@@ -45,7 +45,7 @@ def check_param(param: Tensor) -> None:
 
 
 def check_whole(param: Tensor, name: str = "") -> None:
-    """Refuse a piece of a weight, or several weights in one vector: the rows and heads that state follows are gone.
+    """Refuse a flat piece of weights: the rows and heads that state follows are gone. A DTensor has them.
 
     Args:
         name: the parameter's, for the sentence.
@@ -55,8 +55,8 @@ def check_whole(param: Tensor, name: str = "") -> None:
         if mark in classes or hasattr(param, mark):
             which = f"parameter {name!r}" if name else "parameter"
             raise ValueError(
-                f"Sharded weights are not supported yet: the {which} of shape {tuple(param.shape)} is {scheme}; "
-                "train with DDP or in one process."
+                f"Flat pieces of weights have no rows and heads: the {which} of shape {tuple(param.shape)} is "
+                f"{scheme}; train with FSDP2 (fully_shard), with DDP or in one process."
             )
 
 

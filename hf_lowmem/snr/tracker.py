@@ -16,11 +16,11 @@ from hf_lowmem.log import is_first_process
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles
+from hf_lowmem.sharding import whole
+from hf_lowmem.shards import whole_moment
 from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import Ratio, candidates, ratios_of, unreduced
 from hf_lowmem.snr.ratios import keep_until, write_rows
-from hf_lowmem.sharding import whole
-from hf_lowmem.shards import whole_moment
 from hf_lowmem.state import FULL_SPACE, StatePlan
 from hf_lowmem.step_checks import check_whole
 

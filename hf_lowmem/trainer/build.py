@@ -147,8 +147,8 @@ def refuse_sharding(args: Any, what: str | None = None) -> None:
             )
             kind = "FSDP1" if scheme == "FSDP" else scheme
             raise ValueError(
-                f"{what or optim} does not support {kind}, which cuts weights into pieces that have no rows and heads: "
-                f"{remedy}, and train with FSDP2 (fsdp_version: 2), with DDP or in one process."
+                f"{what or optim} does not support {kind}, which cuts weights into pieces that have no rows and "
+                f"heads: {remedy}, and train with FSDP2 (fsdp_version: 2), with DDP or in one process."
             )
 
 

@@ -157,7 +157,7 @@ def piece(tensor: Any) -> Tensor:
 
 
 def difference(found: Any, expected: Tensor) -> float:
-    """Return the largest difference between a whole tensor and a sharded one, whose int16 numbers gloo does not gather."""
+    """Return the largest difference between a whole tensor and a sharded one; gloo gathers no int16."""
     found, expected = found.detach(), expected.detach()
     if isinstance(found, DTensor) and found.dtype == torch.int16:
         expected = piece(distribute_tensor(expected.int(), found.device_mesh, found.placements))
