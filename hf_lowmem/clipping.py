@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,9 +86,15 @@ class Clipping:
                 "clip_grad_norm_ was called outside of the CUDA graph that captures its step: capture both in one."
             )
 
-    def warn_if_missed(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Warn once if `fused_clip` is set but nothing has asked for clipping."""
-        if not self._asked and any(group["fused_clip"] for group in groups):
+    def warn_if_missed(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once if `fused_clip` is set but nothing has asked for clipping.
+
+        A step without a learning rate changes nothing: torch takes one to make the state that a checkpoint is read
+        into.
+        """
+        if self._asked or not any(group["fused_clip"] for group in groups):
+            return
+        if any(float(group["lr"]) for group in groups):
             self._asked = True
             logger.warning(
                 "fused_clip=true, but the optimizer was not asked to clip: hf_lowmem.register() lets a Trainer's "

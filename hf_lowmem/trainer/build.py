@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,14 @@ def _fsdp_version(chosen: Any, config: Any) -> int:
 
     Args:
         chosen: the argument `fsdp`.
-        config: the argument `fsdp_config`: a dict, the path of a JSON file, or None.
+        config: the argument `fsdp_config`: a dict, JSON, the path of a JSON file, or None.
     """
     if not chosen:
         return int(os.environ.get("FSDP_VERSION", "1"))
     if isinstance(config, str):
-        config = json.loads(Path(config).read_text()) if Path(config).is_file() else json.loads(config)
-    given = config or {}
+        with suppress(ValueError):  # transformers refuses what is no JSON
+            config = json.loads(Path(config).read_text() if Path(config).is_file() else config)
+    given = config if isinstance(config, Mapping) else {}
     return int(given.get("version", given.get("fsdp_version", 2)))
 
 
