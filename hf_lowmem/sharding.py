@@ -5,7 +5,7 @@ tile of every state tensor that runs along the cut axes; state that does not, su
 whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on the whole weight alone, so
 that any number of processes takes the same steps.
 
-This is the only file that imports torch.distributed.
+No other file below `trainer/` imports torch.distributed.
 """
 
 from __future__ import annotations
