@@ -65,7 +65,7 @@ class Piece:
         kept = {name: tensor for name, tensor in kept.items() if not name.startswith(SECOND) or not self.sources}
         scaled = {name for *names, _ in self.factored for name in names}
         means = {name: source.of(shard) for name, source in self.sources.items()}
-        return kept | {n: mean.clone() if n in scaled else mean.contiguous() for n, mean in means.items()}
+        return kept | {n: copied(mean) if n in scaled else mean.contiguous() for n, mean in means.items()}
 
     def take_means(self, state: State, shard: State, totals: Mapping[str, Tensor]) -> None:
         """Write the shard's means into those of the piece that are copies.
@@ -154,14 +154,19 @@ class Shard:
             if not (segment.cross_axes and is_cut(segment, self.tile)):
                 continue
             row, col = (self.moment.state_name(SECOND, mean) for mean in segment.means)
-            complete = next((n for n in (row, col) if self.state[n].shape == self._specs[n].shape), row)
-            axes = segment.cross_axes if complete == row else segment.axes
-            total = self.state[complete].sum(axes, keepdim=True, dtype=torch.float64)
-            count = math.prod(self._specs[complete].shape) // total.numel()
-            self._matrix_means[row] = total.div_(count)
-            spread = self.tile.incomplete_over([d for d in range(len(self.tile.whole)) if d not in axes])
-            found.append((total, () if self.state[complete].shape == self._specs[complete].shape else spread))
+            # The means of one side are all here if the other side is the one that is cut.
+            name, axes = (
+                (col, segment.axes) if self._is_cut(row) and not self._is_cut(col) else (row, segment.cross_axes)
+            )
+            total = self.state[name].sum(axes, keepdim=True, dtype=torch.float64)
+            self._matrix_means[row] = total.div_(math.prod(self._specs[name].shape[axis] for axis in axes))
+            others = [axis for axis in range(len(self.tile.whole)) if axis not in axes]
+            found.append((total, self.tile.incomplete_over(others) if self._is_cut(name) else ()))
         return found
+
+    def _is_cut(self, name: str) -> bool:
+        """Return whether each process has a part of a mean alone; the answer is the same on all processes."""
+        return any(axis in self._specs[name].param_dims for axis in self.tile.cut_axes)
 
     def hand_out(self) -> None:
         """Give the pieces the averaged means."""
@@ -184,6 +189,10 @@ def whole_moment(plan: StatePlan, name: str, state: State, shape: tuple[int, ...
     """Return all of a full moment of a weight, which may be sharded, in the dtype of the arithmetic."""
     held = {key: whole(state[key]) for key in plan.moments[name].specs(name, shape, plan.codec)}
     return plan.bind(held, shape)[name].load()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_view(tensor: Tensor, of: Tensor) -> bool:

@@ -44,6 +44,8 @@ CUTS = [
     Case("factored_adamw", cut="both", clips=True),
     Case("adam_mini", "rules=paper", family="gpt_neox", cut="both"),
     Case("slim_adamw_8bit", "min_8bit_size=0", family="mixtral", cut="both"),
+    Case("slim_adamw", family="mixtral", cut="both"),
+    Case("factored_adamw", family="phi3", cut="both"),
     Case("fadam", cut="both"),
     Case("h_fac", cut="copies"),
     Case("slim_adamw", family="gpt2", cut="copies", swaps=True, clips=True),
