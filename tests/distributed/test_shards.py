@@ -75,7 +75,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def check(found: dict[str, Any], case: Case) -> None:
     assert "error" not in found, found["error"]
-    exact = case.optim.removesuffix("_8bit") in EXACT and not case.clips
+    # torch's fused AdamW on the CPU takes the last entries of a tensor in another way, and a shard ends elsewhere.
+    exact = case.optim.removesuffix("_8bit") in EXACT and case.optim != "lowmem_adamw" and not case.clips
     assert found["norms"] < 3e-7
     if case.dtype == "bfloat16":
         # A sum in another order may turn a rounding over, which is one unit in the last place of a bfloat16.
