@@ -21,26 +21,91 @@ from hf_lowmem.dense import densified, is_plain, last_entry
 from hf_lowmem.kernels import COMPILED, RULE
 from hf_lowmem.kernels.bucket import Bucket, ParamStep
 from hf_lowmem.kernels.registry import Backend, choice, find_backend, warn_of_capturable
+from hf_lowmem.log import get_logger, is_first_process
 from hf_lowmem.param_layouts import ParamLayout, StateOwner
 from hf_lowmem.rounding import noise_key
+from hf_lowmem.sharding import Groups, is_placed_as, is_sharded, local, local_grad, tile_of
+from hf_lowmem.shards import Shard, first_place
 from hf_lowmem.state import KAHAN_COMP, State, StatePlan
-from hf_lowmem.step_checks import check_grad, check_stored, check_weight
+from hf_lowmem.step_checks import check_grad, check_sharded, check_stored, check_weight
+
+logger = get_logger(__name__)
 
 Group = dict[str, Any]
+MANY = 0.01  # of the entries; so few weights that are gathered are no cause for a warning
 _T = torch.Tensor
 # An attrgetter mapped over many tensors takes half the time of a loop.
 _grad, _shape, _dtype, _device, _layout = map(operator.attrgetter, ("grad", "shape", "dtype", "device", "layout"))
 
 
 class Member(NamedTuple):
-    """A parameter to step: its group's number and its own among all, its state and its plan."""
+    """A parameter to step.
+
+    Args:
+        group: the number of its group.
+        place: its own number among all.
+        param: the optimizer's parameter.
+        stored: what this process has of it: the parameter itself, or the shard of a DTensor.
+        state: what this process has of its state.
+        plan: the plan of its state.
+        names: the names of the declared state tensors.
+        shard: how it is stepped, if it is a DTensor.
+    """
 
     group: int
     place: int
     param: Tensor
+    stored: Tensor
     state: State
     plan: StatePlan
-    names: tuple[str, ...]  # of the declared state tensors
+    names: tuple[str, ...]
+    shard: Shard | None = None
+
+
+class Unit(NamedTuple):
+    """What a kernel steps as one weight: a parameter, or a piece of a shard.
+
+    Args:
+        number: that of the member among all.
+        piece: the number of the piece in the shard.
+        where: the piece, as slices of the shard.
+        start: the place of its first entry in the weight.
+    """
+
+    number: int
+    member: Member
+    param: Tensor
+    state: State
+    plan: StatePlan
+    piece: int = 0
+    where: tuple[slice, ...] = ()
+    start: int = 0
+
+    @property
+    def crosses(self) -> bool:
+        """Return whether its means are averaged over several processes."""
+        return self.member.shard is not None and self.member.shard.cut.crosses
+
+    @property
+    def is_solo(self) -> bool:
+        """Return whether its step takes collectives of its own, so that all processes take it at the same turn."""
+        return self.member.shard is not None and self.member.shard.is_solo
+
+
+def units_of(members: Sequence[Member]) -> list[Unit]:
+    """Return what is stepped of the members: of an empty shard nothing, unless its process takes part in the step."""
+    found = []
+    for number, member in enumerate(members):
+        shard = member.shard
+        if shard is None or shard.is_solo:
+            if member.stored.numel() or shard is not None:
+                start = 0 if shard is None or shard.cut.gathered else first_place(shard.tile, 0, 0)
+                found.append(Unit(number, member, member.stored, member.state, member.plan, start=start))
+            continue
+        for piece_number, (piece, state) in enumerate(zip(shard.cut.pieces, shard.piece_states, strict=True)):
+            param = member.stored[piece.where] if piece.where else member.stored
+            found.append(Unit(number, member, param, state, piece.plan, piece_number, piece.where, piece.start))
+    return found
 
 
 class Marks(NamedTuple):
@@ -65,19 +130,17 @@ class PreparedBucket:
 
     Args:
         group: the place of its parameters' group.
-        members: the parameters that it steps.
-        grads: the places of their gradients among all that there are.
+        units: what it steps.
         later: how many more steps of these parameters this call of the optimizer's `step` takes after this one.
     """
 
     bucket: Bucket
     group: int
-    members: list[Member]
-    grads: list[int]
+    units: list[Unit]
     later: int
 
     def __post_init__(self) -> None:
-        self.is_random = any(member.plan.rounding.kind == "stochastic" for member in self.members)
+        self.is_random = any(unit.plan.rounding.kind == "stochastic" for unit in self.units)
 
     def set_step(self, group: Group, idle_calls: int) -> None:
         """Set the numbers of this step, and the keys of its noise."""
@@ -86,9 +149,10 @@ class PreparedBucket:
         bucket.steps = [count - offset for count in (counts if capturable else map(_T.item, counts))]
         if self.is_random:
             seed, keys = group["rounding_seed"], []
-            for member, step in zip(self.members, bucket.steps, strict=True):
-                key: Any = (seed, member.place) if capturable else noise_key(seed, member.place, int(step))
-                keys.append(key if member.plan.rounding.kind == "stochastic" else 0)
+            for unit, step in zip(self.units, bucket.steps, strict=True):
+                place, offset = unit.member.place, unit.start
+                key: Any = (seed, place) if capturable else noise_key(seed, place, int(step), offset)
+                keys.append(key if unit.plan.rounding.kind == "stochastic" else 0)
             bucket.noise_keys = keys
 
 
@@ -99,6 +163,7 @@ class Buckets:
         self.rounding_changed: Counter[str] = Counter()  # counts the Kahan buffers that were made or left out
         self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
         self._prepared: PreparedBuckets | None = None
+        self._has_warned = False
 
     def forget(self, param: Tensor | None = None) -> None:
         """Forget what was compared: the state of a parameter, or of all, has been replaced."""
@@ -128,6 +193,22 @@ class Buckets:
             each.set_step(groups[each.group], optimizer.idle_calls)
         return [(each.group, each.bucket) for each in prepared.buckets]
 
+    @property
+    def stepped(self) -> list[Tensor]:
+        """Return the parameters that a step changes, on whatever process."""
+        return [] if self._prepared is None else [m.param for m in self._prepared.members if m.param.numel()]
+
+    @property
+    def crossing(self) -> list[tuple[int, Shard]]:
+        """Return the shards whose means are averaged over several processes, with the place of their group."""
+        return [] if self._prepared is None else self._prepared.crossing
+
+    @property
+    def spreads(self) -> dict[Groups, torch.device]:
+        """Return the process groups that parameters are cut over, with a device of such parameters."""
+        members = [] if self._prepared is None else self._prepared.members
+        return {m.shard.spread: m.stored.device for m in members if m.shard is not None and m.shard.spread}
+
     def release(self, state: bool = False) -> None:
         """Let go of the gradients, whose memory the next backward pass needs; and of the `state`, which moves away."""
         if self._prepared is not None:
@@ -151,36 +232,61 @@ class Buckets:
                 state = optimizer.state.get(param) or optimizer.allocate(param, layout, group)
                 if grad is None:
                     continue
-                plan, names = self._checked_plan(optimizer, param, state, layout, group)
-                grads.append(check_grad(param, grad, param.device, owner))
-                members.append(Member(number, place, param, state, plan, names))
+                plan, names, kept, shard = self._checked_plan(optimizer, param, state, layout, group)
+                stored = local(param)
+                if shard is not None and any(param is member.param for member in members[-1:]):
+                    raise ValueError(
+                        f"{layout.name or 'A sharded weight'} is in its parameter group twice: name it once."
+                    )
+                grads.append(check_grad(stored, local_grad(grad, param), param.device, owner))
+                members.append(Member(number, place, param, stored, kept, plan, names, shard))
+        self._warn_of_gathered(members, owner)
         if len(self._shapes) > place + 1:  # some parameters were swapped out
             self._shapes = {member.param: member.param.shape for member in members}
         return members, grads
 
+    def _warn_of_gathered(self, members: Sequence[Member], owner: str) -> None:
+        """Say once what does not shrink with the number of processes."""
+        gathered = [m.stored.numel() for m in members if m.shard is not None and m.shard.cut.gathered]
+        if sum(gathered) > MANY * sum(m.stored.numel() for m in members) and not self._has_warned:
+            self._has_warned = True
+            if is_first_process():
+                logger.warning(
+                    "%s gathers %d of %d weights for each step, one at a time, and every process holds all of their "
+                    "optimizer state, because that cannot be cut along with the weights; docs/distributed.md says "
+                    "which names are cut.",
+                    owner,
+                    len(gathered),
+                    len(members),
+                )
+
     def _checked_plan(
         self, optimizer: StateOwner, param: Tensor, state: State, layout: ParamLayout, group: Group
-    ) -> tuple[StatePlan, tuple[str, ...]]:
-        """Return the plan of a parameter and the names of its state, which fits; what a change of options or dtype
-        has left is fitted first."""
+    ) -> tuple[StatePlan, tuple[str, ...], State, Shard | None]:
+        """Return the plan of a parameter, the names of its state, what this process has of it, and how a DTensor is
+        stepped; what a change of options or dtype has left of the state is fitted first."""
         name = layout.name or "A parameter"
         check_weight(param, layout.name, self._shapes.get(param))
-        if not is_plain(param) and state["step"] == 0:
+        if not is_plain(local(param)) and state["step"] == 0:
             densified(param)  # a class that cannot be read is refused before anything is written
         plan = optimizer.plan_by(layout, group, param)
-        specs = optimizer.specs_of(param, plan, group)
+        specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
         if (KAHAN_COMP in state) != (plan.rounding.kind == "kahan"):  # `rounding` may have changed since
             state.pop(KAHAN_COMP, None)
             wanted = plan.rounding.specs(tuple(param.shape))
-            state.update({key: spec.zeros(param.device) for key, spec in wanted.items()})
+            state.update({key: place.zeros(spec) for key, spec in wanted.items()})
             self.rounding_changed["started at zero" if wanted else "left out"] += 1
         for key, spec in specs.items():  # the weight's dtype may have changed since
             tensor = state.get(key)
             if isinstance(tensor, Tensor) and {tensor.dtype, spec.dtype} == FLOATS:
                 state[key] = tensor.to(spec.dtype)
-        check_stored(param, state, specs, name)
+        check_stored(param, state, specs, place, name)
         self._shapes[param] = param.shape
-        return plan, tuple(specs)
+        if not is_sharded(param):
+            return plan, tuple(specs), state, None
+        check_sharded(group, name)
+        kept = {key: local(tensor) for key, tensor in state.items()}
+        return plan, tuple(specs), kept, Shard(optimizer.rule_of(plan, group), plan, tile_of(param), kept)
 
 
 class PreparedBuckets:
@@ -201,13 +307,18 @@ class PreparedBuckets:
         self.frozen = [p for p, grad in zip(params, grads, strict=True) if grad is None and not p.requires_grad]
         self.state_params, self.states = list(optimizer.state.keys()), list(optimizer.state.values())
         self.members = members
-        self.is_plain = all(is_plain(member.param) for member in members)
-        self.is_plain &= same(dense, (grad for grad in grads if grad is not None))  # none had to be made dense
+        self._state, self._is_sharded = optimizer.state, any(member.shard for member in members)
+        self.is_plain = all(is_plain(member.stored) for member in members)
+        # None of the gradients had to be made dense or be cut anew.
+        self.is_plain &= same(dense, (local(grad) for grad in grads if grad is not None))
         self.tensors = self._tensors()
         if self.is_plain:
             self.marks, self.grad_marks = Marks.of(self.tensors), Marks.of(dense)
             self.ends = list(map(last_entry, dense))
         self.buckets = prepared_buckets(optimizer, members, dense)
+        self.crossing = [
+            (m.group, m.shard) for m in members if m.shard and not m.shard.is_solo and m.shard.cut.crosses
+        ]
         capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
         on_host = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if not on_device]
         # A number is changed through a view of its memory in a tenth of the time that an operation of torch takes.
@@ -216,9 +327,13 @@ class PreparedBuckets:
         self._on_device = [m.state["step"] for m, on_device in zip(members, capturable, strict=True) if on_device]
 
     def _tensors(self) -> list[Any]:
-        """Return the weights and the declared tensors of their state, with None for one that is missing."""
-        states = [member.state.get(name) for member in self.members for name in member.names]
-        return [*(member.param for member in self.members), *states]
+        """Return what this process has of the weights and the declared tensors of their state, with None for one that
+        is missing."""
+        found: list[Any] = [member.param for member in self.members]
+        for member in self.members:
+            state = member.state if member.shard is None else self._state[member.param]
+            found += map(state.get, member.names)
+        return list(map(local, found)) if self._is_sharded else found
 
     def still_holds(
         self, optimizer: StateOwner, params: list[Tensor], grads: list[Tensor | None], options: list[Any]
@@ -240,7 +355,12 @@ class PreparedBuckets:
         tensors = self._tensors()
         if not same(tensors, self.tensors) or any(map(_T.is_neg, tensors)):
             return False
-        return Marks.of(tensors) == self.marks and self._take([grad for grad in grads if grad is not None])
+        if Marks.of(tensors) != self.marks:
+            return False
+        if not self._is_sharded:
+            return self._take([grad for grad in grads if grad is not None])
+        placed = [(grad, param) for grad, param in zip(grads, params, strict=True) if grad is not None]
+        return all(is_placed_as(*each) for each in placed) and self._take([local(grad) for grad, _ in placed])
 
     def _take(self, grads: list[Tensor]) -> bool:
         """Take this step's gradients if they are laid out as those before, wherever they are."""
@@ -262,7 +382,7 @@ class PreparedBuckets:
     def give(self, grads: list[Tensor]) -> None:
         """Give the buckets their gradients, or none."""
         for each in self.buckets:
-            each.bucket.grads = [grads[place] for place in each.grads] if grads else ()
+            each.bucket.grads = [piece_of(grads[unit.number], unit.where) for unit in each.units] if grads else ()
 
     def advance(self) -> None:
         """Count a step of every parameter that has a gradient."""
@@ -273,37 +393,60 @@ class PreparedBuckets:
 
 
 def prepared_buckets(optimizer: StateOwner, members: list[Member], grads: list[Tensor]) -> list[PreparedBucket]:
-    """Divide the parameters into buckets, in the order of their groups."""
-    turns, later = turns_of_overlapping(members), repeats(members)
-    found: dict[Any, list[int]] = defaultdict(list)
-    for number, member in enumerate(members):
-        if member.param.numel():
-            group, param = optimizer.param_groups[member.group], member.param
-            rule, backend = optimizer.rule_of(member.plan, group), chosen(optimizer, member, grads[number], group)
-            alone = number if not is_plain(param) else -1  # a wrapper subclass is stepped by itself
-            kind = (rule, backend, param.device, member.plan.arithmetic, alone)
-            found[(member.group, *kind, turns.get(id(param), 0), -later[number])].append(number)
+    """Divide what is stepped into buckets, in the order of their groups and, of those with one weight, of the weights.
+
+    All processes then take the steps that need collectives of their own in the same order.
+    """
+    units = units_of(members)
+    turns, later = turns_of_overlapping(units), repeats(members)
+    found: dict[Any, list[Unit]] = defaultdict(list)
+    for unit in units:
+        number, member, group = unit.number, unit.member, optimizer.param_groups[unit.member.group]
+        grad = piece_of(grads[number], unit.where)
+        rule, backend = optimizer.rule_of(member.plan, group), chosen(optimizer, unit, grad, group)
+        # A wrapper subclass is stepped by itself.
+        alone = number if unit.is_solo or not is_plain(unit.param) else -1
+        spread = member.shard.spread if member.shard else ()
+        kind = (rule, backend, unit.param.device, member.plan.arithmetic, alone, spread, unit.crosses)
+        found[(member.group, *kind, turns.get(id(unit.param), 0), -later[number])].append(unit)
     buckets = []
-    for (group_place, rule, backend, device, *_, earlier), numbers in found.items():
-        chosen_members = [members[number] for number in numbers]
-        params, states, plans = zip(*(member[2:5] for member in chosen_members), strict=True)
-        own, nothing = [grads[number] for number in numbers], list[Any]([0]) * len(numbers)
-        bucket = Bucket(rule, backend, device, params, own, states, plans, nothing, nothing)  # not numbered yet
-        buckets.append(PreparedBucket(bucket, group_place, chosen_members, numbers, -earlier))
+    for (group_place, rule, backend, device, _, _, spread, crosses, _, earlier), together in found.items():
+        shard = together[0].member.shard
+        bucket = Bucket(
+            rule,
+            backend,
+            device,
+            params=[unit.param for unit in together],
+            grads=[piece_of(grads[unit.number], unit.where) for unit in together],
+            states=[unit.state for unit in together],
+            plans=[unit.plan for unit in together],
+            steps=[0] * len(together),  # they are numbered at each step
+            noise_keys=[0] * len(together),
+            owners=[unit.member.param for unit in together],
+            pieces=[(unit.member.shard, unit.piece) for unit in together if unit.member.shard and crosses],
+            solo=shard if shard is not None and shard.is_solo else None,
+            spread=spread,
+        )
+        buckets.append(PreparedBucket(bucket, group_place, together, -earlier))
     return sorted(buckets, key=lambda each: each.group)
 
 
-def chosen(optimizer: StateOwner, member: Member, grad: Tensor, group: Group) -> Backend:
-    """Return the backend that steps a parameter."""
+def piece_of(grad: Tensor, where: tuple[slice, ...]) -> Tensor:
+    return grad[where] if where else grad
+
+
+def chosen(optimizer: StateOwner, unit: Unit, grad: Tensor, group: Group) -> Backend:
+    """Return the backend that steps a parameter or a piece of one."""
+    shard = unit.member.shard
     if group["compile"]:
         return COMPILED
-    if not is_plain(member.param):
+    if not is_plain(unit.param) or (shard is not None and shard.cut.gathered):
         return RULE  # a dense copy of it is stepped, whose backend is found then
-    step = member.state["step"] if group["capturable"] else 1.0
-    rule = optimizer.rule_of(member.plan, group)
-    backend = find_backend(rule, ParamStep(member.param, grad, member.state, member.plan, step))
+    step, whole = unit.state["step"] if group["capturable"] else 1.0, None if shard is None else shard.tile.whole
+    rule = optimizer.rule_of(unit.member.plan, group)
+    backend = find_backend(rule, ParamStep(unit.param, grad, unit.state, unit.plan, step, whole=whole))
     if group["capturable"] and not backend.takes_numbers_on_device:
-        warn_of_capturable(member.param.device.type)
+        warn_of_capturable(unit.param.device.type)
     return backend
 
 
@@ -320,14 +463,14 @@ def repeats(members: Sequence[Member]) -> list[int]:
     return found
 
 
-def turns_of_overlapping(members: Sequence[Member]) -> dict[int, int]:
+def turns_of_overlapping(units: Sequence[Unit]) -> dict[int, int]:
     """Return the turn in which each parameter that shares memory with others is stepped, by its id.
 
     A kernel steps the parameters of a bucket on several threads, which must not write the same entries.
     """
     spans = sorted(
         (param.data_ptr(), param.data_ptr() + last_entry(param) * param.itemsize, place, id(param))
-        for place, param in enumerate({id(m.param): m.param for m in members}.values())
+        for place, param in enumerate({id(unit.param): unit.param for unit in units}.values())
         if is_plain(param) and param.data_ptr()
     )
     turns: dict[int, int] = {}

@@ -14,6 +14,7 @@ from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
+from hf_lowmem.sharding import StatePlace, as_bytes, from_bytes, whole
 from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
 
 Group = Mapping[str, Any]
@@ -43,14 +44,15 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
     loaded = {key: value for key, value in state_dict["state"].items() if key not in known}
     for (_, group, members), saved_group in zip(optimizer.groups_with_layouts(), saved_groups, strict=True):
         for param, layout, key in zip(group["params"], members, saved_group["params"], strict=True):
-            if saved := state_dict["state"].get(key):
+            if held := state_dict["state"].get(key):
                 plan = optimizer.plan_by(layout, group, param)
                 if adamw:
-                    saved = from_adamw(saved, plan, tuple(param.shape))
-                specs = optimizer.specs_of(param, plan, group)
-                check_state(saved, specs, tuple(param.shape))
+                    held = from_adamw({k: whole(value) for k, value in held.items()}, plan, tuple(param.shape))
+                specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
+                held = restored(held, specs)
+                check_state(held, specs, tuple(param.shape))
                 with torch.inference_mode(False):  # a later step may be outside of it
-                    loaded[param] = {name: copied(value, specs.get(name), param) for name, value in saved.items()}
+                    loaded[param] = {name: copied(value, specs.get(name), place) for name, value in held.items()}
     take_over(optimizer.param_groups, saved_groups, optimizer.kept_options, HYPERPARAMETERS if adamw else None)
     return loaded
 
@@ -78,6 +80,24 @@ def check_groups(current: Sequence[Group], saved: Sequence[Group], algorithm: st
             f"resume with the same optim name, or, to go on with optim={optim!r}, {ANEW}."
         )
     check_group_sizes(current, saved)
+
+
+def saved(state: Any) -> Any:
+    """Return a parameter's state as a checkpoint holds it, in which no tensor is int16."""
+    if not isinstance(state, dict):  # state that belongs to no weight is the user's
+        return state
+    narrow = [name for name, value in state.items() if isinstance(value, Tensor) and value.dtype == torch.int16]
+    return {**state, **{name: as_bytes(state[name]) for name in narrow}} if narrow else state
+
+
+def restored(state: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """Return what `saved` was given."""
+    found = dict(state)
+    for name, value in state.items():
+        narrow = specs[name].dtype == torch.int16 if name in specs else name == KAHAN_COMP
+        if narrow and isinstance(value, Tensor) and value.dtype == torch.uint8 and value.shape[-1:] == (2,):
+            found[name] = from_bytes(value)
+    return found
 
 
 HINT = "resume with the model, optim name, optim_args, rules and target modules of the run that wrote the checkpoint"
@@ -168,13 +188,14 @@ def check_layouts(
                     )
 
 
-def copied(value: Any, spec: TensorSpec | None, param: Tensor) -> Tensor:
+def copied(value: Any, spec: TensorSpec | None, place: StatePlace) -> Tensor:
     """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
-        return value.to(param.device, copy=True)  # type: ignore[no-any-return]
-    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.place(param.device))
-    number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-    return tensor.copy_(number.reshape(spec.shape))
+        return value.to(place.param.device, copy=True)  # type: ignore[no-any-return]
+    part, shape = place.part_of(value, spec), place.shape(spec)
+    tensor = torch.empty(shape, dtype=spec.dtype, device=spec.place(place.param.device))
+    number = part if isinstance(part, Tensor) else torch.tensor(part, device="cpu")
+    return place.placed(tensor.copy_(number.reshape(shape)), spec)
 
 
 def resized_state(param: Tensor, state: State, specs: Mapping[str, TensorSpec], name: str) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 from hf_lowmem.kernels.bucket import Bucket, Clip
 from hf_lowmem.kernels.triton.launch import capturing
 from hf_lowmem.log import get_logger
+from hf_lowmem.sharding import Groups, add_up
 
 logger = get_logger(__name__)
+
+Spreads = Mapping[Groups, torch.device]  # the same in the same order on all processes, with the device of the sums
 
 
 class Clipping:
@@ -28,14 +31,20 @@ class Clipping:
         self._clips: dict[tuple[torch.device, torch.dtype], Clip] = {}  # by device and arithmetic
         self._gradients: dict[int, weakref.ref[Tensor]] = {}  # by the parameter's id
 
-    def find(self, buckets: Sequence[Bucket], max_norm: float) -> Tensor:
+    def find(self, buckets: Sequence[Bucket], spreads: Spreads, max_norm: float) -> Tensor:
         """Return the 2-norm of all gradients, 0-D; with a finite `max_norm` the next step clips them to it.
 
         Squares, finite or not, are summed in float32, or in float64 where a gradient is float64, as the norm is then.
+
+        Args:
+            spreads: the process groups that parameters are cut over.
         """
         self._asked = True
         kept: dict[Any, Any] = {}
-        norm = total([square for bucket in buckets for square in bucket.backend.square_norms(bucket, kept)])
+        squares: dict[Groups, list[Tensor]] = {groups: [] for groups in ((), *spreads)}
+        for bucket in buckets:
+            squares[bucket.spread] += bucket.backend.square_norms(bucket, kept)
+        norm = total([*squares[()], *summed_over_shards(squares, spreads)])
         if max_norm < float("inf"):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             kinds = {(bucket.device, bucket.arithmetic) for bucket in buckets}
@@ -43,7 +52,7 @@ class Clipping:
                 kind: Clip(moved(scale, kind[0]).to(torch.promote_types(torch.float32, kind[1])), kept)
                 for kind in kinds
             }
-            params = [param for bucket in buckets for param in bucket.params]
+            params = [param for bucket in buckets for param in bucket.owners]
             self._gradients = {id(param): weakref.ref(param.grad) for param in params if param.grad is not None}
             self._captured = any(capturing(device) for device, _ in self._clips)
         return norm
@@ -52,14 +61,13 @@ class Clipping:
         """Set how a bucket is clipped, and return it; or its parts, where some of its gradients have been replaced."""
         clip = self._clips.get((bucket.device, bucket.arithmetic))
         bucket.clip = None
-        mine = [self._clips_gradient(param) for param in bucket.params] if clip else [False]
+        mine = [self._clips_gradient(param) for param in bucket.owners] if clip else [False]
         if all(mine) or not any(mine):
             bucket.clip = clip if any(mine) else None
             yield bucket
             return
         for wanted in (True, False):
-            steps = [step for step, clipped in zip(bucket, mine, strict=True) if clipped is wanted]
-            part = Bucket.of(steps, bucket.rule, bucket.backend)
+            part = bucket.part([number for number, clipped in enumerate(mine) if clipped is wanted])
             part.clip = clip if wanted else None
             yield part
 
@@ -78,14 +86,30 @@ class Clipping:
                 "clip_grad_norm_ was called outside of the CUDA graph that captures its step: capture both in one."
             )
 
-    def warn_if_missed(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Warn once if `fused_clip` is set but nothing has asked for clipping."""
-        if not self._asked and any(group["fused_clip"] for group in groups):
+    def warn_if_missed(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once if `fused_clip` is set but nothing has asked for clipping.
+
+        A step without a learning rate changes nothing: torch takes one to make the state that a checkpoint is read
+        into.
+        """
+        if self._asked or not any(group["fused_clip"] for group in groups):
+            return
+        if any(float(group["lr"]) for group in groups):
             self._asked = True
             logger.warning(
                 "fused_clip=true, but the optimizer was not asked to clip: hf_lowmem.register() lets a Trainer's "
                 "max_grad_norm do so, or call optimizer.clip_grad_norm_(max_norm) before each step."
             )
+
+
+def summed_over_shards(squares: Mapping[Groups, Sequence[Tensor]], spreads: Spreads) -> list[Tensor]:
+    """Return the sums of the squares of all shards, of which those here may be none."""
+    sums = []
+    for groups, device in spreads.items():
+        found = [moved(square, device) for square in squares[groups]]
+        sums.append(torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32, device=device))
+    add_up(zip(sums, spreads, strict=True))
+    return sums
 
 
 def total(squares: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,8 @@ from hf_lowmem.moments import GroupMean
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.planned_optimizer import Group, PlannedOptimizer, not_compiled
+from hf_lowmem.sharding import is_sharded
+from hf_lowmem.shards import average_over_shards
 from hf_lowmem.state import State
 from hf_lowmem.step_checks import check_whole
 from hf_lowmem.stepping import step_bucket
@@ -70,8 +72,9 @@ class LowMemOptimizer(PlannedOptimizer):
     def allocate(self, param: Tensor, layout: ParamLayout, group: Group) -> State:
         """Allocate the declared state of a parameter of a group, all zero."""
         check_whole(param, layout.name)
-        specs = self.specs_of(param, self.plan_by(layout, group, param), group)
-        state = self.state[param] = {name: spec.zeros(param.device) for name, spec in specs.items()}
+        plan = self.plan_by(layout, group, param)
+        specs, place = self.specs_of(param, plan, group), self.state_place(param, plan, group)
+        state = self.state[param] = {name: place.zeros(spec) for name, spec in specs.items()}
         self._buckets.forget(param)
         return state
 
@@ -92,14 +95,14 @@ class LowMemOptimizer(PlannedOptimizer):
         self._check_capture()
         self._fetch_state()
         self._clipping.warn_if_missed(self.param_groups)
-        stepped: list[Tensor] = []
         try:
-            for number, bucket in self._found_buckets(advance=True):
-                group = self.param_groups[number]
-                with _no_autocast(bucket.device.type):
-                    for part in self._clipping.applied(bucket):
-                        step_bucket(part, self._hyper(group, part))
-                stepped += bucket.params
+            found = self._found_buckets(advance=True)
+            parts = [(self.param_groups[number], p) for number, b in found for p in self._clipping.applied(b)]
+            self._average_over_shards([part for _, part in parts])
+            for group, part in parts:
+                with _no_autocast(part.device.type):
+                    step_bucket(part, self._hyper(group, part))
+            stepped = self._buckets.stepped
         finally:
             self._buckets.release()
         # Kernels write through addresses, which autograd does not see.
@@ -112,6 +115,20 @@ class LowMemOptimizer(PlannedOptimizer):
         self._buckets.rounding_changed.clear()
         self.after_step(stepped)
         return loss
+
+    def _average_over_shards(self, buckets: Sequence[Bucket]) -> None:
+        """Average the second moments whose groups lie on several processes, so that `step_bucket` can apply them."""
+        crossing = self._buckets.crossing
+        if not crossing:
+            return
+        for _, shard in crossing:
+            shard.begin()
+        for bucket in buckets:
+            if bucket.pieces:
+                with _no_autocast(bucket.device.type):
+                    for (shard, number), sums in zip(bucket.pieces, bucket.backend.reduce(bucket), strict=True):
+                        shard.add(number, sums)
+        average_over_shards([(shard, float(self.param_groups[group]["betas"][1])) for group, shard in crossing])
 
     def after_step(self, stepped: Sequence[Tensor]) -> None:
         """Change between two steps what an algorithm changes then, such as the layout of these parameters' state."""
@@ -140,7 +157,8 @@ class LowMemOptimizer(PlannedOptimizer):
             raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
         self._host_copies.fetch()
         try:
-            return self._clipping.find([bucket for _, bucket in self._found_buckets(advance=False)], max_norm)
+            found = [bucket for _, bucket in self._found_buckets(advance=False)]
+            return self._clipping.find(found, self._buckets.spreads, max_norm)
         finally:
             self._buckets.release()
 
@@ -229,6 +247,11 @@ class LowMemOptimizer(PlannedOptimizer):
         for _, group, layouts in self.groups_with_layouts():
             for param, layout in zip(group["params"], layouts, strict=True):
                 if self.state.get(param):
+                    if is_sharded(param):
+                        raise RuntimeError(
+                            f"The state of {layout.name or 'a sharded weight'} cannot be resized: resize the model "
+                            "before it is sharded and the optimizer is built."
+                        )
                     plan = self.plan_by(layout, group, param)
                     specs, name = self.specs_of(param, plan, group), layout.name or "A parameter"
                     resized[param] = checkpoint.resized_state(param, self.state[param], specs, name)
@@ -246,6 +269,7 @@ class LowMemOptimizer(PlannedOptimizer):
         """
         self.synchronize_state()
         found = super().state_dict()
+        found["state"] = {key: checkpoint.saved(state) for key, state in found["state"].items()}
         for group in found["param_groups"]:
             group["algorithm"] = self.algorithm  # the group's own may be of another optimizer that has it too
         return {**found, "layouts": [layouts.saved() for layouts in self._layouts]}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from hf_lowmem.sharding import StatePlace
 from hf_lowmem.state import State, StatePlan, TensorSpec
 
 
@@ -68,6 +69,9 @@ class StateOwner(Protocol):
 
     def specs_of(self, param: Tensor, plan: StatePlan, group: dict[str, Any]) -> dict[str, TensorSpec]:
         """Return the state tensors that a parameter of a group is to have."""
+
+    def state_place(self, param: Tensor, plan: StatePlan, group: dict[str, Any]) -> StatePlace:
+        """Return which part of a parameter's state this process holds."""
 
     def rule_of(self, plan: StatePlan, group: dict[str, Any]) -> str:
         """Return the update rule that steps a parameter with this plan."""

@@ -15,6 +15,8 @@ from hf_lowmem.log import get_logger
 from hf_lowmem.option_help import describe, show_options
 from hf_lowmem.options import HYPERPARAMETERS, Hyperparameters, Options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
+from hf_lowmem.sharding import StatePlace, is_sharded, tile_of
+from hf_lowmem.shards import is_gathered
 from hf_lowmem.state import FULL_SPACE, STEP, Rounding, StatePlan, TensorSpec, arithmetic_of
 from hf_lowmem.step_checks import check_capturable, check_param, check_whole
 
@@ -253,6 +255,10 @@ class PlannedOptimizer(Optimizer):
             step = replace(STEP, on_host=not group["capturable"])
             self._specs[key] = {**plan.specs(tuple(param.shape)), "step": step}
         return self._specs[key]
+
+    def state_place(self, param: Tensor, plan: StatePlan, group: Group) -> StatePlace:
+        """Return which part of a parameter's state this process holds."""
+        return StatePlace(param, is_sharded(param) and is_gathered(self.rule_of(plan, group), plan, tile_of(param)))
 
     def step_options(self, group: Group) -> tuple[Any, ...]:
         """Return the values of a group that its parameters' plans and backends depend on."""

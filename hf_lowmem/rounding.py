@@ -132,10 +132,14 @@ def hashed(numbers: Tensor, key: Any, bits: int) -> Tensor:
     return (x >> (32 - bits)).bitwise_and_((1 << bits) - 1)
 
 
-def noise_key(seed: int, number: Any, step: Any) -> Any:
+def noise_key(seed: int, number: Any, step: Any, start: int = 0) -> Any:
     """Return the key of the `number`-th parameter of an optimizer at one step, which is the same in every process.
 
     If the number or the step is an int64 tensor, so is the key.
+
+    Args:
+        start: the place in the parameter of the first entry of a piece, which draws the noise of its entries there:
+            `hashed` multiplies a place before it adds the key.
     """
     key: Any = 0
     for part in (seed, number, step):
@@ -143,7 +147,7 @@ def noise_key(seed: int, number: Any, step: Any) -> Any:
         key = (key ^ key >> 16) * MIX_1 & _MASK
         key = (key ^ key >> 15) * MIX_2 & _MASK
         key ^= key >> 16
-    return _signed(key)
+    return _signed(key + start * WEYL & _MASK)
 
 
 def _signed(value: Any) -> Any:

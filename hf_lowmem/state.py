@@ -44,9 +44,9 @@ class TensorSpec:
         """Return where the tensor lives, for a parameter on `device`."""
         return torch.device("cpu") if self.on_host else device
 
-    def zeros(self, device: torch.device) -> Tensor:
-        """Return a contiguous tensor of zeros as declared, for a parameter on `device`."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.place(device))
+    def zeros(self, device: torch.device, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a contiguous tensor of zeros as declared, or a part of it of `shape`, for a parameter on `device`."""
+        return torch.zeros(self.shape if shape is None else shape, dtype=self.dtype, device=self.place(device))
 
 
 STEP = TensorSpec((), (), on_host=True)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
+from hf_lowmem.sharding import StatePlace, local
 from hf_lowmem.state import TensorSpec
 
 # These attributes and class names mark a parameter as a piece of weights, so that no scheme need be imported.
 PIECES = {
-    "placements": "a DTensor",
     "_fsdp_flattened": "of FSDP1",
     "_is_flat_param": "of FSDP1",
     "ds_id": "of DeepSpeed ZeRO-3",
@@ -45,7 +45,7 @@ def check_param(param: Tensor) -> None:
 
 
 def check_whole(param: Tensor, name: str = "") -> None:
-    """Refuse a piece of a weight, or several weights in one vector: the rows and heads that state follows are gone.
+    """Refuse a flat piece of weights: the rows and heads that state follows are gone. A DTensor has them.
 
     Args:
         name: the parameter's, for the sentence.
@@ -55,8 +55,8 @@ def check_whole(param: Tensor, name: str = "") -> None:
         if mark in classes or hasattr(param, mark):
             which = f"parameter {name!r}" if name else "parameter"
             raise ValueError(
-                f"Sharded weights are not supported yet: the {which} of shape {tuple(param.shape)} is {scheme}; "
-                "train with DDP or in one process."
+                f"Flat pieces of weights have no rows and heads: the {which} of shape {tuple(param.shape)} is "
+                f"{scheme}; train with FSDP2 (fully_shard), with DDP or in one process."
             )
 
 
@@ -76,7 +76,7 @@ def check_weight(param: Tensor, name: str, known_shape: torch.Size | None) -> No
         known_shape: the shape that its state was made for, if it was compared before.
 
     Raises:
-        ValueError: it is a piece of a weight.
+        ValueError: it is a flat piece of weights.
         RuntimeError: it has another shape, is not of floats, cannot be written, or does not store each of its entries.
     """
     check_whole(param, name)
@@ -88,6 +88,7 @@ def check_weight(param: Tensor, name: str, known_shape: torch.Size | None) -> No
         )
     if not param.is_floating_point():
         raise RuntimeError(f"{which} is {param.dtype}: only floats can be stepped.")
+    param = local(param)
     if param.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{which} is an inference tensor, which cannot be updated outside of torch.inference_mode(): train a "
@@ -128,24 +129,43 @@ def check_grad(param: Tensor, grad: Tensor, device: torch.device, owner: str) ->
     return densified(grad)
 
 
-def check_stored(param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:
-    """Refuse state that is not laid out as declared for the weight as it is now.
+def check_stored(
+    param: Tensor, state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], place: StatePlace, name: str
+) -> None:
+    """Refuse state that is not laid out as declared for the weight as it is now, or not cut as the weight is.
 
     Raises:
         RuntimeError: the weight or its state has changed its shape, dtype, strides or device since it was made.
     """
     for key, spec in specs.items():
         tensor = state.get(key)
-        if not isinstance(tensor, Tensor) or tensor.shape != spec.shape:
+        stored, shape = local(tensor), place.shape(spec)
+        if not isinstance(tensor, Tensor) or tensor.shape != spec.shape or stored.shape != shape:
             found = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is {tensor!r}"
+            cut = "" if shape == spec.shape else f", of which this process holds {shape},"
             raise RuntimeError(
-                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape} "
-                "is expected: if the weight was resized, call optimizer.resize_state() before the next step."
+                f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape}"
+                f"{cut} is expected: if the weight was resized, call optimizer.resize_state() before the next step."
             )
-        place = spec.place(param.device)
-        if tensor.dtype != spec.dtype or tensor.device != place or not tensor.is_contiguous() or not is_dense(tensor):
+        device = spec.place(param.device)
+        if stored.dtype != spec.dtype or stored.device != device or not (stored.is_contiguous() and is_dense(stored)):
             raise RuntimeError(
                 f"The optimizer state {key!r} of {name} is {tensor.dtype} on {tensor.device} with strides "
-                f"{tensor.stride()}, expected contiguous {spec.dtype} on {place}: load it with load_state_dict, and "
+                f"{tensor.stride()}, expected contiguous {spec.dtype} on {device}: load it with load_state_dict, and "
                 "do not replace it."
+            )
+
+
+def check_sharded(group: Mapping[str, Any], name: str) -> None:
+    """Refuse the options of a run that sharded weights do not have.
+
+    Raises:
+        ValueError: `compile`, `capturable` or `offload_state` is set.
+    """
+    remedies = {"offload_state": "let FSDP2 offload it (fsdp_offload_params, or CPUOffloadPolicy)"}
+    for option in ("compile", "capturable", "offload_state"):
+        if group[option]:
+            raise ValueError(
+                f"{option}=true does not go with sharded weights, such as {name}: "
+                f"{remedies.get(option, 'leave it out')}."
             )

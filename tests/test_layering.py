@@ -20,10 +20,10 @@ LAYERS = [
     {"planned_optimizer"},
     {"buckets", "checkpoint", "clipping", "stepping"},
     {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},
-    {"kernels"},
+    {"kernels", "shards"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names", "dense"},
+    {"state", "scratch", "names", "dense", "sharding"},
     {"log", "sizes"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -32,6 +32,8 @@ from hf_lowmem.param_groups import Assignment, RoleOptions
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, as_tuple
 from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
+from hf_lowmem.sharding import local
+from hf_lowmem.shards import whole_moment
 from hf_lowmem.sizes import readable
 from hf_lowmem.snr.choice import FULL, interval
 from hf_lowmem.state import State, StatePlan, TensorSpec
@@ -141,11 +143,10 @@ class CalibratedAdamW(GroupedAdamW):
     def _measure(self, group: Group, layout: ParamLayout, param: Tensor) -> Parts:
         """Add the terms of a parameter's ratios to their sums; one that is not finite does not count."""
         parts, state = parts_of(layout.option(CANDIDATES)), self.state[param]
-        plan = self.plan_by(layout, group, param)
-        terms = measured(plan.bind(state, tuple(param.shape))[SECOND].load(), parts)
+        terms = measured(whole_moment(self.plan_by(layout, group, param), SECOND, state, tuple(param.shape)), parts)
         finite = terms.isfinite()
-        state[SNR_SUM].add_(terms.where(finite, 0.0))
-        state[SNR_COUNT].add_(finite)
+        local(state[SNR_SUM]).add_(terms.where(finite, 0.0))
+        local(state[SNR_COUNT]).add_(finite)
         return parts
 
     def _kept(self, group: Group, layout: ParamLayout, param: Tensor, parts: Parts) -> list[Candidate | None]:
@@ -154,7 +155,7 @@ class CalibratedAdamW(GroupedAdamW):
         A fused weight of which too few parts are averaged keeps all of it, as the others would be float32.
         """
         state, shape = self.state[param], tuple(param.shape)
-        kept = chosen(parts, state[SNR_SUM], state[SNR_COUNT], group["snr_cutoff"])
+        kept = chosen(parts, local(state[SNR_SUM]), local(state[SNR_COUNT]), group["snr_cutoff"])
         full: list[Candidate | None] = [None] * len(parts)
         sizes = [self.plan_by(self._folded(layout, parts, each), group, param).nbytes(shape) for each in (kept, full)]
         return kept if sizes[0] < sizes[1] else full
@@ -170,10 +171,14 @@ class CalibratedAdamW(GroupedAdamW):
         state = {name: tensor for name, tensor in self.state[param].items() if name not in old.statistics}
         moment = new.moments[SECOND]
         if isinstance(moment, GroupMean):
-            v, specs = old.bind(state, shape)[SECOND].load(), self.specs_of(param, new, group)
+            v, specs = whole_moment(old, SECOND, state, shape), self.specs_of(param, new, group)
+            place = self.state_place(param, new, group)
             for name in old.moments[SECOND].specs(SECOND, shape, old.codec):
                 del state[name]
-            state |= folded_means(v, moment, {name: specs[name] for name in moment.state_names(SECOND)})
+            means = folded_means(v, moment, {name: specs[name] for name in moment.state_names(SECOND)})
+            state |= {
+                name: place.placed(place.part_of(mean, specs[name]), specs[name]) for name, mean in means.items()
+            }
         self.replace_state(param, state)
 
     def chosen_rules(self) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.rounding import StoredWeight, noise_key
+from hf_lowmem.sharding import Groups
 from hf_lowmem.state import State, StatePlan
 
 if TYPE_CHECKING:
     from hf_lowmem.kernels.registry import Backend
+    from hf_lowmem.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class Bucket:
         steps: the numbers of this step, from 1: floats, or 0-D tensors on the device under `capturable`.
         noise_keys: the keys of this step's noise under stochastic rounding, else zeros.
         clip: how all of the gradients are clipped, if they are.
+        owners: the optimizer's own parameters, of which `params` may be pieces.
+        pieces: for each of them the shard that it is a piece of, and its number there, where the means of the shard
+            are averaged before the step; else nothing.
+        solo: the shard of the only parameter, where its step takes collectives of its own.
+        spread: the process groups over which the parameters are cut.
     """
 
     rule: str
@@ -107,16 +114,27 @@ class Bucket:
     steps: Sequence[Any]
     noise_keys: Sequence[Any]
     clip: Clip | None = None
+    owners: Sequence[Tensor] = ()
+    pieces: Sequence[tuple[Shard, int]] = ()
+    solo: Shard | None = None
+    spread: Groups = ()
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[ParamStep]:
+        whole = self.solo.tile.whole if self.solo else None
         columns = (self.params, self.grads, self.states, self.plans, self.steps, self.noise_keys)
         for param, grad, state, plan, step, key in zip(*columns, strict=True):
-            yield ParamStep(param, grad, state, plan, step, key, self.clip)
+            yield ParamStep(param, grad, state, plan, step, key, self.clip, whole)
 
     @property
     def arithmetic(self) -> torch.dtype:
         return self.plans[0].arithmetic
+
+    def part(self, numbers: Sequence[int]) -> Bucket:
+        """Return a bucket of some of the parameters for this step alone."""
+        listed = ("params", "grads", "states", "plans", "steps", "noise_keys", "owners", "pieces")
+        chosen: dict[str, Any] = {name: [each[n] for n in numbers] for name in listed if (each := getattr(self, name))}
+        return replace(self, **chosen, kept={})
 
     def gradient_addresses(self) -> list[int]:
         """Return the address of each gradient."""

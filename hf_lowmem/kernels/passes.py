@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.registry import Backend
+from hf_lowmem.sharding import add_up
 
 
 class Sum(NamedTuple):
@@ -60,5 +61,6 @@ class InPasses(Backend):
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
         for step in bucket:
-            for _ in self.rules[bucket.rule].passes(step, hyper):
-                pass  # all entries are at hand, so the sums are complete
+            for sums in self.rules[bucket.rule].passes(step, hyper):
+                if bucket.solo is not None:  # else all entries are at hand, so the sums are complete
+                    add_up((found.values, bucket.solo.tile.incomplete_over(found.dims)) for found in sums)

@@ -241,10 +241,20 @@ class GroupMean:
 
     def average(self, stored: Sequence[Tensor], totals: Sequence[Tensor], entries: int, beta: float | Tensor) -> None:
         """Average sums of squares over `entries` entries, a weight or a tile that splits no group, into the means."""
-        length = self._length * self.segments[0].outer
-        for segment, mean, total in zip(self.means, stored, totals, strict=True):
-            share = entries * segment.outer * (segment.stop - segment.start) // length
-            mean.copy_(_finite(beta * mean + (1 - beta) * (total / (share // total.numel())), mean))
+        self.average_by(stored, totals, self.group_sizes(entries, [total.numel() for total in totals]), beta)
+
+    def average_by(
+        self, stored: Sequence[Tensor], totals: Sequence[Tensor], sizes: Sequence[int], beta: float | Tensor
+    ) -> None:
+        """Average sums of squares into the means, of which each is taken over a group of so many entries."""
+        for mean, total, size in zip(stored, totals, sizes, strict=True):
+            mean.copy_(_finite(beta * mean + (1 - beta) * (total / size), mean))
+
+    def group_sizes(self, entries: int, groups: Sequence[int]) -> list[int]:
+        """Return how many entries each mean is taken over, of so many `entries` in as many `groups` for each mean."""
+        length = self.length * self.segments[0].outer
+        shares = [entries * mean.outer * (mean.stop - mean.start) // length for mean in self.means]
+        return [share // number for share, number in zip(shares, groups, strict=True)]
 
     def estimate(self, stored: Sequence[Tensor], index: Index, shape: Sequence[int]) -> Tensor:
         """Return the stored means for a tile of `shape`, broadcastable to the tile."""
@@ -279,7 +289,7 @@ class GroupMean:
         ]
 
     @property
-    def _length(self) -> int:
+    def length(self) -> int:
         """Return the number of entries of the split axis in one of its `outer` repeats."""
         return max(segment.stop for segment in self.segments)
 
@@ -289,7 +299,7 @@ class GroupMean:
         """Return the result of `_entries` for a tile of `shape`."""
         axis = segment.axis
         start = index[axis].start if axis < len(index) else 0
-        return _entries(segment, self._length, (start, start + shape[axis]), device)
+        return _entries(segment, self.length, (start, start + shape[axis]), device)
 
 
 def whole(

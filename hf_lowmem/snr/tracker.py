@@ -16,6 +16,8 @@ from hf_lowmem.log import is_first_process
 from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.roles import ParamRole, assign_roles
+from hf_lowmem.sharding import whole
+from hf_lowmem.shards import whole_moment
 from hf_lowmem.snr.choice import HEAD, ROW_COL
 from hf_lowmem.snr.measure import Ratio, candidates, ratios_of, unreduced
 from hf_lowmem.snr.ratios import keep_until, write_rows
@@ -51,7 +53,7 @@ class SnrTracker:
         resumed_step: the step from which a run is resumed.
 
     Raises:
-        ValueError: a weight is sharded, or the optimizer keeps no full second moment of it.
+        ValueError: a weight is a flat piece of weights, or the optimizer keeps no full second moment of it.
 
     >>> from hf_lowmem.snr import SnrTracker
     >>> model = torch.nn.Linear(16, 8)
@@ -90,15 +92,15 @@ class SnrTracker:
         Raises:
             ValueError: the optimizer keeps no full second moment of a weight.
         """
-        if not is_first_process():
-            return
         rows: list[tuple[str, tuple[int, ...], str]] = []
         ratios: list[Tensor] = []
-        for param, v in second_moments(optimizer, self._roles):
-            if v is not None and v.numel():
+        for param, v in second_moments(optimizer, self._roles):  # of shards, all processes gather it
+            if v is not None and v.numel() and is_first_process():
                 named = list(rows_of(v, self._roles[id(param)]))
                 rows += [row for row, _ in named]
                 ratios.append(torch.stack([torch.stack(ratio) for _, ratio in named]))
+        if not is_first_process():
+            return
         if not rows:
             raise ValueError(_no_second_moment(optimizer, "any weight"))
         numbers = torch.cat([each.to(ratios[0].device) for each in ratios]).tolist()  # waits for the device once
@@ -134,9 +136,9 @@ def second_moments(optimizer: Optimizer, roles: dict[int, ParamRole]) -> Iterato
         state, shape = optimizer.state.get(param, {}), tuple(param.shape)
         if plan is not None:
             full = isinstance(plan.moments.get("exp_avg_sq"), Full) and plan.projection == FULL_SPACE
-            v = plan.bind(state, shape)["exp_avg_sq"].load() if full and state else None
+            v = whole_moment(plan, "exp_avg_sq", state, shape) if full and state else None
         else:
-            v = state.get("exp_avg_sq")
+            v = whole(state.get("exp_avg_sq"))
             full = not state or (isinstance(v, Tensor) and v.shape == param.shape)
         if not full:
             raise ValueError(_no_second_moment(optimizer, role.name))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import is_initialized
@@ -16,6 +19,7 @@ from hf_lowmem.log import PACKAGE, announce, get_logger, is_first_process
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.param_groups import Recipe, plan_roles
 from hf_lowmem.planner import Explanation, explain_plan
+from hf_lowmem.sharding import is_sharded
 from hf_lowmem.sizes import in_unit, unit_of
 from hf_lowmem.step_checks import check_param, check_whole
 from hf_lowmem.trainer.optim_args import read_optim_args, recipe_for
@@ -124,7 +128,9 @@ def optimizer_cls_and_kwargs(
 
 
 def refuse_sharding(args: Any, what: str | None = None) -> None:
-    """Raise ValueError if a run with these arguments shards the weights, of which the optimizer needs all rows.
+    """Raise ValueError if a run with these arguments cuts the weights into flat pieces, which have no rows and heads.
+
+    FSDP2 does not, and is supported.
 
     Args:
         args: `TrainingArguments`, or the plain values of a command line that has not been launched yet.
@@ -134,14 +140,48 @@ def refuse_sharding(args: Any, what: str | None = None) -> None:
     for scheme, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp), ("MEGATRON_LM", None)):
         variable = f"ACCELERATE_USE_{scheme.upper()}"
         asked = bool(chosen) or os.environ.get(variable, "").lower() in ("true", "1")
+        if scheme == "FSDP" and _fsdp_version(chosen, getattr(args, "fsdp_config", None)) == 2:
+            continue
         if _shards(scheme, asked, bool(chosen), getattr(args, "distributed_state", None)):
             remedy = (
                 f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
             )
+            kind = "FSDP1" if scheme == "FSDP" else scheme
             raise ValueError(
-                f"{what or optim} does not support {scheme} yet, because "
-                f"it needs whole weights: {remedy}, and train with DDP or in one process."
+                f"{what or optim} does not support {kind}, which cuts weights into pieces that have no rows and "
+                f"heads: {remedy}, and train with FSDP2 (fsdp_version: 2), with DDP or in one process."
             )
+
+
+def _fsdp_version(chosen: Any, config: Any) -> int:
+    """Return the version of FSDP that a run asks for: transformers' default is 2, and that of accelerate's launcher 1.
+
+    Args:
+        chosen: the argument `fsdp`.
+        config: the argument `fsdp_config`: a dict, JSON, the path of a JSON file, or None.
+    """
+    if not chosen:
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    if isinstance(config, str):
+        with suppress(ValueError):  # transformers refuses what is no JSON
+            config = json.loads(Path(config).read_text() if Path(config).is_file() else config)
+    given = config if isinstance(config, Mapping) else {}
+    return int(given.get("version", given.get("fsdp_version", 2)))
+
+
+def refuse_to_save(model: nn.Module, args: Any) -> None:
+    """Raise ValueError if the Trainer would save the optimizer state of one process alone.
+
+    It does so where transformers has sharded the weights as it loaded them, without an FSDP plugin.
+    """
+    sharded = next((name for name, param in model.named_parameters() if is_sharded(param)), None)
+    saves = getattr(args.save_strategy, "value", args.save_strategy) != "no" and not args.save_only_model
+    if sharded and saves:
+        raise ValueError(
+            f"The weights of the model, such as {sharded!r}, were sharded as they were loaded, and of such a run the "
+            "Trainer saves the optimizer state of one process alone: load the model without a DistributedConfig and "
+            'train with fsdp=True, or set save_only_model=True or save_strategy="no".'
+        )
 
 
 def _shards(scheme: str, asked: bool, by_arguments: bool, state: Any) -> bool:
@@ -167,7 +207,7 @@ def _shards(scheme: str, asked: bool, by_arguments: bool, state: Any) -> bool:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ValueError if a trained parameter of `model` is a shard of a weight, such as FSDP gives to a process."""
+    """Raise ValueError if a trained parameter of `model` is a flat piece of weights, such as FSDP1 makes."""
     for name, param in model.named_parameters():
         if param.requires_grad:
             check_param(param)

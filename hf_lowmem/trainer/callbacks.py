@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from hf_lowmem.dense import is_plain
 from hf_lowmem.log import get_logger
 from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.sharding import EVERYONE, add_up, is_sharded, local, local_grad
 from hf_lowmem.state import KAHAN_COMP
 
 logger = get_logger(__name__)
@@ -51,6 +52,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
         self._due = True
         self._warned = False
         self._before: list[tuple[Any, Tensor, Tensor]] = []  # weights, sampled entries, and their values
+        self._shard: Any = None  # one of the narrow weights that are sharded
         self._measured: Measured | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -72,23 +74,32 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
                     and optimizer.idle_calls
                     and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
                 )
-                if param.grad is not None and param.numel() and narrow and is_plain(param) and not idle:
-                    at = sampled_entries(param.numel(), param.device)
+                here = local(param)
+                if narrow and is_sharded(param):
+                    self._shard = param
+                if param.grad is not None and here.numel() and narrow and is_plain(here) and not idle:
+                    at = sampled_entries(here.numel(), here.device)
                     self._before.append((param, at, stored(optimizer, param, at)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        sampled, self._before = self._before, []
-        if not sampled or getattr(optimizer, "step_was_skipped", False):  # by the scaler of float16 gradients
+        sampled, self._before, shard, self._shard = self._before, [], self._shard, None
+        # A process whose shards are all empty takes part in the sums of the others.
+        skipped = getattr(optimizer, "step_was_skipped", False)  # by the scaler of float16 gradients
+        if skipped or (not sampled and shard is None):
             return
         optimizer, self._due = unwrapped(optimizer), False
         # These estimated sums over all entries stay on the device until they are logged.
-        lost = counted = torch.zeros((), dtype=torch.float32, device=sampled[0][0].device)
+        device = local(sampled[0][0] if sampled else shard).device
+        lost = counted = torch.zeros((), dtype=torch.float32, device=device)
         for param, at, before in sampled:
-            moved = param.grad.take(at) != 0
+            moved = local_grad(param.grad, param).take(at) != 0
             same = (stored(optimizer, param, at) == before).all(0) & moved
-            entries = param.numel() / len(at)
+            entries = local(param).numel() / len(at)
             lost = lost + entries * same.sum().to(lost.device)
             counted = counted + entries * moved.sum().to(counted.device)
+        if shard is not None:
+            lost, counted = lost.clone(), counted.clone()
+            add_up([(lost, EVERYONE), (counted, EVERYONE)])
         groups = optimizer.param_groups
         kahan = all(group.get("rounding") == "kahan" for group in groups)
         self._measured = Measured(lost / counted, state.global_step + 1, max(float(g["lr"]) for g in groups), kahan)
@@ -210,7 +221,7 @@ def sampled_entries(numel: int, device: torch.device) -> Tensor:
 
 def stored(optimizer: Any, param: Tensor, at: Tensor) -> Tensor:
     """Return what is stored for some entries of a weight: their values and Kahan's compensation, or zero without."""
-    weight, comp = param.detach().take(at).float(), optimizer.state.get(param, {}).get(KAHAN_COMP)
+    weight, comp = local(param.detach()).take(at).float(), local(optimizer.state.get(param, {}).get(KAHAN_COMP))
     kept = torch.zeros_like(weight) if comp is None else comp.take(at.to(comp.device)).to(weight)
     return torch.stack([weight, kept])
 

@@ -22,10 +22,10 @@ def clip_grad_norm_(
     """Clip as `Accelerator.clip_grad_norm_` does, or by `LowMemOptimizer.clip_grad_norm_` where that is possible.
 
     It is possible if an optimizer with `fused_clip` steps exactly those of these parameters that have a gradient, and
-    every process has all of their gradients.
+    every process has all of their gradients, or under FSDP2 its shard of each.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if float(norm_type) == 2 and self.distributed_type in REPLICATED:
+    if float(norm_type) == 2 and (self.distributed_type in REPLICATED or getattr(self, "is_fsdp2", False)):
         wanted = {id(param) for param in parameters if param.grad is not None}
         for optimizer in map(unwrapped, self._optimizers):
             if isinstance(optimizer, LowMemOptimizer) and any(group["fused_clip"] for group in optimizer.param_groups):

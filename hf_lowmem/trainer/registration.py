@@ -25,7 +25,7 @@ import transformers
 from accelerate import Accelerator
 
 from hf_lowmem.log import get_logger
-from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding
+from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding, refuse_to_save
 from hf_lowmem.trainer.callbacks import CALLBACKS
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete, refuse_ours
 from hf_lowmem.trainer.clipping import clip_grad_norm_
@@ -122,6 +122,8 @@ def _add_member(name: str) -> Any:
 def _handler(context: Any) -> tuple[type, dict[str, Any]]:
     """Return the optimizer class and its arguments to the Trainer, with options from the raw text of `optim_args`."""
     refuse_sharding(context.args)
+    if context.model is not None:
+        refuse_to_save(context.model, context.args)
     return optimizer_cls_and_kwargs(
         context.model,
         _OptimizerNames(context.args.optim).value,

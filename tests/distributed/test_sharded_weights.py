@@ -1,8 +1,10 @@
-"""Pieces of weights are refused in one sentence, and runs that do not shard are not."""
+"""Flat pieces of weights are refused in one sentence, and other runs are not."""
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_lowmem
@@ -80,8 +82,10 @@ SHARDED = {
     },
     "flat parameter": flat,
     "zero 3": zero3,
-    "sharded DTensor": lambda: dtensor(Shard(0)),
-    "replicated DTensor": lambda: dtensor(Replicate()),
+}
+DTENSORS = {
+    "sharded": lambda: dtensor(Shard(0)),
+    "replicated": lambda: dtensor(Replicate()),
     "fsdp2": fsdp2,
 }
 
@@ -93,7 +97,7 @@ def test_a_sharded_model_is_refused(sharding):
         lambda: hf_lowmem.build_optimizer(sharded, "slim_adamw_8bit", lr=1e-3),
         lambda: hf_lowmem.optimizer_cls_and_kwargs(sharded, "coap_adamw", lr=1e-3),
     ):
-        with pytest.raises(ValueError, match=r"^Sharded weights.*the parameter '.*train with DDP") as error:
+        with pytest.raises(ValueError, match=r"^Flat pieces.*the parameter '.*train with FSDP2") as error:
             build()
         assert "\n" not in str(error.value)
 
@@ -101,7 +105,7 @@ def test_a_sharded_model_is_refused(sharding):
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("sharding", SHARDED)
 def test_the_classes_refuse_its_parameters(sharding, cls):
-    with pytest.raises(ValueError, match=r"^Sharded weights.*train with DDP"):
+    with pytest.raises(ValueError, match=r"^Flat pieces.*train with FSDP2"):
         cls(SHARDED[sharding]().parameters())
 
 
@@ -112,16 +116,74 @@ def test_a_frozen_part_may_be_sharded():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
-def test_parameters_that_are_swapped_for_pieces_are_refused():
+def whole(param):
+    return param.full_tensor() if isinstance(param, DTensor) else param
+
+
+@pytest.mark.parametrize("kind", DTENSORS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_class_steps_dtensors(kind, cls):
+    made = DTENSORS[kind]()
+    optimizer = cls(made.parameters(), lr=1e-2)
+    before = [whole(param).clone() for param in made.parameters()]
+    for _ in range(2):  # the first step of COAP only finds its bases
+        for param in made.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for param, old in zip(made.parameters(), before, strict=True):
+        assert (whole(param) != old).any()
+        kept = [value for value in optimizer.state[param].values() if value.ndim]
+        assert all(isinstance(value, DTensor) == isinstance(param, DTensor) for value in kept)
+
+
+def test_parameters_may_be_swapped_for_shards():
     """As accelerate's FSDP2 does, after the optimizer was built."""
     made = model()
-    optimizer = SlimAdamW(made.parameters())
+    whole = copy.deepcopy(made)
+    for each in (made, whole):
+        each.optimizer = SlimAdamW(each.parameters(), axes=())
     pieces = iter(fully_shard(made, mesh=init_device_mesh("cpu", (1,))).parameters())
-    for group in optimizer.param_groups:
+    for group in made.optimizer.param_groups:
         group["params"] = [next(pieces) for _ in group["params"]]
-    made(torch.randn(2, 8)).sum().backward()
-    with pytest.raises(ValueError, match=r"^Sharded weights"):
+    for each in (made, whole):
+        each(torch.ones(2, 8)).sum().backward()
+        each.optimizer.step()
+    for param, expected in zip(made.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(param.full_tensor(), expected)
+
+
+@pytest.mark.parametrize("option", ["compile", "capturable", "offload_state"])
+def test_what_shards_do_not_support_is_said_before_a_step(option):
+    made = fsdp2()
+    optimizer = hf_lowmem.build_optimizer(made, "slim_adamw", lr=1e-3, optim_args={option: True})
+    for param in made.parameters():
+        param.grad = torch.ones_like(param)
+    before = [param.full_tensor().clone() for param in made.parameters()]
+    with pytest.raises(ValueError, match=rf"^{option}=true does not go with sharded weights, such as") as error:
         optimizer.step()
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(param.full_tensor(), old) for param, old in zip(made.parameters(), before, strict=True))
+
+
+def test_a_sharded_weight_that_a_group_names_twice_is_refused():
+    made = fsdp2()
+    weight = made[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        optimizer = SlimAdamW([weight, weight], axes=())
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match="is in its parameter group twice"):
+        optimizer.step()
+
+
+def test_sharded_state_is_not_resized():
+    made = fsdp2()
+    optimizer = SlimAdamW(made.parameters(), axes=())
+    for param in made.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="resize the model before it is sharded"):
+        optimizer.resize_state()
 
 
 # -- what a Trainer's run will do ------------------------------------------------------------------------------------
@@ -170,11 +232,11 @@ def test_what_is_left_behind_shards_no_single_process(variable, tmp_path, variab
 
 
 @pytest.mark.parametrize("scheme", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_a_run_that_shards_is_refused(scheme, tmp_path, variables):
+def test_a_run_that_flattens_weights_is_refused(scheme, tmp_path, variables):
     """What accelerate has decided counts, and the sentence names what asked for it."""
     trainer = make_trainer(tmp_path)
     variables.setitem(PartialState._shared_state, "distributed_type", DistributedType(scheme))
-    with pytest.raises(ValueError, match=rf"(?i)'slim_adamw' does not support {scheme} yet") as error:
+    with pytest.raises(ValueError, match=rf"(?i)'slim_adamw' does not support {scheme}") as error:
         trainer.create_optimizer()
     assert f"unset ACCELERATE_USE_{scheme}," in str(error.value)
     assert "\n" not in str(error.value)
@@ -191,11 +253,15 @@ def test_before_there_is_a_trainer_the_kind_of_process_decides(kind, refused, tm
     variables.setenv("ACCELERATE_USE_FSDP", "true")
     variables.setitem(PartialState._shared_state, "distributed_type", DistributedType(kind))
     if refused:
-        with pytest.raises(ValueError, match=r"does not support FSDP yet.*unset ACCELERATE_USE_FSDP"):
+        with pytest.raises(ValueError, match=r"does not support FSDP1.*unset ACCELERATE_USE_FSDP.*FSDP2"):
             Trainer.get_optimizer_cls_and_kwargs(args, model())
-        args.fsdp = True
-        with pytest.raises(ValueError, match=r"does not support FSDP yet.*leave fsdp out"):
+        variables.setenv("FSDP_VERSION", "2")
+        Trainer.get_optimizer_cls_and_kwargs(args, model())
+        args.fsdp, args.fsdp_config = True, {"version": 1}
+        with pytest.raises(ValueError, match=r"does not support FSDP1.*leave fsdp out"):
             Trainer.get_optimizer_cls_and_kwargs(args, model())
+        args.fsdp_config = {}
+        Trainer.get_optimizer_cls_and_kwargs(args, model())  # transformers' default is 2
     else:
         Trainer.get_optimizer_cls_and_kwargs(args, model())
 
@@ -203,10 +269,13 @@ def test_before_there_is_a_trainer_the_kind_of_process_decides(kind, refused, tm
 @pytest.mark.parametrize(
     ("options", "environment", "refused"),
     [
-        ({"fsdp": "full_shard"}, {}, True),
+        ({"fsdp": "full_shard"}, {}, False),  # by FSDP2
+        ({"fsdp": "full_shard", "fsdp_config": '{"fsdp_version": 1}'}, {}, True),
+        ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, {}, False),
         ({"deepspeed": "config.json"}, {}, True),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, False),  # left behind: this process was not launched
         ({}, {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0"}, True),  # `accelerate launch --use_fsdp`
+        ({}, {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0", "FSDP_VERSION": "2"}, False),
         ({}, {"LOCAL_RANK": "0"}, False),
     ],
 )
@@ -215,7 +284,7 @@ def test_a_command_line_is_judged_before_its_run(options, environment, refused, 
         variables.setenv(name, value)
     given = SimpleNamespace(**{"optim": "slim_adamw", "fsdp": None, "deepspeed": None, **options})
     if refused:
-        with pytest.raises(ValueError, match=r"does not support (FSDP|DeepSpeed) yet"):
+        with pytest.raises(ValueError, match=r"does not support (FSDP1|DeepSpeed)"):
             refuse_sharding(given)
     else:
         refuse_sharding(given)
@@ -227,10 +296,19 @@ def test_accelerates_decision_outlasts_the_variable(tmp_path, variables):
     trainer.create_optimizer()
 
 
-def test_weights_that_were_sharded_as_they_were_loaded_are_refused(tmp_path, variables):
-    trainer = make_trainer(tmp_path)
-    mesh = init_device_mesh("cpu", (1,))
-    weight = trainer.model.lm_head.weight.detach()
-    trainer.model.lm_head.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match=r"^Sharded weights.*'lm_head.weight'.*DTensor"):
-        trainer.create_optimizer()
+def test_a_trainer_that_would_save_the_state_of_one_process_is_refused(tmp_path, variables):
+    """It does where transformers has sharded the weights as it loaded them."""
+    for options in (
+        {"save_strategy": "no"},
+        {"save_strategy": "steps", "save_only_model": True},
+        {"save_strategy": "steps"},
+    ):
+        trainer = make_trainer(tmp_path, **options)
+        mesh = init_device_mesh("cpu", (1,))
+        weight = trainer.model.lm_head.weight.detach()
+        trainer.model.lm_head.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+        if options == {"save_strategy": "steps"}:
+            with pytest.raises(ValueError, match=r"such as 'lm_head.weight', were sharded as they were loaded.*alone"):
+                trainer.create_optimizer()
+        else:
+            trainer.create_optimizer()

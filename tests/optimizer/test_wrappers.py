@@ -127,39 +127,53 @@ def mesh(tmp_path_factory):
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
 @pytest.mark.parametrize("loads", [True, False])
 @pytest.mark.parametrize("optim", ["slim_adamw_8bit", "lowmem_adamw", "coap_adamw", "soap"])
-def test_sharded_weights_are_refused_after_loading_too(optim: str, loads: bool, placement, mesh) -> None:
+def test_weights_that_become_dtensors_are_stepped_as_before(optim: str, loads: bool, placement, mesh) -> None:
     """Sharding swaps the parameters inside the groups of an optimizer that is there already."""
     layers = [nn.Linear(64, 64) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
     plain, optimizer = (hf_lowmem.build_optimizer(layer, optim, lr=1e-3) for layer in layers)
-    layers[0](torch.ones(1, 64)).sum().backward()
-    plain.step()
-    sharded = []
+    if loads:
+        layers[0](torch.ones(1, 64)).sum().backward()
+        plain.step()
+        layers[1].load_state_dict(layers[0].state_dict())
     for group in optimizer.param_groups:
         where = [[placement] if param.ndim > 1 else [Replicate()] for param in group["params"]]
         group["params"] = [
             nn.Parameter(distribute_tensor(param.detach(), mesh, at))
             for param, at in zip(group["params"], where, strict=True)
         ]
-        sharded += group["params"]
     if loads:
         optimizer.load_state_dict(plain.state_dict())
-    for param in sharded:
-        assert isinstance(param, DTensor)
-        param.grad = torch.ones_like(param)
-    with pytest.raises(ValueError, match=r"Sharded weights are not supported yet.*a DTensor"):
+    pairs = [
+        (param, expected)
+        for group, other in zip(optimizer.param_groups, plain.param_groups, strict=True)
+        for param, expected in zip(group["params"], other["params"], strict=True)
+    ]
+    for step in range(3):
+        for param, expected in pairs:
+            generator = torch.Generator().manual_seed(step)
+            expected.grad = torch.randn(expected.shape, generator=generator)
+            param.grad = distribute_tensor(expected.grad.clone(), mesh, param.placements)
         optimizer.step()
-    with pytest.raises(ValueError, match="a DTensor"):
-        type(optimizer)(sharded)
+        plain.step()
+    for param, expected in pairs:
+        assert isinstance(param, DTensor)
+        assert torch.equal(param.full_tensor(), expected)
+        for name, tensor in plain.state[expected].items():
+            found = optimizer.state[param][name]
+            assert torch.equal(found.full_tensor() if isinstance(found, DTensor) else found, tensor), name
 
 
-def test_plain_weights_that_become_sharded_are_refused(mesh) -> None:
-    """As fully_shard swaps them inside the groups, after the optimizer was built and stepped."""
+def test_state_is_loaded_into_weights_that_became_sharded(mesh) -> None:
+    """As fully_shard swaps them, after the optimizer was built and stepped."""
     layer = nn.Linear(64, 64, bias=False)
     optimizer = hf_lowmem.build_optimizer(layer, "slim_adamw", lr=1e-3)
     layer(torch.ones(1, 64)).sum().backward()
     optimizer.step()
+    saved = optimizer.state_dict()
     sharded = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
     sharded.grad = torch.ones_like(sharded)
     optimizer.param_groups[0]["params"][0] = sharded
-    with pytest.raises(ValueError, match="a DTensor"):
-        optimizer.step()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.state[sharded]["step"] == 2

@@ -138,8 +138,8 @@ def test_what_has_no_full_second_moment_is_refused_before_training(tmp_path: Pat
         trainer(tmp_path, optim="slim_adamw", optim_args="rules=auto").train()
     with pytest.raises(ValueError, match="every=0 must be"):
         hf_lowmem.SnrCallback(every=0)
-    sharded = SimpleNamespace(deepspeed=None, fsdp="full_shard", optim="adamw_torch")
-    with pytest.raises(ValueError, match=r"^SnrCallback does not support FSDP yet, because it needs whole weights"):
+    sharded = SimpleNamespace(deepspeed="config.json", fsdp=None, optim="adamw_torch")
+    with pytest.raises(ValueError, match=r"^SnrCallback does not support DeepSpeed, which cuts weights into pieces"):
         hf_lowmem.SnrCallback().on_train_begin(sharded, None, None)
 
 

@@ -302,7 +302,11 @@ MISTAKES = [  # of the command and of the script: files as in `mistaken_folder`
     ("dpo", "--dataset_name hub/id --model_name_or_path empty", "--model_name_or_path empty: the folder holds neith"),
     ("rloo", "--dataset_name hub/id {model} --reward_model_name_or_path no", "--reward_model_name_or_path no: there"),
     ("dpo", "--dataset_name hub/id {model} --load_in_4bit", "--load_in_4bit and --load_in_8bit freeze the model: ad"),
-    ("dpo", "--dataset_name hub/id {model} --fsdp full_shard", "optim='slim_adamw_8bit' does not support FSDP yet"),
+    (
+        "dpo",
+        "--dataset_name hub/id {model} --fsdp full_shard --fsdp_config fsdp1.json",
+        "optim='slim_adamw_8bit' does not support FSDP1",
+    ),
     ("dpo", "--dataset_name hub/id {model} --learning_rat 1", "Unknown option '--learning_rat'; the nearest names: -"),
     ("dpo", "--dataset_name hub/id {model} --resume_from_checkpoint no", "--resume_from_checkpoint no: there is no s"),
     (
@@ -355,6 +359,7 @@ def mistaken_folder(tmp_path, monkeypatch):
         "data.jsonl": "",
         "data.parquet": "no",
         "a.jsonl": '{"a": 1}',
+        "fsdp1.json": '{"version": 1}',
         "p.jsonl": '{"prompt": "a"}',
         "judge.py": "def score(completions, answer, factor=1, **kwargs): pass",
         "config.yaml": "dataset_name: data.jsonl\noptim: adam_mini\n",

@@ -1,0 +1,283 @@
+"""Weights of which each process holds a piece: where the piece is, how its state is cut, and sums over the processes.
+
+Such a weight is a DTensor, as FSDP2, HSDP and tensor parallelism make it. A process holds a `Tile` of it, and the same
+tile of every state tensor that runs along the cut axes; state that does not, such as the mean of a column, is held
+whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on the whole weight alone, so
+that any number of processes takes the same steps.
+
+No other file below `trainer/` imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.state import TensorSpec
+
+Groups = tuple[Any, ...]  # process groups, over each of which in turn something is added up
+EVERYONE: Groups = (None,)  # all processes
+
+
+class Tile(NamedTuple):
+    """The piece of a weight that this process holds.
+
+    Args:
+        whole: the shape of the weight.
+        starts: the first entry of the piece along each axis.
+        shape: the shape of the piece, which may be empty.
+        groups: for each axis, the process groups whose members hold the other pieces along it.
+    """
+
+    whole: tuple[int, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    groups: tuple[Groups, ...]
+
+    @property
+    def cut_axes(self) -> tuple[int, ...]:
+        """Return the axes along which the weight is cut."""
+        return tuple(axis for axis, groups in enumerate(self.groups) if groups)
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        """Return the piece as slices of the weight."""
+        return tuple(slice(start, start + size) for start, size in zip(self.starts, self.shape, strict=True))
+
+    def incomplete_over(self, dims: Sequence[int | None]) -> Groups:
+        """Return the groups over which a sum whose axes run along `dims` of the weight must still be added up."""
+        return tuple(group for axis in self.cut_axes if axis not in dims for group in self.groups[axis])
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor, of which each process holds a piece or a copy."""
+    module = sys.modules.get("torch.distributed.tensor")  # whose import takes a second: who has a DTensor has it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """Return the piece of a DTensor that this process holds, or any other value itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """Return all of a DTensor, which all processes of its mesh must call, or any other value itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def tile_of(param: Tensor) -> Tile:
+    """Return the piece of a DTensor that this process holds.
+
+    Raises:
+        ValueError: the process is not on the tensor's mesh, or the pieces must be added up to give the weight.
+    """
+    tensor: Any = param
+    return _tile(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
+
+
+@lru_cache(maxsize=1 << 12)
+def _tile(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Tile:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(placement.is_partial() for placement in placements) or mesh.get_coordinate() is None:
+        raise ValueError(
+            f"A weight of shape {shape} is placed as {placements} on {mesh}, of which this process holds no piece: "
+            "give the optimizer weights that are sharded or replicated over processes that step them."
+        )
+    found, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    groups: list[list[Any]] = [[] for _ in shape]
+    for dim, placement in enumerate(placements):
+        if (axis := cut_axis(placement)) is not None and mesh.size(dim) > 1:
+            groups[axis].append(mesh.get_group(dim))
+    return Tile(shape, tuple(starts), tuple(found), tuple(map(tuple, groups)))
+
+
+def cut_axis(placement: Any) -> int | None:
+    """Return the axis that a placement cuts: Shard, or the strided kind that FSDP2 adds to tensor parallelism."""
+    return getattr(placement, "dim", None)
+
+
+# -- state ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Which part of a parameter's state this process holds: all, or, of a DTensor, what runs along its shard.
+
+    Args:
+        param: the parameter.
+        gathered: whether every process holds all state of a DTensor, as its shards are gathered for each step.
+    """
+
+    param: Any
+    gathered: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether state tensors are DTensors."""
+        return is_sharded(self.param)
+
+    def index(self, spec: TensorSpec) -> tuple[slice, ...]:
+        """Return the part of a state tensor that this process holds, as slices of its axes."""
+        found = [slice(0, size) for size in spec.shape]
+        if self.is_cut and not self.gathered and not spec.on_host:
+            tile = tile_of(self.param)
+            for axis in tile.cut_axes:
+                place, unit = state_axis(spec, axis)
+                if place is not None:
+                    start, stop = tile.starts[axis], tile.starts[axis] + tile.shape[axis]
+                    found[place] = slice(min(-(-start // unit), spec.shape[place]), -(-stop // unit))
+        return tuple(found)
+
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Return the shape of the part of a state tensor that this process holds."""
+        return tuple(part.stop - part.start for part in self.index(spec))
+
+    def zeros(self, spec: TensorSpec) -> Tensor:
+        """Return a state tensor of zeros: of a DTensor a DTensor that is cut alike."""
+        return self.placed(spec.zeros(self.param.device, self.shape(spec)), spec)
+
+    def placed(self, part: Tensor, spec: TensorSpec) -> Tensor:
+        """Return this process's part of a state tensor as the optimizer keeps it: as a DTensor beside a DTensor."""
+        if not self.is_cut or spec.on_host:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        shape, stride = torch.Size(spec.shape), torch.empty(spec.shape, device="meta").stride()
+        mesh, placements = self.param.device_mesh, self.placements(spec)
+        return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def placements(self, spec: TensorSpec) -> tuple[Any, ...]:
+        """Return how a state tensor is placed: cut as its parameter, or replicated where it runs along no cut."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        found: list[Any] = []
+        for placement in self.param.placements:
+            axis = cut_axis(placement)
+            place = None if axis is None or self.gathered else state_axis(spec, axis)[0]
+            if place is None:
+                found.append(Replicate())
+            elif isinstance(placement, Shard):
+                found.append(Shard(place))
+            else:
+                found.append(type(placement)(place, split_factor=placement.split_factor))
+        return tuple(found)
+
+    def part_of(self, value: Any, spec: TensorSpec) -> Any:
+        """Return this process's part of a value from a checkpoint: a number, a whole tensor or a DTensor."""
+        if is_sharded(value):
+            if self.is_cut and not spec.on_host and value.device_mesh == self.param.device_mesh:
+                return value.redistribute(placements=self.placements(spec)).to_local()
+            value = value.full_tensor()
+        return value[self.index(spec)] if isinstance(value, Tensor) and spec.shape else value
+
+
+def state_axis(spec: TensorSpec, axis: int) -> tuple[int | None, int]:
+    """Return the axis of a state tensor that runs along an axis of the weight, and how many entries one of its has."""
+    if axis in spec.param_dims:
+        return spec.param_dims.index(axis), 1
+    if spec.block > 1 and spec.param_dims and axis == len(spec.param_dims) - 1:
+        return axis, spec.block
+    return None, 1
+
+
+def can_be_cut(spec: TensorSpec, tile: Tile) -> bool:
+    """Return whether the pieces of a weight have pieces of this state tensor: no 8-bit block lies in two of them.
+
+    The answer is the same on all processes.
+    """
+    for axis in tile.cut_axes:
+        place, unit = state_axis(spec, axis)
+        if place is None or (unit > 1 and _longest(tile, axis) % unit):
+            return False
+    return True
+
+
+def _longest(tile: Tile, axis: int) -> int:
+    """Return the length of all pieces along an axis but the last ones, which may be shorter."""
+    size = tile.whole[axis]
+    for group in tile.groups[axis]:
+        size = -(-size // group.size())
+    return size
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return int16 numbers as uint8 (..., 2), as checkpoints hold them: collectives do not take int16."""
+    part = local(tensor).unsqueeze(-1).view(torch.uint8)
+    return replaced(tensor, part) if is_sharded(tensor) else part
+
+
+def from_bytes(tensor: Tensor) -> Tensor:
+    """Return what `as_bytes` was given."""
+    part = local(tensor).contiguous().view(torch.int16).squeeze(-1)
+    return replaced(tensor, part) if is_sharded(tensor) else part
+
+
+def replaced(tensor: Any, part: Tensor) -> Tensor:
+    """Return a DTensor that is cut like another one, from what is here of it; it may have an axis more at the end."""
+    from torch.distributed.tensor import DTensor
+
+    shape = (
+        torch.Size((*tensor.shape, *part.shape[tensor.ndim :]))
+        if part.ndim > tensor.ndim
+        else tensor.shape[: part.ndim]
+    )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+# -- gradients and weights --------------------------------------------------------------------------------------------
+
+
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """Return the gradient of this process's piece of a DTensor, from a gradient of any placement."""
+    if not is_sharded(param):
+        return grad
+    placed: Any = grad
+    if is_sharded(grad) and placed.placements != param.placements:  # type: ignore[attr-defined]
+        placed = placed.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(placed)  # type: ignore[no-any-return]
+
+
+def is_placed_as(grad: Any, param: Any) -> bool:
+    """Return whether a gradient is cut as its parameter is."""
+    return not is_sharded(param) or (is_sharded(grad) and grad.placements == param.placements)
+
+
+def whole_of(piece: Tensor, param: Any) -> Tensor:
+    """Return a whole tensor of a DTensor's shape, contiguous, of whose pieces this process has `piece`.
+
+    All processes of its mesh must call it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        piece, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    ).full_tensor()
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------
+
+
+def add_up(sums: Iterable[tuple[Tensor, Groups]]) -> None:
+    """Add up tensors over process groups, in place and in float64: one collective for all that have the same groups.
+
+    All processes must give as many tensors, of the same shapes and in the same order.
+    """
+    alike: dict[tuple[Groups, torch.device], list[Tensor]] = defaultdict(list)
+    for tensor, groups in sums:
+        if groups:
+            alike[groups, tensor.device].append(tensor)
+    for (groups, _), tensors in alike.items():
+        flat = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+        for group in groups:
+            torch.distributed.all_reduce(flat, group=group)
+        for tensor, found in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(found.view(tensor.shape))

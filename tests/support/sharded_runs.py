@@ -1,0 +1,170 @@
+"""Runs of the same training on whole weights and on shards, in processes of their own, to be compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+import hf_lowmem
+
+STEPS = 3
+LR = 1e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training of a tiny model, which is sharded in one way.
+
+    Args:
+        family: of `model_families.tiny_model`.
+        cut: "rows" as FSDP2 cuts, "columns", "replicated"; "both", rows and columns on a mesh of two axes, or
+            "copies", rows on a mesh whose other axis holds copies, as HSDP has them.
+        swaps: whether the optimizer is built from whole weights, which are replaced by shards, as accelerate does.
+        clips: whether each step clips.
+    """
+
+    optim: str
+    args: str = ""
+    family: str = "llama"
+    cut: str = "rows"
+    dtype: str = "float32"
+    swaps: bool = False
+    clips: bool = False
+
+    def __str__(self) -> str:
+        extras = [self.args, self.family, self.cut, self.dtype, "swaps" * self.swaps, "clips" * self.clips]
+        return " ".join([self.optim, *filter(None, extras)])
+
+
+def run_cases(cases: list[Case], world: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run cases on `world` processes; return what each has found, by the case as text."""
+    mp.spawn(work, (cases, world, str(folder)), nprocs=world)
+    found: dict[str, dict[str, Any]] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def work(rank: int, cases: list[Case], world: int, folder: str) -> None:
+    start(rank, world, folder)
+    found: dict[str, Any] = {}
+    for case in cases:
+        try:
+            found[str(case)] = compared(case)
+        except Exception:
+            found[str(case)] = {"error": traceback.format_exc(limit=-6)}
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+
+
+def compared(case: Case) -> dict[str, Any]:
+    """Train whole and sharded, and return the largest differences of weights, state and norms, and the bytes here."""
+    from tests.support.model_families import tiny_model
+
+    torch.manual_seed(0)
+    whole = tiny_model(case.family).to(getattr(torch, case.dtype))
+    model = copy.deepcopy(whole)
+    reference = built(whole, case)
+    if case.swaps:
+        optimizer = built(model, case)
+        before = {id(param): name for name, param in model.named_parameters()}
+        shard(model, case.cut)
+        after = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [after[before[id(param)]] for param in group["params"]]
+    else:
+        shard(model, case.cut)
+        optimizer = built(model, case)
+    norms = [train(each, opt, case.clips) for each, opt in ((whole, reference), (model, optimizer))]
+    weights, states = 0.0, 0.0
+    for (_, param), (_, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        weights = max(weights, difference(param, expected))
+        mine, theirs = optimizer.state[param], reference.state[expected]
+        assert mine.keys() == theirs.keys()
+        states = max([states, *(difference(mine[name], theirs[name]) for name in mine)])
+    here = sum(piece(t).nbytes for state in optimizer.state.values() for t in state.values())
+    all_of_it = sum(t.nbytes for state in reference.state.values() for t in state.values())
+    return {
+        "weights": weights,
+        "state": states,
+        "norms": max((abs(a / b - 1) for a, b in zip(*norms, strict=True)), default=0.0),
+        "share": here / all_of_it,
+        "case": asdict(case),
+    }
+
+
+def built(model: nn.Module, case: Case) -> hf_lowmem.LowMemOptimizer:
+    return hf_lowmem.build_optimizer(model, case.optim, lr=LR, weight_decay=0.1, optim_args=case.args or None)
+
+
+def shard(model: nn.Module, cut: str) -> None:
+    """Replace all parameters by DTensors; one that two modules share stays one."""
+    world, known = dist.get_world_size(), dict[int, nn.Parameter]()
+    two_axes = cut in ("both", "copies")
+    mesh = init_device_mesh("cpu", (2, world // 2) if two_axes else (world,))
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            last = Shard(max(param.ndim - 1, 0))
+            placements = {
+                "rows": [Shard(0)],
+                "columns": [last],
+                "replicated": [Replicate()],
+                "both": [Shard(0), last if param.ndim > 1 else Replicate()],
+                "copies": [Replicate(), Shard(0)],
+            }[cut]
+            if id(param) not in known:
+                made = nn.Parameter(distribute_tensor(param.detach(), mesh, placements), param.requires_grad)
+                known |= {id(param): made, id(made): made}
+            setattr(module, name, known[id(param)])
+
+
+def train(model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: int = STEPS) -> list[float]:
+    """Take steps with gradients that do not depend on how the weights are sharded; return the norms."""
+    norms = []
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            spread = 1 + torch.arange(param.shape[-1] if param.ndim else 1) % 5
+            grad = (torch.randn(param.shape, generator=generator) * (spread if param.ndim else 1)).to(param.dtype)
+            placed = isinstance(param, DTensor)
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if placed else grad
+        if clips:
+            norms.append(float(optimizer.clip_grad_norm_(1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def piece(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+
+
+def difference(found: Any, expected: Tensor) -> float:
+    """Return the largest difference between a whole tensor and a sharded one; gloo gathers no int16."""
+    found, expected = found.detach(), expected.detach()
+    if isinstance(found, DTensor) and found.dtype == torch.int16:
+        expected = piece(distribute_tensor(expected.int(), found.device_mesh, found.placements))
+        found = found.to_local()
+    elif isinstance(found, DTensor):
+        found = found.full_tensor()
+    if not found.numel():
+        return 0.0
+    gap = (found.double() - expected.double()).abs()
+    return float("inf") if bool(gap.isnan().any()) else float(gap.max())
