@@ -204,10 +204,14 @@ class Buckets:
         return [] if self._prepared is None else self._prepared.crossing
 
     @property
-    def spreads(self) -> dict[Groups, torch.device]:
-        """Return the process groups that parameters are cut over, with a device of such parameters."""
-        members = [] if self._prepared is None else self._prepared.members
-        return {m.shard.spread: m.stored.device for m in members if m.shard is not None and m.shard.spread}
+    def spreads(self) -> dict[Groups, Tensor]:
+        """Return the process groups that parameters are cut over, with a zero on their device, float64 if one is."""
+        found: dict[Groups, Tensor] = {}
+        for member in [] if self._prepared is None else self._prepared.members:
+            if member.shard is not None and (spread := member.shard.spread):
+                known = found.get(spread, torch.zeros((), dtype=torch.float32, device=member.stored.device))
+                found[spread] = known.to(torch.promote_types(known.dtype, member.stored.dtype))
+        return found
 
     def release(self, state: bool = False) -> None:
         """Let go of the gradients, whose memory the next backward pass needs; and of the `state`, which moves away."""
@@ -234,7 +238,7 @@ class Buckets:
                     continue
                 plan, names, kept, shard = self._checked_plan(optimizer, param, state, layout, group)
                 stored = local(param)
-                if shard is not None and any(param is member.param for member in members[-1:]):
+                if shard is not None and any(param is member.param for member in members):
                     raise ValueError(
                         f"{layout.name or 'A sharded weight'} is in its parameter group twice: name it once."
                     )
@@ -445,6 +449,10 @@ def chosen(optimizer: StateOwner, unit: Unit, grad: Tensor, group: Group) -> Bac
     step, whole = unit.state["step"] if group["capturable"] else 1.0, None if shard is None else shard.tile.whole
     rule = optimizer.rule_of(unit.member.plan, group)
     backend = find_backend(rule, ParamStep(unit.param, grad, unit.state, unit.plan, step, whole=whole))
+    if unit.is_solo and not backend.adds_up_shards:
+        raise LookupError(
+            f"The backend {backend.name!r} does not step shards under the rule {rule!r}: force another one."
+        )
     if group["capturable"] and not backend.takes_numbers_on_device:
         warn_of_capturable(unit.param.device.type)
     return backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,6 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
                 if adamw:
                     held = from_adamw({k: whole(value) for k, value in held.items()}, plan, tuple(param.shape))
                 specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
-                held = restored(held, specs)
                 check_state(held, specs, tuple(param.shape))
                 with torch.inference_mode(False):  # a later step may be outside of it
                     loaded[param] = {name: copied(value, specs.get(name), place) for name, value in held.items()}
@@ -90,14 +90,11 @@ def saved(state: Any) -> Any:
     return {**state, **{name: as_bytes(state[name]) for name in narrow}} if narrow else state
 
 
-def restored(state: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """Return what `saved` was given."""
-    found = dict(state)
-    for name, value in state.items():
-        narrow = specs[name].dtype == torch.int16 if name in specs else name == KAHAN_COMP
-        if narrow and isinstance(value, Tensor) and value.dtype == torch.uint8 and value.shape[-1:] == (2,):
-            found[name] = from_bytes(value)
-    return found
+def as_saved(spec: TensorSpec, value: Any) -> TensorSpec:
+    """Return the declaration of a state tensor as `saved` writes it; a checkpoint of an earlier version has int16."""
+    in_bytes = isinstance(value, Tensor) and value.dtype == torch.uint8 and spec.dtype == torch.int16
+    dims = (*spec.param_dims, None)
+    return replace(spec, shape=(*spec.shape, 2), param_dims=dims, dtype=torch.uint8) if in_bytes else spec
 
 
 HINT = "resume with the model, optim name, optim_args, rules and target modules of the run that wrote the checkpoint"
@@ -129,9 +126,10 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
         if name not in saved:
             continue
         value = saved[name]
-        if not spec.shape:
+        if not spec.shape and spec.dtype != torch.int16:
             check_count(name, value)
             continue
+        spec = as_saved(spec, value)
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"Checkpoint state {name!r} is {value!r}, expected a tensor of shape {spec.shape}. {hint}"
@@ -192,9 +190,12 @@ def copied(value: Any, spec: TensorSpec | None, place: StatePlace) -> Tensor:
     """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
     if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
         return value.to(place.param.device, copy=True)  # type: ignore[no-any-return]
-    part, shape = place.part_of(value, spec), place.shape(spec)
+    written = as_saved(spec, value)
+    part, shape = place.part_of(value, written), place.shape(spec)
     tensor = torch.empty(shape, dtype=spec.dtype, device=spec.place(place.param.device))
     number = part if isinstance(part, Tensor) else torch.tensor(part, device="cpu")
+    if written is not spec:
+        number = from_bytes(number)
     return place.placed(tensor.copy_(number.reshape(shape)), spec)
 
 

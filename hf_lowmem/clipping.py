@@ -16,7 +16,7 @@ from hf_lowmem.sharding import Groups, add_up
 
 logger = get_logger(__name__)
 
-Spreads = Mapping[Groups, torch.device]  # the same in the same order on all processes, with the device of the sums
+Spreads = Mapping[Groups, Tensor]  # the same in the same order on all processes; each with a zero to begin a sum with
 
 
 class Clipping:
@@ -105,9 +105,9 @@ class Clipping:
 def summed_over_shards(squares: Mapping[Groups, Sequence[Tensor]], spreads: Spreads) -> list[Tensor]:
     """Return the sums of the squares of all shards, of which those here may be none."""
     sums = []
-    for groups, device in spreads.items():
-        found = [moved(square, device) for square in squares[groups]]
-        sums.append(torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32, device=device))
+    for groups, zero in spreads.items():
+        found = [moved(square, zero.device).to(zero.dtype) for square in squares[groups]]
+        sums.append(torch.stack([zero, *found]).sum())
     add_up(zip(sums, spreads, strict=True))
     return sums
 

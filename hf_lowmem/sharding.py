@@ -211,24 +211,19 @@ def _longest(tile: Tile, axis: int) -> int:
 def as_bytes(tensor: Tensor) -> Tensor:
     """Return int16 numbers as uint8 (..., 2), as checkpoints hold them: collectives do not take int16."""
     part = local(tensor).unsqueeze(-1).view(torch.uint8)
-    return replaced(tensor, part) if is_sharded(tensor) else part
+    return with_another_axis(tensor, part) if is_sharded(tensor) else part
 
 
 def from_bytes(tensor: Tensor) -> Tensor:
-    """Return what `as_bytes` was given."""
-    part = local(tensor).contiguous().view(torch.int16).squeeze(-1)
-    return replaced(tensor, part) if is_sharded(tensor) else part
+    """Return the int16 numbers that `as_bytes` has turned into a plain tensor."""
+    return tensor.contiguous().view(torch.int16).squeeze(-1)
 
 
-def replaced(tensor: Any, part: Tensor) -> Tensor:
-    """Return a DTensor that is cut like another one, from what is here of it; it may have an axis more at the end."""
+def with_another_axis(tensor: Any, part: Tensor) -> Tensor:
+    """Return a DTensor that is cut like another one and has an axis more at the end, from what is here of it."""
     from torch.distributed.tensor import DTensor
 
-    shape = (
-        torch.Size((*tensor.shape, *part.shape[tensor.ndim :]))
-        if part.ndim > tensor.ndim
-        else tensor.shape[: part.ndim]
-    )
+    shape = torch.Size((*tensor.shape, part.shape[-1]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 

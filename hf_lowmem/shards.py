@@ -236,6 +236,8 @@ def is_gathered(rule: str, plan: StatePlan, tile: Tile) -> bool:
     if not (RULES[rule].elementwise and (moment is None or RULES[rule].averages_squares)):
         if rule not in IN_PASSES or max(axes) > IN_PASSES[rule](rows, len(tile.whole)):
             return True
+        if plan.arithmetic != torch.float32:  # in which alone their passes are written
+            return True
         averaged = {name for name, each in plan.moments.items() if type(each) is GroupMean}
     if plan.projection is not FULL_SPACE or (plan.rounding.kind == "stochastic" and axes != (0,)):
         return True

@@ -50,6 +50,8 @@ class InPasses(Backend):
         devices: the types of device that it is written for; empty for all.
     """
 
+    adds_up_shards = True
+
     def __init__(self, name: str, rules: Mapping[str, RulePasses], devices: tuple[str, ...] = ()) -> None:
         self.name, self.rules, self.devices = name, rules, devices
 

@@ -35,6 +35,7 @@ class Backend:
     name: str
     devices: tuple[str, ...] = ()  # the types of device that it is written for; empty for all
     is_slow = False  # whether it takes steps as the rule is written
+    adds_up_shards = False  # whether it adds sums up over the shards of a weight within a step
     takes_numbers_on_device = False  # whether a captured graph's steps lose nothing by it
 
     def available(self) -> bool:

@@ -165,13 +165,14 @@ def test_what_shards_do_not_support_is_said_before_a_step(option):
     assert all(torch.equal(param.full_tensor(), old) for param, old in zip(made.parameters(), before, strict=True))
 
 
-def test_a_sharded_weight_that_a_group_names_twice_is_refused():
+@pytest.mark.parametrize("between", [False, True])
+def test_a_sharded_weight_that_a_group_names_twice_is_refused(between):
     made = fsdp2()
-    weight = made[0].weight
+    weight, bias = made[0].weight, made[0].bias
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        optimizer = SlimAdamW([weight, weight], axes=())
-    weight.grad = torch.ones_like(weight)
+        optimizer = SlimAdamW([weight, bias, weight] if between else [weight, weight], axes=())
+    weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
     with pytest.raises(ValueError, match="is in its parameter group twice"):
         optimizer.step()
 

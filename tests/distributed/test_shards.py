@@ -37,6 +37,7 @@ OTHERS = [
     *[Case(name, options(name, "rules=paper")) for name in PAPER],
     *[Case(name, "state_bits=16") for name in ("slim_adamw", "factored_adamw", "adalayer", "fadam")],
     *[Case(name, options(name), clips=True, swaps=True) for name in ("slim_adamw", "factored_adamw", "h_fac", "smmf")],
+    *[Case(name, dtype="float64", clips=True) for name in ("factored_adamw", "fadam", "h_fac", "smmf")],
     Case("slim_adamw_8bit", "rules=auto,calibration_steps=2,min_8bit_size=0", family="gpt_neox"),
     Case("factored_adamw", "rules=auto,calibration_steps=2", family="mixtral"),
 ]
@@ -78,6 +79,7 @@ def check(found: dict[str, Any], case: Case) -> None:
     # torch's fused AdamW on the CPU takes the last entries of a tensor in another way, and a shard ends elsewhere.
     exact = case.optim.removesuffix("_8bit") in EXACT and case.optim != "lowmem_adamw" and not case.clips
     assert found["norms"] < 3e-7
+    assert found["loads"] == 0
     if case.dtype == "bfloat16":
         # A sum in another order may turn a rounding over, which is one unit in the last place of a bfloat16.
         assert found["weights"] <= (0 if exact else 2.0**-8)

@@ -99,6 +99,16 @@ def compared(case: Case) -> dict[str, Any]:
         mine, theirs = optimizer.state[param], reference.state[expected]
         assert mine.keys() == theirs.keys()
         states = max([states, *(difference(mine[name], theirs[name]) for name in mine)])
+    loads = 0.0
+    unsharded = built(copy.deepcopy(whole), case)
+    unsharded.load_state_dict(optimizer.state_dict())
+    for (_, param), mine in zip(model.named_parameters(), in_order(unsharded, whole, reference), strict=True):
+        theirs = optimizer.state[param]
+        loads = max([loads, *(difference(theirs[name], mine[name]) for name in mine)])
+    optimizer.load_state_dict(reference.state_dict())
+    for (_, param), (_, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        mine, theirs = optimizer.state[param], reference.state[expected]
+        loads = max([loads, *(difference(mine[name], theirs[name]) for name in mine)])
     here = sum(piece(t).nbytes for state in optimizer.state.values() for t in state.values())
     all_of_it = sum(t.nbytes for state in reference.state.values() for t in state.values())
     return {
@@ -106,8 +116,20 @@ def compared(case: Case) -> dict[str, Any]:
         "state": states,
         "norms": max((abs(a / b - 1) for a, b in zip(*norms, strict=True)), default=0.0),
         "share": here / all_of_it,
+        "loads": loads,
         "case": asdict(case),
     }
+
+
+def in_order(optimizer: Any, model: nn.Module, like: Any) -> list[dict[str, Tensor]]:
+    """Return the state of each parameter in the order of `model`, whose parameters the optimizer `like` has."""
+    places = {
+        id(param): (number, place)
+        for number, group in enumerate(like.param_groups)
+        for place, param in enumerate(group["params"])
+    }
+    found = [places[id(param)] for param in model.parameters()]
+    return [optimizer.state[optimizer.param_groups[number]["params"][place]] for number, place in found]
 
 
 def built(model: nn.Module, case: Case) -> hf_lowmem.LowMemOptimizer:
