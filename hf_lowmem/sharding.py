@@ -1,9 +1,9 @@
-"""Weights of which each process holds a piece: where the piece is, how its state is cut, and sums over the processes.
+"""This file knows which piece of a weight a process holds, how its state is cut, and how processes add up sums.
 
-Such a weight is a DTensor, as FSDP2, HSDP and tensor parallelism make it. A process holds a `Tile` of it, and the same
-tile of every state tensor that runs along the cut axes; state that does not, such as the mean of a column, is held
-whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on the whole weight alone, so
-that any number of processes takes the same steps.
+A weight of which each process holds a piece is a DTensor, as FSDP2, HSDP and tensor parallelism make it. A process
+holds a `Tile` of it, and the same tile of every state tensor that runs along the cut axes; other state, such as the
+mean of a column, is held whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on the
+whole weight alone, so that any number of processes takes the same steps.
 
 No other file below `trainer/` imports torch.distributed.
 """

@@ -1,4 +1,4 @@
-"""How a process steps its piece of a weight: as weights of their own, by means that all processes have added up.
+"""A process steps its shard of a weight as weights of their own, by means that all processes have added up.
 
 A kernel steps a shard as if it were a whole weight, with the second moments of the groups that lie in it. A shard that
 cuts heads, or the parts of a fused weight, is described to the kernels by groups of other sizes, and one that begins
@@ -29,7 +29,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Source(NamedTuple):
-    """Where the mean of a piece is: a state tensor of the shard, all of it or a span of one axis."""
+    """A source says where the mean of a piece is: in a state tensor of the shard, all of it or a span of one axis."""
 
     name: str
     axis: int = 0
