@@ -2,8 +2,8 @@
 
 A weight of which each process holds a piece is a DTensor, as FSDP2, HSDP and tensor parallelism make it. A process
 holds a `Tile` of it, and the same tile of every state tensor that runs along the cut axes; other state, such as the
-mean of a column, is held whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on the
-whole weight alone, so that any number of processes takes the same steps.
+mean of a column, is held whole by every process. Plans, 8-bit blocks and the noise of stochastic rounding depend on
+the whole weight alone, so that any number of processes takes the same steps.
 
 No other file below `trainer/` imports torch.distributed.
 """
