@@ -16,10 +16,11 @@ from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
 from hf_lowmem.sharding import StatePlace, as_bytes, from_bytes, whole
-from hf_lowmem.state import KAHAN_COMP, State, TensorSpec
+from hf_lowmem.state import KAHAN_COMP, Rounding, State, TensorSpec
 
 Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
+KAHAN = Rounding("kahan")
 
 
 def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -52,7 +53,9 @@ def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Map
                 specs, place = optimizer.specs_of(param, plan, group), optimizer.state_place(param, plan, group)
                 check_state(held, specs, tuple(param.shape))
                 with torch.inference_mode(False):  # a later step may be outside of it
-                    loaded[param] = {name: copied(value, specs.get(name), place) for name, value in held.items()}
+                    # Kahan's buffer of a run with another `rounding` or dtype is kept; the next step decides on it.
+                    declared = {**KAHAN.specs(tuple(param.shape)), **specs}
+                    loaded[param] = {name: copied(value, declared[name], place) for name, value in held.items()}
     take_over(optimizer.param_groups, saved_groups, optimizer.kept_options, HYPERPARAMETERS if adamw else None)
     return loaded
 
@@ -186,10 +189,8 @@ def check_layouts(
                     )
 
 
-def copied(value: Any, spec: TensorSpec | None, place: StatePlace) -> Tensor:
+def copied(value: Any, spec: TensorSpec, place: StatePlace) -> Tensor:
     """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
-    if spec is None:  # Kahan's buffer of a run with another `rounding`, which the next step leaves out
-        return value.to(place.param.device, copy=True)  # type: ignore[no-any-return]
     written = as_saved(spec, value)
     part, shape = place.part_of(value, written), place.shape(spec)
     tensor = torch.empty(shape, dtype=spec.dtype, device=spec.place(place.param.device))

@@ -235,6 +235,20 @@ def test_rounding_may_change_when_a_run_is_resumed(caplog: pytest.LogCaptureFixt
     assert "Kahan's buffers of 1 weights were left out" in caplog.text
 
 
+def test_kahans_buffer_is_kept_for_a_weight_that_is_float32_while_it_is_loaded() -> None:
+    """TRL reads the adapters of QLoRA so, and casts them to bfloat16 afterwards."""
+    optimizer = run(SlimAdamW, {}, (16, 128), rounding="kahan")[1]
+    (before,) = optimizer.state.values()
+    assert before["kahan_comp"].any()
+    param = nn.Parameter(torch.ones(16, 128))
+    resumed = SlimAdamW([param], lr=1e-2, rounding="kahan")
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.state[param]["kahan_comp"], before["kahan_comp"])
+    param.data = param.data.bfloat16()
+    param.grad = torch.ones_like(param)
+    resumed.step()
+
+
 def test_kahan_follows_a_weight_whose_dtype_changes() -> None:
     param = nn.Parameter(torch.ones(64))
     optimizer = SlimAdamW([param], lr=1e-3, rounding="kahan")
