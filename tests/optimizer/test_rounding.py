@@ -240,8 +240,9 @@ def test_kahans_buffer_is_kept_for_a_weight_that_is_float32_while_it_is_loaded()
     optimizer = run(SlimAdamW, {}, (16, 128), rounding="kahan")[1]
     (before,) = optimizer.state.values()
     assert before["kahan_comp"].any()
-    param = nn.Parameter(torch.ones(16, 128))
-    resumed = SlimAdamW([param], lr=1e-2, rounding="kahan")
+    resumed = run(SlimAdamW, {}, (16, 128), steps=0, rounding="kahan")[1]
+    (param,) = resumed.param_groups[0]["params"]
+    param.data = param.data.float()
     resumed.load_state_dict(optimizer.state_dict())
     assert torch.equal(resumed.state[param]["kahan_comp"], before["kahan_comp"])
     param.data = param.data.bfloat16()
