@@ -99,6 +99,22 @@ def _tile(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Til
     return Tile(shape, tuple(starts), tuple(found), tuple(map(tuple, groups)))
 
 
+def as_dtensor(
+    piece: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int] | None = None
+) -> Any:
+    """Return the DTensor of a shape and a stride, by default contiguous, of which this process has `piece`.
+
+    The piece stays where it is. `DTensor.from_local` would move it to the devices of the mesh, while FSDP2 keeps the
+    shards of offloaded weights on the CPU beside a mesh of GPUs.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    stride = torch.empty(tuple(shape), device="meta").stride() if stride is None else stride
+    meta = TensorMeta(torch.Size(shape), tuple(stride), piece.dtype)
+    return DTensor(piece, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
 def cut_axis(placement: Any) -> int | None:
     """Return the axis that a placement cuts: Shard, or the strided kind that FSDP2 adds to tensor parallelism."""
     return getattr(placement, "dim", None)
@@ -148,11 +164,7 @@ class StatePlace:
         """Return this process's part of a state tensor as the optimizer keeps it: as a DTensor beside a DTensor."""
         if not self.is_cut or spec.on_host:
             return part
-        from torch.distributed.tensor import DTensor
-
-        shape, stride = torch.Size(spec.shape), torch.empty(spec.shape, device="meta").stride()
-        mesh, placements = self.param.device_mesh, self.placements(spec)
-        return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+        return as_dtensor(part.contiguous(), self.param.device_mesh, self.placements(spec), spec.shape)
 
     def placements(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Return how a state tensor is placed: cut as its parameter, or replicated where it runs along no cut."""
@@ -221,11 +233,7 @@ def from_bytes(tensor: Tensor) -> Tensor:
 
 def with_another_axis(tensor: Any, part: Tensor) -> Tensor:
     """Return a DTensor that is cut like another one and has an axis more at the end, from what is here of it."""
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((*tensor.shape, part.shape[-1]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    return as_dtensor(part, tensor.device_mesh, tensor.placements, (*tensor.shape, part.shape[-1]))
 
 
 # -- gradients and weights --------------------------------------------------------------------------------------------
@@ -251,11 +259,8 @@ def whole_of(piece: Tensor, param: Any) -> Tensor:
 
     All processes of its mesh must call it.
     """
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        piece, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    ).full_tensor()
+    made = as_dtensor(piece, param.device_mesh, param.placements, param.shape, param.stride())
+    return made.full_tensor()  # type: ignore[no-any-return]
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ CUTS = [
     Case("slim_adamw", "rounding=stochastic", cut="columns", dtype="bfloat16"),
     Case("smmf", cut="columns"),
     Case("slim_adamw_8bit", "min_8bit_size=0", cut="replicated", clips=True),
+    Case("slim_adamw_8bit", "min_8bit_size=0", cut="offloaded", swaps=True, clips=True),
+    Case("factored_adamw", "rounding=kahan", cut="offloaded", dtype="bfloat16"),
+    Case("coap_adamw", options("coap_adamw"), cut="offloaded"),
 ]
 CUT = [case for case in EVERY_NAME if not case.optim.startswith(("smmf", "micro_adam", "coap", "soap"))]
 RUNS = {"two": (2, EVERY_NAME), "three": (3, [*CUT, *FAMILIES, *ROUNDED, *OTHERS]), "four": (4, CUTS)}

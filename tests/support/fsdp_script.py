@@ -1,4 +1,4 @@
-"""A training script under FSDP2 on CPU processes, which accelerate takes for accelerators.
+"""A training script under FSDP2 on CPU processes, which `fsdp_on_cpu` makes possible.
 
     torchrun --nproc_per_node 2 fsdp_script.py OUTPUT_DIR '{"optim": "slim_adamw_8bit", ...}'
 
@@ -15,19 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_lowmem
 from hf_lowmem.sharding import as_bytes, is_sharded, whole
-
-
-def on_cpu() -> None:
-    """Let accelerate use FSDP, which it does only where each process has an accelerator."""
-    torch.distributed.init_process_group("gloo")
-    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
 def main(output_dir: str, given: str) -> None:
@@ -35,7 +26,6 @@ def main(output_dir: str, given: str) -> None:
     config, dtype = options.pop("fsdp_config", {}), getattr(torch, options.pop("dtype", "float32"))
     resume, world = options.pop("resume", None), int(os.environ["WORLD_SIZE"])
     only_loads = options.pop("only_loads", False)
-    on_cpu()
     hf_lowmem.register()
     torch.manual_seed(0)
     sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import hf_lowmem
+from hf_lowmem.sharding import as_bytes, as_dtensor, from_bytes
 
 STEPS = 3
 LR = 1e-2
@@ -29,7 +30,8 @@ class Case:
     Args:
         family: of `model_families.tiny_model`.
         cut: "rows" as FSDP2 cuts, "columns", "replicated"; "both", rows and columns on a mesh of two axes, or
-            "copies", rows on a mesh whose other axis holds copies, as HSDP has them.
+            "copies", rows on a mesh whose other axis holds copies, as HSDP has them; "offloaded", rows on the CPU
+            beside a mesh of GPUs, as FSDP2 keeps the weights that it offloads.
         swaps: whether the optimizer is built from whole weights, which are replaced by shards, as accelerate does.
         clips: whether each step clips.
     """
@@ -141,20 +143,30 @@ def shard(model: nn.Module, cut: str) -> None:
     world, known = dist.get_world_size(), dict[int, nn.Parameter]()
     two_axes = cut in ("both", "copies")
     mesh = init_device_mesh("cpu", (2, world // 2) if two_axes else (world,))
+    on_gpus = init_device_mesh("cuda", (world,)) if cut == "offloaded" else None
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             last = Shard(max(param.ndim - 1, 0))
             placements = {
                 "rows": [Shard(0)],
+                "offloaded": [Shard(0)],
                 "columns": [last],
                 "replicated": [Replicate()],
                 "both": [Shard(0), last if param.ndim > 1 else Replicate()],
                 "copies": [Replicate(), Shard(0)],
             }[cut]
             if id(param) not in known:
-                made = nn.Parameter(distribute_tensor(param.detach(), mesh, placements), param.requires_grad)
+                placed = moved_to(on_gpus, distribute_tensor(param.detach(), mesh, placements))
+                made = nn.Parameter(placed, param.requires_grad)
                 known |= {id(param): made, id(made): made}
             setattr(module, name, known[id(param)])
+
+
+def moved_to(mesh: Any, tensor: DTensor) -> DTensor:
+    """Return a DTensor beside another mesh, its pieces where they are."""
+    if mesh is None or mesh.device_type == "cpu":
+        return tensor
+    return as_dtensor(tensor.to_local(), mesh, tensor.placements, tensor.shape, tensor.stride())  # type: ignore
 
 
 def train(model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: int = STEPS) -> list[float]:
@@ -166,7 +178,11 @@ def train(model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: 
             spread = 1 + torch.arange(param.shape[-1] if param.ndim else 1) % 5
             grad = (torch.randn(param.shape, generator=generator) * (spread if param.ndim else 1)).to(param.dtype)
             placed = isinstance(param, DTensor)
-            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if placed else grad
+            if placed:
+                mesh: Any = param.device_mesh
+                on_cpus = mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", tuple(mesh.shape))
+                grad = moved_to(mesh, distribute_tensor(grad, on_cpus, param.placements))
+            param.grad = grad
         if clips:
             norms.append(float(optimizer.clip_grad_norm_(1.0)))
         optimizer.step()
@@ -182,8 +198,8 @@ def difference(found: Any, expected: Tensor) -> float:
     """Return the largest difference between a whole tensor and a sharded one; gloo gathers no int16."""
     found, expected = found.detach(), expected.detach()
     if isinstance(found, DTensor) and found.dtype == torch.int16:
-        expected = piece(distribute_tensor(expected.int(), found.device_mesh, found.placements))
-        found = found.to_local()
+        in_bytes: Any = as_bytes(found)
+        found = from_bytes(in_bytes.full_tensor())
     elif isinstance(found, DTensor):
         found = found.full_tensor()
     if not found.numel():

@@ -36,6 +36,12 @@ MODELS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, tie_word_embeddings=True)),
 }
+MOE: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    ),
+}
 
 
 def save_model(make: Callable[[], tf.PreTrainedModel], folder: Path, seed: int = 0) -> Path:

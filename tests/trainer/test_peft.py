@@ -25,7 +25,7 @@ from tests.support.resumed_runs import (
     same_state,
     same_weights,
 )
-from tests.support.trl_trainers import MODELS, SIZES, TRAINERS, save_model
+from tests.support.trl_trainers import MODELS, MOE, SIZES, TRAINERS, save_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("trl_ready")
@@ -61,12 +61,6 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
     "mixtral_experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, FACTORS),
     "qwen3_moe_experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, FACTORS),
-}
-MOE: dict[str, Callable[[], tf.PreTrainedModel]] = {
-    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
-    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-    ),
 }
 
 
