@@ -164,7 +164,8 @@ class StatePlace:
         """Return this process's part of a state tensor as the optimizer keeps it: as a DTensor beside a DTensor."""
         if not self.is_cut or spec.on_host:
             return part
-        return as_dtensor(part.contiguous(), self.param.device_mesh, self.placements(spec), spec.shape)
+        placed: Tensor = as_dtensor(part.contiguous(), self.param.device_mesh, self.placements(spec), spec.shape)
+        return placed
 
     def placements(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Return how a state tensor is placed: cut as its parameter, or replicated where it runs along no cut."""
@@ -233,7 +234,8 @@ def from_bytes(tensor: Tensor) -> Tensor:
 
 def with_another_axis(tensor: Any, part: Tensor) -> Tensor:
     """Return a DTensor that is cut like another one and has an axis more at the end, from what is here of it."""
-    return as_dtensor(part, tensor.device_mesh, tensor.placements, (*tensor.shape, part.shape[-1]))
+    found: Tensor = as_dtensor(part, tensor.device_mesh, tensor.placements, (*tensor.shape, part.shape[-1]))
+    return found
 
 
 # -- gradients and weights --------------------------------------------------------------------------------------------
@@ -259,8 +261,8 @@ def whole_of(piece: Tensor, param: Any) -> Tensor:
 
     All processes of its mesh must call it.
     """
-    made = as_dtensor(piece, param.device_mesh, param.placements, param.shape, param.stride())
-    return made.full_tensor()  # type: ignore[no-any-return]
+    found: Tensor = as_dtensor(piece, param.device_mesh, param.placements, param.shape, param.stride()).full_tensor()
+    return found
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------

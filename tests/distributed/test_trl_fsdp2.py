@@ -43,9 +43,10 @@ def test_a_resumed_run_is_the_one_that_went_on(run: str, options: str, tmp_path:
     task, model = run.split()
     rows = DATA["preference" if task == "dpo" else "messages"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = save_model((MODELS | MOE)[model], tmp_path / model)
     command = [
         *f"-m hf_lowmem {task} --accelerate_config {CONFIG} --dataset_name {tmp_path}/rows.jsonl".split(),
-        *f"--model_name_or_path {save_model((MODELS | MOE)[model], tmp_path / model)} --output_dir {tmp_path}/out".split(),
+        *f"--model_name_or_path {folder} --output_dir {tmp_path}/out".split(),
         *"--max_steps 3 --save_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-2".split(),
         *"--logging_steps 1 --use_cpu true --report_to none".split(),
         *options.split(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tests.support.resumed_runs import (
     same_state,
     same_weights,
 )
-from tests.support.trl_trainers import MODELS, MOE, SIZES, TRAINERS, save_model
+from tests.support.trl_trainers import MODELS, MOE, TRAINERS, save_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("trl_ready")
