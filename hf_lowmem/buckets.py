@@ -21,7 +21,6 @@ from hf_lowmem.dense import densified, is_plain, last_entry
 from hf_lowmem.kernels import COMPILED, RULE
 from hf_lowmem.kernels.bucket import Bucket, ParamStep
 from hf_lowmem.kernels.registry import Backend, choice, find_backend, warn_of_capturable
-from hf_lowmem.log import get_logger, is_first_process
 from hf_lowmem.param_layouts import ParamLayout, StateOwner
 from hf_lowmem.rounding import noise_key
 from hf_lowmem.sharding import Groups, is_placed_as, is_sharded, local, local_grad, tile_of
@@ -30,10 +29,7 @@ from hf_lowmem.state import KAHAN_COMP, State, StatePlan
 from hf_lowmem.step_checks import check_grad, check_sharded, check_stored, check_weight
 from hf_lowmem.units import Member, Unit, piece_of, repeats, turns_of_overlapping, units_of
 
-logger = get_logger(__name__)
-
 Group = dict[str, Any]
-MANY = 0.01  # of the entries; so few weights that are gathered are no cause for a warning
 _T = torch.Tensor
 # An attrgetter mapped over many tensors takes half the time of a loop.
 _grad, _shape, _dtype, _device, _layout = map(operator.attrgetter, ("grad", "shape", "dtype", "device", "layout"))
@@ -94,7 +90,6 @@ class Buckets:
         self.rounding_changed: Counter[str] = Counter()  # counts the Kahan buffers that were made or left out
         self._shapes: dict[Tensor, torch.Size] = {}  # of weights that were compared with their state
         self._prepared: PreparedBuckets | None = None
-        self._has_warned = False
 
     def forget(self, param: Tensor | None = None) -> None:
         """Forget what was compared: the state of a parameter, or of all, has been replaced."""
@@ -175,25 +170,9 @@ class Buckets:
                     )
                 grads.append(check_grad(stored, local_grad(grad, param), param.device, owner))
                 members.append(Member(number, place, param, stored, kept, plan, names, shard))
-        self._warn_of_gathered(members, owner)
         if len(self._shapes) > place + 1:  # some parameters were swapped out
             self._shapes = {member.param: member.param.shape for member in members}
         return members, grads
-
-    def _warn_of_gathered(self, members: Sequence[Member], owner: str) -> None:
-        """Say once what does not shrink with the number of processes."""
-        gathered = [m.stored.numel() for m in members if m.shard is not None and m.shard.cut.gathered]
-        if sum(gathered) > MANY * sum(m.stored.numel() for m in members) and not self._has_warned:
-            self._has_warned = True
-            if is_first_process():
-                logger.warning(
-                    "%s gathers %d of %d weights for each step, one at a time, and every process holds all of their "
-                    "optimizer state, because that cannot be cut along with the weights; docs/distributed.md says "
-                    "which names are cut.",
-                    owner,
-                    len(gathered),
-                    len(members),
-                )
 
     def _checked_plan(
         self, optimizer: StateOwner, param: Tensor, state: State, layout: ParamLayout, group: Group
@@ -372,7 +351,7 @@ def chosen(optimizer: StateOwner, unit: Unit, grad: Tensor, group: Group) -> Bac
     if group["compile"]:
         return COMPILED
     if not is_plain(unit.param) or (shard is not None and shard.cut.gathered):
-        return RULE  # a dense copy of it is stepped, whose backend is found then
+        return RULE  # what is stepped is made then, and its backend is found
     step, whole = unit.state["step"] if group["capturable"] else 1.0, None if shard is None else shard.tile.whole
     rule = optimizer.rule_of(unit.member.plan, group)
     backend = find_backend(rule, ParamStep(unit.param, grad, unit.state, unit.plan, step, whole=whole))

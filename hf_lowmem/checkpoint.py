@@ -192,7 +192,7 @@ def check_layouts(
 def copied(value: Any, spec: TensorSpec, place: StatePlace) -> Tensor:
     """Return a copy of a saved tensor or number as the declared state tensor, contiguous whatever its strides were."""
     written = as_saved(spec, value)
-    part, shape = place.part_of(value, written), place.shape(spec)
+    part, shape = place.part_of(value, spec), place.shape(spec)
     tensor = torch.empty(shape, dtype=spec.dtype, device=spec.place(place.param.device))
     number = part if isinstance(part, Tensor) else torch.tensor(part, device="cpu")
     if written is not spec:

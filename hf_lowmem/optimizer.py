@@ -13,6 +13,7 @@ from hf_lowmem import checkpoint
 from hf_lowmem.buckets import Buckets
 from hf_lowmem.checks import check_flags
 from hf_lowmem.clipping import Clipping
+from hf_lowmem.gathering import step_gathered
 from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
@@ -99,9 +100,17 @@ class LowMemOptimizer(PlannedOptimizer):
             found = self._found_buckets(advance=True)
             parts = [(self.param_groups[number], p) for number, b in found for p in self._clipping.applied(b)]
             self._average_over_shards([part for _, part in parts])
+            gathered = list[tuple[Bucket, Hyper]]()
             for group, part in parts:
-                with _no_autocast(part.device.type):
-                    step_bucket(part, self._hyper(group, part))
+                hyper = self._hyper(group, part)
+                if part.solo is not None and part.solo.cut.gathered:
+                    gathered.append((part, hyper))
+                else:
+                    with _no_autocast(part.device.type):
+                        step_bucket(part, hyper)
+            if gathered:
+                with _no_autocast(gathered[0][0].device.type):
+                    step_gathered(gathered)
             stepped = self._buckets.stepped
         finally:
             self._buckets.release()

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -79,24 +80,48 @@ def tile_of(param: Tensor) -> Tile:
         ValueError: the process is not on the tensor's mesh, or the pieces must be added up to give the weight.
     """
     tensor: Any = param
-    return _tile(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
+    return _tile(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements), torch.distributed.group.WORLD)
 
 
 @lru_cache(maxsize=1 << 12)
-def _tile(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Tile:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+def _tile(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], world: Any) -> Tile:
+    """Return the piece of a tensor that this process holds; groups are those of `world`, which may be made anew."""
     if any(placement.is_partial() for placement in placements) or mesh.get_coordinate() is None:
         raise ValueError(
             f"A weight of shape {shape} is placed as {placements} on {mesh}, of which this process holds no piece: "
             "give the optimizer weights that are sharded or replicated over processes that step them."
         )
-    found, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    starts, found = starts_and_shape(shape, tuple(mesh.shape), placements, tuple(mesh.get_coordinate()))
     groups: list[list[Any]] = [[] for _ in shape]
     for dim, placement in enumerate(placements):
         if (axis := cut_axis(placement)) is not None and mesh.size(dim) > 1:
             groups[axis].append(mesh.get_group(dim))
-    return Tile(shape, tuple(starts), tuple(found), tuple(map(tuple, groups)))
+    return Tile(shape, starts, found, tuple(map(tuple, groups)))
+
+
+@lru_cache(maxsize=1 << 14)
+def starts_and_shape(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Any, ...], coordinate: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where the piece of a tensor begins that the process at a coordinate of the mesh holds, and its shape.
+
+    Raises:
+        ValueError: the entries of the piece do not follow each other along an axis.
+    """
+    starts, sizes = [0] * len(shape), list(shape)
+    for axis in {axis for placement in placements if (axis := cut_axis(placement)) is not None}:
+        entries = torch.arange(shape[axis])
+        for dim, placement in enumerate(placements):
+            if cut_axis(placement) == axis:
+                along = along_axis(placement, 0)
+                entries = along._split_tensor(entries, mesh_shape[dim], with_padding=False)[0][coordinate[dim]]
+        sizes[axis], starts[axis] = len(entries), int(entries[0]) if len(entries) else shape[axis]
+        if len(entries) and int(entries[-1]) - starts[axis] >= len(entries):
+            raise ValueError(
+                f"Each process of a mesh {mesh_shape} holds rows of a weight of shape {shape} that do not follow each "
+                f"other, as it is placed as {placements}: shard weights by tensor parallelism first, then by FSDP2."
+            )
+    return tuple(starts), tuple(sizes)
 
 
 def as_dtensor(
@@ -120,6 +145,12 @@ def cut_axis(placement: Any) -> int | None:
     return getattr(placement, "dim", None)
 
 
+def along_axis(placement: Any, axis: int) -> Any:
+    """Return a placement that cuts another axis in the same way."""
+    factor = getattr(placement, "split_factor", None)
+    return type(placement)(axis) if factor is None else type(placement)(axis, split_factor=factor)
+
+
 # -- state ------------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +160,8 @@ class StatePlace:
 
     Args:
         param: the parameter.
-        gathered: whether every process holds all state of a DTensor, as its shards are gathered for each step.
+        gathered: whether the state of a DTensor cannot be cut along with it. It is then cut along the longest axis of
+            each state tensor, and gathered for each step with the weight; see `gathering.py`.
     """
 
     param: Any
@@ -143,13 +175,17 @@ class StatePlace:
     def index(self, spec: TensorSpec) -> tuple[slice, ...]:
         """Return the part of a state tensor that this process holds, as slices of its axes."""
         found = [slice(0, size) for size in spec.shape]
-        if self.is_cut and not self.gathered and not spec.on_host:
-            tile = tile_of(self.param)
-            for axis in tile.cut_axes:
-                place, unit = state_axis(spec, axis)
-                if place is not None:
-                    start, stop = tile.starts[axis], tile.starts[axis] + tile.shape[axis]
-                    found[place] = slice(min(-(-start // unit), spec.shape[place]), -(-stop // unit))
+        if not self.is_cut or spec.on_host:
+            return tuple(found)
+        if self.gathered:
+            mesh = self.param.device_mesh
+            return places(spec.shape, mesh, self.placements(spec), [mesh.get_coordinate()])[0]
+        tile = tile_of(self.param)
+        for axis in tile.cut_axes:
+            place, unit = state_axis(spec, axis)
+            if place is not None:
+                start, stop = tile.starts[axis], tile.starts[axis] + tile.shape[axis]
+                found[place] = slice(min(-(-start // unit), spec.shape[place]), -(-stop // unit))
         return tuple(found)
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
@@ -174,13 +210,13 @@ class StatePlace:
         found: list[Any] = []
         for placement in self.param.placements:
             axis = cut_axis(placement)
-            place = None if axis is None or self.gathered else state_axis(spec, axis)[0]
-            if place is None:
+            if axis is None or not spec.shape:
                 found.append(Replicate())
-            elif isinstance(placement, Shard):
-                found.append(Shard(place))
+            elif self.gathered:
+                found.append(Shard(spec.shape.index(max(spec.shape))))
             else:
-                found.append(type(placement)(place, split_factor=placement.split_factor))
+                place = state_axis(spec, axis)[0]
+                found.append(Replicate() if place is None else along_axis(placement, place))
         return tuple(found)
 
     def part_of(self, value: Any, spec: TensorSpec) -> Any:
@@ -190,6 +226,17 @@ class StatePlace:
                 return value.redistribute(placements=self.placements(spec)).to_local()
             value = value.full_tensor()
         return value[self.index(spec)] if isinstance(value, Tensor) and spec.shape else value
+
+
+def places(
+    shape: Sequence[int], mesh: Any, placements: Sequence[Any], coordinates: Iterable[Sequence[int]]
+) -> list[tuple[slice, ...]]:
+    """Return the pieces of a tensor, as slices of it, that the processes at some coordinates of a mesh hold."""
+    found = []
+    for coordinate in coordinates:
+        starts, sizes = starts_and_shape(tuple(shape), tuple(mesh.shape), tuple(placements), tuple(coordinate))
+        found.append(tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True)))
+    return found
 
 
 def state_axis(spec: TensorSpec, axis: int) -> tuple[int | None, int]:
@@ -256,13 +303,59 @@ def is_placed_as(grad: Any, param: Any) -> bool:
     return not is_sharded(param) or (is_sharded(grad) and grad.placements == param.placements)
 
 
-def whole_of(piece: Tensor, param: Any) -> Tensor:
-    """Return a whole tensor of a DTensor's shape, contiguous, of whose pieces this process has `piece`.
+class Holders(NamedTuple):
+    """The processes that hold the pieces of a weight.
 
-    All processes of its mesh must call it.
+    Args:
+        group: their process group.
+        rank: the number of this process in it.
+        mesh: the mesh of the weight.
+        coordinates: where each of them is on the mesh, by its number in the group.
     """
-    found: Tensor = as_dtensor(piece, param.device_mesh, param.placements, param.shape, param.stride()).full_tensor()
-    return found
+
+    group: Any
+    rank: int
+    mesh: Any
+    coordinates: tuple[tuple[int, ...], ...]
+
+    def places(self, shape: Sequence[int], placements: Sequence[Any]) -> list[tuple[slice, ...]]:
+        """Return the piece of a tensor that each process holds, as slices of it."""
+        return places(shape, self.mesh, placements, self.coordinates)
+
+    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send each process some bytes, and return those that each has sent here.
+
+        Args:
+            sent: for each process a 1-D tensor of uint8.
+            sizes: how many bytes come from each.
+        """
+        found = sent[0].new_empty(sum(sizes))
+        lengths = [len(each) for each in sent]
+        torch.distributed.all_to_all_single(found, torch.cat(list(sent)), list(sizes), lengths, group=self.group)
+        return list(found.split(list(sizes)))
+
+
+def holders_of(param: Any) -> Holders:
+    """Return the processes that hold the pieces of a DTensor that this process has one of.
+
+    All of them must call it, as a group of processes that is not known yet is made.
+    """
+    mesh = param.device_mesh
+    cut = tuple(dim for dim, each in enumerate(param.placements) if cut_axis(each) is not None and mesh.size(dim) > 1)
+    return _holders(mesh, cut, torch.distributed.group.WORLD)
+
+
+@lru_cache(maxsize=1 << 8)
+def _holders(mesh: Any, cut: tuple[int, ...], world: Any) -> Holders:
+    here = mesh.get_coordinate()
+    ranges = [range(size) if dim in cut else (here[dim],) for dim, size in enumerate(mesh.shape)]
+    ranks = {int(mesh.mesh[coordinate]): coordinate for coordinate in product(*ranges)}
+    if len(cut) == 1:
+        group = mesh.get_group(cut[0])
+    else:
+        group = torch.distributed.new_group(sorted(ranks), use_local_synchronization=True)
+    inside = torch.distributed.get_process_group_ranks(group)
+    return Holders(group, torch.distributed.get_rank(group), mesh, tuple(ranks[rank] for rank in inside))
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ class Cut:
     """How a weight of one plan is cut for one process.
 
     Args:
-        gathered: whether each process steps the whole weight, whose pieces are gathered for it, since its state cannot
-            be cut with it.
+        gathered: whether one process steps the whole weight, whose pieces are gathered for it, since its state cannot
+            be cut along with it.
         pieces: what is stepped of it here; nothing of an empty shard.
         sums: for each mean, the groups over which its sums of squares are added up.
     """

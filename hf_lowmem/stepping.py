@@ -11,8 +11,6 @@ from hf_lowmem.dense import densified, is_plain
 from hf_lowmem.kernels import COMPILED, Backend
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.registry import find_backend
-from hf_lowmem.sharding import whole_of
-from hf_lowmem.shards import Shard
 from hf_lowmem.state import FULL_SPACE
 
 
@@ -20,8 +18,6 @@ def step_bucket(bucket: Bucket, hyper: Hyper) -> None:
     """Step all parameters of a bucket whose idle calls are over, and change the bases that are due."""
     if bucket.pieces:
         bucket.backend.apply(bucket, hyper)
-    elif bucket.solo is not None and bucket.solo.cut.gathered:
-        step_gathered(bucket, bucket.solo, hyper)
     elif not is_plain(bucket.params[0]):
         step_dense_copy(bucket, hyper)
     elif any(plan.projection is not FULL_SPACE for plan in bucket.plans):
@@ -79,11 +75,3 @@ def step_dense_copy(bucket: Bucket, hyper: Hyper) -> None:
     backend = COMPILED if bucket.backend is COMPILED else find_backend(bucket.rule, dense)
     step_projected(bucket.rule, [dense], backend, hyper)
     step.param.copy_(dense.param)
-
-
-def step_gathered(bucket: Bucket, shard: Shard, hyper: Hyper) -> None:
-    """Step a weight whose state cannot be cut: each process gathers all of it, steps it, and keeps its own shard."""
-    (step,), (owner,) = bucket, bucket.owners
-    gathered = step._replace(param=whole_of(step.param, owner), grad=whole_of(step.grad, owner), whole=None)
-    step_projected(bucket.rule, [gathered], find_backend(bucket.rule, gathered), hyper)
-    step.param.copy_(gathered.param[shard.tile.where])

@@ -1,0 +1,161 @@
+"""Weights whose state cannot be cut along with them are stepped whole, each by one of the processes that hold it.
+
+Each process takes one weight of a round: it gets all pieces of its weight, of the gradient and of the state, steps the
+weight as it would without shards, and sends the pieces back. So the step is that of one process, bit for bit, while
+state and arithmetic are divided among the processes, and a process has one whole weight at a time. The distributed
+versions of Muon and dion divide their weights among processes in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
+from hf_lowmem.kernels.registry import find_backend
+from hf_lowmem.sharding import Holders, StatePlace, holders_of
+from hf_lowmem.stepping import step_projected
+
+Where = tuple[slice, ...]
+
+
+class Cargo(NamedTuple):
+    """A tensor whose pieces are sent.
+
+    Args:
+        here: the piece that this process holds.
+        shape: the shape of the whole tensor.
+        places: for each process, where its piece is.
+    """
+
+    here: Tensor
+    shape: tuple[int, ...]
+    places: list[Where]
+
+    def size(self, process: int) -> int:
+        """Return the bytes of the piece of a process."""
+        lengths = [part.stop - part.start for part in self.places[process]]
+        return int(self.here.itemsize * math.prod(lengths))
+
+    def assembled(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the whole tensor from the bytes of all pieces."""
+        whole = torch.empty(self.shape, dtype=self.here.dtype, device=self.here.device)
+        for place, piece in zip(self.places, pieces, strict=True):
+            read(piece, whole[place])
+        return whole
+
+
+class Gathered:
+    """A weight that one process steps whole.
+
+    Args:
+        bucket: its bucket, which has no other weight.
+        hyper: the hyperparameters of its step.
+        holders: the processes that hold its pieces.
+    """
+
+    def __init__(self, bucket: Bucket, hyper: Hyper, holders: Holders) -> None:
+        (step,), (param,) = bucket, bucket.owners
+        placed: Any = param
+        self.rule, self.hyper, self.holders, self.step = bucket.rule, hyper, holders, step
+        shape, place = tuple(param.shape), StatePlace(param, gathered=True)
+        where = holders.places(shape, placed.placements)
+        self.param, self.grad = Cargo(step.param, shape, where), Cargo(step.grad, shape, where)
+        specs = {name: spec for name, spec in sorted(step.plan.specs(shape).items()) if name != "step"}
+        self.state = {
+            name: Cargo(step.state[name], spec.shape, holders.places(spec.shape, place.placements(spec)))
+            for name, spec in specs.items()
+            if spec.shape and not spec.on_host
+        }
+        self.on_all = [step.state[name] for name in specs if name not in self.state]  # that every process holds whole
+
+    @property
+    def outgoing(self) -> list[Cargo]:
+        """Return what is sent to the process that steps the weight."""
+        return [self.param, self.grad, *self.state.values()]
+
+    @property
+    def incoming(self) -> list[Cargo]:
+        """Return what comes back in pieces; what every process holds whole comes after it."""
+        return [self.param, *self.state.values()]
+
+    def taken(self, sent: Sequence[Tensor]) -> list[Tensor]:
+        """Step the weight, and return the bytes that each process gets back."""
+        pieces = [
+            list(each.split([cargo.size(process) for cargo in self.outgoing])) for process, each in enumerate(sent)
+        ]
+        param, grad, *state = (
+            cargo.assembled([each[number] for each in pieces]) for number, cargo in enumerate(self.outgoing)
+        )
+        held = {**self.step.state, **dict(zip(self.state, state, strict=True))}
+        whole: ParamStep = self.step._replace(param=param, grad=grad, state=held, whole=None)
+        step_projected(self.rule, [whole], find_backend(self.rule, whole), self.hyper)
+        results = list(zip(self.incoming, [param, *state], strict=True))
+        return [
+            joined(self.param.here, [*(tensor[cargo.places[process]] for cargo, tensor in results), *self.on_all])
+            for process in range(len(sent))
+        ]
+
+    @property
+    def returned_size(self) -> int:
+        """Return the bytes that this process gets back."""
+        rank = self.holders.rank
+        return sum(cargo.size(rank) for cargo in self.incoming) + sum(tensor.nbytes for tensor in self.on_all)
+
+    def take_back(self, sent: Tensor) -> None:
+        """Write what the process that has stepped the weight has sent."""
+        targets = [*(cargo.here for cargo in self.incoming), *self.on_all]
+        for target, piece in zip(targets, sent.split([tensor.nbytes for tensor in targets]), strict=True):
+            read(piece, target)
+
+
+def step_gathered(given: Sequence[tuple[Bucket, Hyper]]) -> None:
+    """Step weights whose state cannot be cut along with them. All processes that hold one give the same ones."""
+    by_holders: dict[Holders, list[Gathered]] = defaultdict(list)
+    for bucket, hyper in given:
+        holders = holders_of(bucket.owners[0])
+        by_holders[holders].append(Gathered(bucket, hyper, holders))
+    for holders, weights in by_holders.items():
+        for takers in rounds(weights, len(holders.coordinates)):
+            take_round(holders, takers)
+
+
+def rounds(weights: Sequence[Gathered], processes: int) -> Iterator[dict[int, Gathered]]:
+    """Yield rounds, in each of which a process takes at most one weight, of about the size that the others take."""
+    by_size = sorted(weights, key=lambda weight: -math.prod(weight.param.shape))
+    for number, first in enumerate(range(0, len(by_size), processes)):
+        order = range(processes) if number % 2 == 0 else range(processes - 1, -1, -1)
+        yield dict(zip(order, by_size[first : first + processes], strict=False))
+
+
+def take_round(holders: Holders, takers: dict[int, Gathered]) -> None:
+    """Step one weight on each process.
+
+    Args:
+        takers: the weights by the number of the process that steps them.
+    """
+    processes, like = range(len(holders.coordinates)), next(iter(takers.values())).param.here
+    none = like.new_empty(0, dtype=torch.uint8)
+    mine = takers.get(holders.rank)
+    outgoing = [joined(like, [cargo.here for cargo in takers[p].outgoing]) if p in takers else none for p in processes]
+    sizes = [sum(cargo.size(process) for cargo in mine.outgoing) if mine else 0 for process in processes]
+    sent = holders.exchange(outgoing, sizes)
+    results = mine.taken(sent) if mine else [none] * len(processes)
+    returned = holders.exchange(results, [takers[p].returned_size if p in takers else 0 for p in processes])
+    for process, weight in takers.items():
+        weight.take_back(returned[process])
+
+
+def joined(like: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the bytes of tensors one after the other, on the device of `like`."""
+    return torch.cat([tensor.to(like.device).reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def read(piece: Tensor, into: Tensor) -> None:
+    """Write bytes into a tensor, in the order of its entries."""
+    into.copy_(piece.clone().view(into.dtype).view(into.shape))  # a copy begins where numbers of any size may
