@@ -144,6 +144,13 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=dtypes, default="float32", help="the dtype of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="show what each of N processes holds under FSDP2 (default: 1)",
+    )
     parser.add_argument("--rows", action="store_true", help="print a line per parameter instead of one per role")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
@@ -160,7 +167,10 @@ def inspect(argv: list[str]) -> None:
 
     try:
         model = meta_model(args.model, getattr(torch, args.dtype))
-        found: Any = explain(model, args.optim, args.optim_args) if args.optim else compare(model)
+        if args.optim:
+            found: Any = explain(model, args.optim, args.optim_args, ranks=args.ranks)
+        else:
+            found = compare(model, ranks=args.ranks)
     except ValueError as error:
         parser.error(str(error))
     if args.json:

@@ -84,21 +84,22 @@ class Gathered:
         """Return what comes back in pieces; what every process holds whole comes after it."""
         return [self.param, *self.state.values()]
 
-    def taken(self, sent: Sequence[Tensor]) -> list[Tensor]:
-        """Step the weight, and return the bytes that each process gets back."""
-        pieces = [
-            list(each.split([cargo.size(process) for cargo in self.outgoing])) for process, each in enumerate(sent)
-        ]
+    def taken(self, sent: list[Tensor]) -> list[list[Tensor]]:
+        """Step the weight, and return the bytes that each process gets back. What was `sent` is let go of."""
+        processes = range(len(sent))
+        pieces = [sent[p].split([cargo.size(p) for cargo in self.outgoing]) for p in processes]
         param, grad, *state = (
             cargo.assembled([each[number] for each in pieces]) for number, cargo in enumerate(self.outgoing)
         )
+        sent.clear()
+        del pieces
         held = {**self.step.state, **dict(zip(self.state, state, strict=True))}
         whole: ParamStep = self.step._replace(param=param, grad=grad, state=held, whole=None)
         step_projected(self.rule, [whole], find_backend(self.rule, whole), self.hyper)
         results = list(zip(self.incoming, [param, *state], strict=True))
         return [
-            joined(self.param.here, [*(tensor[cargo.places[process]] for cargo, tensor in results), *self.on_all])
-            for process in range(len(sent))
+            in_bytes(self.param.here, [*(tensor[cargo.places[process]] for cargo, tensor in results), *self.on_all])
+            for process in processes
         ]
 
     @property
@@ -140,20 +141,20 @@ def take_round(holders: Holders, takers: dict[int, Gathered]) -> None:
         takers: the weights by the number of the process that steps them.
     """
     processes, like = range(len(holders.coordinates)), next(iter(takers.values())).param.here
-    none = like.new_empty(0, dtype=torch.uint8)
     mine = takers.get(holders.rank)
-    outgoing = [joined(like, [cargo.here for cargo in takers[p].outgoing]) if p in takers else none for p in processes]
+    outgoing = [in_bytes(like, [c.here for c in takers[p].outgoing]) if p in takers else [] for p in processes]
     sizes = [sum(cargo.size(process) for cargo in mine.outgoing) if mine else 0 for process in processes]
-    sent = holders.exchange(outgoing, sizes)
-    results = mine.taken(sent) if mine else [none] * len(processes)
-    returned = holders.exchange(results, [takers[p].returned_size if p in takers else 0 for p in processes])
+    sent = holders.exchange(like, outgoing, sizes)
+    del outgoing
+    results: list[list[Tensor]] = mine.taken(sent) if mine else [[] for _ in processes]
+    returned = holders.exchange(like, results, [takers[p].returned_size if p in takers else 0 for p in processes])
     for process, weight in takers.items():
         weight.take_back(returned[process])
 
 
-def joined(like: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the bytes of tensors one after the other, on the device of `like`."""
-    return torch.cat([tensor.to(like.device).reshape(-1).view(torch.uint8) for tensor in tensors])
+def in_bytes(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the bytes of each tensor, on the device of `like`."""
+    return [tensor.to(like.device).reshape(-1).view(torch.uint8) for tensor in tensors]
 
 
 def read(piece: Tensor, into: Tensor) -> None:

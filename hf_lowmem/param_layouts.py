@@ -73,7 +73,7 @@ class StateOwner(Protocol):
     def state_place(self, param: Tensor, plan: StatePlan, group: dict[str, Any]) -> StatePlace:
         """Return which part of a parameter's state this process holds."""
 
-    def rule_of(self, plan: StatePlan, group: dict[str, Any]) -> str:
+    def rule_of(self, plan: StatePlan, group: Mapping[str, Any]) -> str:
         """Return the update rule that steps a parameter with this plan."""
 
     def allocate(self, param: Tensor, layout: ParamLayout, group: dict[str, Any]) -> State:

@@ -129,9 +129,10 @@ class PlannedOptimizer(Optimizer):
         cls.hyperparameters.check_values(values)
         cls.options_cls.check_values(values)
 
-    def rule_of(self, plan: StatePlan, group: Group) -> str:
+    @classmethod
+    def rule_of(cls, plan: StatePlan, group: Mapping[str, Any]) -> str:
         """Return the update rule that steps a parameter with this plan."""
-        return self.rule
+        return cls.rule
 
     # -- groups -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ No other file below `trainer/` imports torch.distributed.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -140,6 +141,26 @@ def as_dtensor(
     return DTensor(piece, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
+class Processes(NamedTuple):
+    """A number of processes in place of their group, for plans of what each of them will hold."""
+
+    number: int
+
+    def size(self) -> int:
+        return self.number
+
+
+def first_rows(shape: tuple[int, ...], ranks: int) -> Tile:
+    """Return the piece that the first of some processes holds where a weight is cut by rows, as FSDP2 cuts it.
+
+    No other piece is larger.
+    """
+    if not shape or ranks == 1:
+        return Tile(shape, (0,) * len(shape), shape, ((),) * len(shape))
+    held = (-(-shape[0] // ranks), *shape[1:])
+    return Tile(shape, (0,) * len(shape), held, ((Processes(ranks),), *[()] * (len(shape) - 1)))
+
+
 def cut_axis(placement: Any) -> int | None:
     """Return the axis that a placement cuts: Shard, or the strided kind that FSDP2 adds to tensor parallelism."""
     return getattr(placement, "dim", None)
@@ -174,19 +195,12 @@ class StatePlace:
 
     def index(self, spec: TensorSpec) -> tuple[slice, ...]:
         """Return the part of a state tensor that this process holds, as slices of its axes."""
-        found = [slice(0, size) for size in spec.shape]
         if not self.is_cut or spec.on_host:
-            return tuple(found)
+            return tuple(slice(0, size) for size in spec.shape)
         if self.gathered:
             mesh = self.param.device_mesh
             return places(spec.shape, mesh, self.placements(spec), [mesh.get_coordinate()])[0]
-        tile = tile_of(self.param)
-        for axis in tile.cut_axes:
-            place, unit = state_axis(spec, axis)
-            if place is not None:
-                start, stop = tile.starts[axis], tile.starts[axis] + tile.shape[axis]
-                found[place] = slice(min(-(-start // unit), spec.shape[place]), -(-stop // unit))
-        return tuple(found)
+        return state_index(spec, tile_of(self.param))
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Return the shape of the part of a state tensor that this process holds."""
@@ -213,7 +227,7 @@ class StatePlace:
             if axis is None or not spec.shape:
                 found.append(Replicate())
             elif self.gathered:
-                found.append(Shard(spec.shape.index(max(spec.shape))))
+                found.append(Shard(longest_axis(spec.shape)))
             else:
                 place = state_axis(spec, axis)[0]
                 found.append(Replicate() if place is None else along_axis(placement, place))
@@ -237,6 +251,22 @@ def places(
         starts, sizes = starts_and_shape(tuple(shape), tuple(mesh.shape), tuple(placements), tuple(coordinate))
         found.append(tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True)))
     return found
+
+
+def state_index(spec: TensorSpec, tile: Tile) -> tuple[slice, ...]:
+    """Return the part of a state tensor that runs along the piece of a weight, as slices of its axes."""
+    found = [slice(0, size) for size in spec.shape]
+    for axis in tile.cut_axes:
+        place, unit = state_axis(spec, axis)
+        if place is not None:
+            start, stop = tile.starts[axis], tile.starts[axis] + tile.shape[axis]
+            found[place] = slice(min(-(-start // unit), spec.shape[place]), -(-stop // unit))
+    return tuple(found)
+
+
+def longest_axis(shape: Sequence[int]) -> int:
+    """Return the longest axis of a tensor, the first of several."""
+    return list(shape).index(max(shape))
 
 
 def state_axis(spec: TensorSpec, axis: int) -> tuple[int | None, int]:
@@ -285,6 +315,19 @@ def with_another_axis(tensor: Any, part: Tensor) -> Tensor:
     return found
 
 
+def held_bytes(specs: Iterable[TensorSpec], tile: Tile, gathered: bool) -> int:
+    """Return the bytes of a weight's state that the first of some processes holds, whose piece is `tile`."""
+    total = 0
+    for spec in specs:
+        held = [part.stop - part.start for part in state_index(spec, tile)]
+        if gathered and spec.shape and not spec.on_host:
+            (group,), axis = tile.groups[0], longest_axis(spec.shape)
+            held = list(spec.shape)
+            held[axis] = -(-held[axis] // group.size())
+        total += math.prod(held) * spec.dtype.itemsize
+    return total
+
+
 # -- gradients and weights --------------------------------------------------------------------------------------------
 
 
@@ -322,16 +365,18 @@ class Holders(NamedTuple):
         """Return the piece of a tensor that each process holds, as slices of it."""
         return places(shape, self.mesh, placements, self.coordinates)
 
-    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def exchange(self, like: Tensor, sent: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
         """Send each process some bytes, and return those that each has sent here.
 
         Args:
-            sent: for each process a 1-D tensor of uint8.
-            sizes: how many bytes come from each.
+            like: a tensor on the device of what is sent.
+            sent: for each process 1-D tensors of uint8, which follow each other.
+            sizes: how many bytes come from each process.
         """
-        found = sent[0].new_empty(sum(sizes))
-        lengths = [len(each) for each in sent]
-        torch.distributed.all_to_all_single(found, torch.cat(list(sent)), list(sizes), lengths, group=self.group)
+        found = like.new_empty(sum(sizes), dtype=torch.uint8)
+        flat = torch.cat([found[:0], *(piece for pieces in sent for piece in pieces)])
+        lengths = [sum(map(len, pieces)) for pieces in sent]
+        torch.distributed.all_to_all_single(found, flat, list(sizes), lengths, group=self.group)
         return list(found.split(list(sizes)))
 
 

@@ -12,7 +12,6 @@ from hf_lowmem.algorithms.candidates import AUTO, rule_of
 from hf_lowmem.moments import Full, GroupMean, Segment, whole
 from hf_lowmem.options import Legal, Options, at_least, decided_by_role, flag, recipe_only
 from hf_lowmem.param_groups import EMBEDDINGS, Recipe, RoleOptions, check_axes
-from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.rules import read_axes
 from hf_lowmem.snr.choice import HEAD, ROW_COL
@@ -84,10 +83,11 @@ class GroupedAdamW(LowMemAdamW):
             return whole(shape, options["axes"], options["rows_per_block"], options["cross_axes"])
         return Full(signed=False)
 
-    def rule_of(self, plan: StatePlan, group: Group) -> str:
-        self.options_cls.check_values({"update_limit": group["update_limit"]})
+    @classmethod
+    def rule_of(cls, plan: StatePlan, group: Mapping[str, Any]) -> str:
+        cls.options_cls.check_values({"update_limit": group["update_limit"]})
         averaged = isinstance(plan.moments["exp_avg_sq"], GroupMean)
-        return "limited_adamw" if averaged and math.isfinite(group["update_limit"]) else self.rule
+        return "limited_adamw" if averaged and math.isfinite(group["update_limit"]) else cls.rule
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from hf_lowmem.moments import Full, GroupMean, whole
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import POSITIVE, Options, decided_by_role, flag
 from hf_lowmem.param_groups import Recipe, RoleOptions
-from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import Moment, Moments, StatePlan
 from hf_lowmem.update_rules import (
@@ -119,8 +119,9 @@ class HFac(LowMemOptimizer):
             moments = {name: mean for each in moments for name, mean in side_means(each, shape, stacked).items()}
         return StatePlan(moments, codec_of(shape, options), stacked=stacked)
 
-    def rule_of(self, plan: StatePlan, group: Group) -> str:
-        return self.rule if "exp_avg_row" in plan.moments else "adamw"
+    @classmethod
+    def rule_of(cls, plan: StatePlan, group: Mapping[str, Any]) -> str:
+        return cls.rule if "exp_avg_row" in plan.moments else "adamw"
 
 
 def side_means(name: str, shape: tuple[int, ...], stacked: bool) -> dict[str, GroupMean]:

@@ -12,7 +12,6 @@ from hf_lowmem.moments import Full
 from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.options import DECAY, Hyperparameters, at_least, flag, layout, schedule
 from hf_lowmem.param_groups import RoleOptions
-from hf_lowmem.planned_optimizer import Group
 from hf_lowmem.projections import Eigenbasis
 from hf_lowmem.roles import ParamRole
 from hf_lowmem.state import FULL_SPACE, StatePlan
@@ -75,9 +74,10 @@ class Soap(LowMemOptimizer):
         moments = {"exp_avg": Full(), "exp_avg_sq": Full(signed=False)}
         return StatePlan(moments, codec_of(shape, options), projection, stacked=options["stacked"])
 
-    def rule_of(self, plan: StatePlan, group: Group) -> str:
+    @classmethod
+    def rule_of(cls, plan: StatePlan, group: Mapping[str, Any]) -> str:
         plain = plan.projection is FULL_SPACE and not group["normalize_grads"]
-        return "transformers_adamw" if plain else self.rule
+        return "transformers_adamw" if plain else cls.rule
 
 
 def basis_axes(shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int, ...]:

@@ -40,6 +40,11 @@ class Comparison:
             [
                 f"{one.numel:,} trainable parameters in {one.dtypes}: the weights take {readable(one.weight_bytes)} "
                 f"and the gradients {readable(one.gradient_bytes)}.",
+                *(
+                    [f"All bytes are those of each of {one.ranks} processes, among which FSDP2 divides the weights."]
+                    if one.ranks > 1
+                    else []
+                ),
                 "State is that of the optimizer; all is weights, gradients and state, without activations.",
                 "",
                 *table(head, lines),

@@ -15,6 +15,8 @@ from hf_lowmem.codecs import BFloat16, Int8Blockwise
 from hf_lowmem.moments import Full
 from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Roles
 from hf_lowmem.planner.tables import change, table, wrapped
+from hf_lowmem.sharding import first_rows, held_bytes
+from hf_lowmem.shards import is_gathered
 from hf_lowmem.sizes import readable
 from hf_lowmem.state import STEP, StatePlan
 
@@ -30,10 +32,12 @@ class Row:
         trainable: whether it is trained.
         compressed: what is smaller than in AdamW's state, in words.
         state: the (shape, dtype) of each state tensor by name.
-        nbytes: the bytes of all state tensors, `step` included.
+        nbytes: the bytes of all state tensors, `step` included, or of what one process holds of them.
         why: the evidence or the option that decided this.
         rounded: whether the weight is rounded stochastically or by Kahan's method.
         dtype: the dtype of the weight.
+        held: how many of its entries a process holds.
+        step_nbytes: what its step takes beside, in bytes, where a process steps it whole.
     """
 
     name: str
@@ -44,8 +48,10 @@ class Row:
     state: dict[str, tuple[tuple[int, ...], str]]
     nbytes: int
     why: str
-    rounded: bool = False
-    dtype: str = "float32"
+    rounded: bool
+    dtype: str
+    held: int
+    step_nbytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -53,17 +59,28 @@ class Row:
 
     @property
     def weight_bytes(self) -> int:
-        return self.numel * int(getattr(torch, self.dtype).itemsize)
+        """Return the bytes of the weight that a process holds."""
+        return self.held * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows of all parameters. It prints as a table."""
+    """The rows of all parameters. It prints as a table.
+
+    Args:
+        algorithm: the name of the algorithm.
+        state_bits: None for torch's AdamW, whose moments have the dtype of the weights.
+        rows: one for each parameter.
+        caution: a sentence for the user, or "".
+        ranks: the number of processes among which FSDP2 divides the rows of each weight. All bytes are those of the
+            first process, which holds the most.
+    """
 
     algorithm: str
-    state_bits: int | None  # None for torch's AdamW, whose moments have the dtype of the weights
+    state_bits: int | None
     rows: tuple[Row, ...]
     caution: str = ""
+    ranks: int = 1
 
     @cached_property
     def numel(self) -> int:
@@ -103,6 +120,11 @@ class Explanation:
     def adamw_total_bytes(self) -> int:
         return self.weight_bytes + self.gradient_bytes + self.adamw_nbytes
 
+    @cached_property
+    def step_nbytes(self) -> int:
+        """Return the bytes that a step takes beside where processes take turns to step whole weights."""
+        return max((row.step_nbytes for row in self.rows), default=0)
+
     @property
     def dtypes(self) -> str:
         """Return the dtypes of the trained weights in words."""
@@ -116,6 +138,7 @@ class Explanation:
         """Return the totals as plain values, ready for JSON."""
         return {
             "algorithm": self.algorithm,
+            "ranks": self.ranks,
             "state_bits": self.state_bits,
             "parameters": self.numel,
             "bytes": self.nbytes,
@@ -123,6 +146,7 @@ class Explanation:
             "weight_bytes": self.weight_bytes,
             "gradient_bytes": self.gradient_bytes,
             "adamw_bytes": self.adamw_nbytes,
+            "step_bytes": self.step_nbytes,
         }
 
     def __str__(self) -> str:
@@ -161,11 +185,14 @@ class Explanation:
             for what, ours, adamw in sums
         ]
         bits = "" if self.state_bits is None else f", state_bits={self.state_bits}"
+        if self.step_nbytes:
+            lines.append(("one whole weight, in a step", f"{self.step_nbytes:,}", readable(self.step_nbytes), "", ""))
         return "\n".join(
             [
                 f"{self.algorithm}{bits}: {self.nbytes:,} bytes of state for {self.numel:,} trainable parameters",
                 f"({self.bytes_per_param:.3f} bytes each; AdamW in {self.dtypes}: "
                 f"{self.adamw_nbytes / max(self.numel, 1):.3f})",
+                *([f"on each of {self.ranks} processes, among which FSDP2 divides the weights"] * (self.ranks > 1)),
                 "",
                 *table(("", "bytes", "", "with AdamW", ""), lines),
                 *([wrapped(self.caution)] if self.caution else []),
@@ -173,52 +200,62 @@ class Explanation:
         )
 
 
-def explain_plan(plan: RolePlan, recipe: Recipe) -> Explanation:
-    """Return the table of a plan that `plan_roles(model, recipe)` has made."""
-    found: dict[tuple, tuple] = {}  # most parameters are like one of an earlier layer
+def explain_plan(plan: RolePlan, recipe: Recipe, ranks: int = 1) -> Explanation:
+    """Return the table of a plan that `plan_roles(model, recipe)` has made, for one of some processes."""
+    found: dict[tuple, dict[str, Any]] = {}  # most parameters are like one of an earlier layer
     rows = []
     for assignment in plan:
         role, param = assignment.role, assignment.param
+        held = math.prod(first_rows(role.shape, ranks).shape)
         if not param.requires_grad:
-            rows.append(Row(role.name, role.shape, role.role, False, "-", {}, 0, "frozen", False, _dtype(param)))
+            rows.append(Row(role.name, role.shape, role.role, False, "-", {}, 0, "frozen", False, _dtype(param), held))
             continue
         key = (role.shape, param.dtype, role.role in EMBEDDINGS, *sorted(assignment.options.items()))
         if key not in found:
-            found[key] = _kept(assignment, recipe)
-        compressed, state, nbytes, rounded = found[key]
+            found[key] = _kept(assignment, recipe, ranks)
+        kept: dict[str, Any] = {**found[key], "state": dict(found[key]["state"])}
         rows.append(
-            Row(
-                *(role.name, role.shape, role.role, True, compressed, dict(state), nbytes, assignment.why),
-                rounded=rounded,
-                dtype=_dtype(param),
-            )
+            Row(role.name, role.shape, role.role, True, **kept, why=assignment.why, dtype=_dtype(param), held=held)
         )
-    found_rows = Explanation(recipe.algorithm, recipe.state_bits, tuple(rows))
-    return replace(found_rows, caution=recipe.caution_for(plan, found_rows.numel, found_rows.nbytes))
+    found_rows = Explanation(recipe.algorithm, recipe.state_bits, tuple(rows), ranks=ranks)
+    caution = recipe.caution_for(plan, found_rows.numel, found_rows.nbytes) if ranks == 1 else ""
+    return replace(found_rows, caution=caution)
 
 
-def explain_adamw(name: str, roles: Roles) -> Explanation:
+def explain_adamw(name: str, roles: Roles, ranks: int = 1) -> Explanation:
     """Return the table for torch's AdamW, whose two moments have the shape and the dtype of the weight.
 
     Args:
         name: the optim name.
         roles: the roles that `assign_roles(model)` has returned.
+        ranks: the number of processes among which the rows of each weight are divided.
     """
     rows = []
     for param, role in roles:
         shape, dtype, trained = role.shape, _dtype(param), param.requires_grad
+        held = math.prod(first_rows(shape, ranks).shape)
         state = {"step": ((), "float32"), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)} if trained else {}
-        nbytes = 2 * param.numel() * param.dtype.itemsize + STEP.nbytes if trained else 0
+        nbytes = 2 * held * param.dtype.itemsize + STEP.nbytes if trained else 0
         what, why = ("full", "torch's AdamW keeps every entry in the weight's dtype") if trained else ("-", "frozen")
-        rows.append(Row(role.name, shape, role.role, trained, what, state, nbytes, why, dtype=dtype))
-    return Explanation(name, None, tuple(rows))
+        rows.append(Row(role.name, shape, role.role, trained, what, state, nbytes, why, False, dtype, held))
+    return Explanation(name, None, tuple(rows), ranks=ranks)
 
 
-def _kept(assignment: Assignment, recipe: Recipe) -> tuple:
-    """Return what is compressed in words, the state tensors, their bytes, and whether the weight has a rounding."""
+def _kept(assignment: Assignment, recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """Return what a row says of a parameter's state: what is compressed in words, the state tensors, and bytes."""
     shape, plan = assignment.role.shape, recipe.state_plan(assignment)
-    state = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in plan.specs(shape).items()}
-    return _compressed(plan, assignment, recipe), state, plan.nbytes(shape), plan.rounding.kind != "nearest"
+    specs, tile = plan.specs(shape), first_rows(shape, ranks)
+    optimizer, options = recipe.optimizer_cls, recipe.shared_options()
+    gathered = ranks > 1 and is_gathered(optimizer.rule_of(plan, options), plan, tile)
+    weight = assignment.param.dtype.itemsize * math.prod(shape)
+    return {
+        "compressed": _compressed(plan, assignment, recipe),
+        "state": {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()},
+        "nbytes": held_bytes(specs.values(), tile, gathered),
+        "rounded": plan.rounding.kind != "nearest",
+        # Pieces of weights, gradients and state are received while others are sent, and then put together.
+        "step_nbytes": 2 * (2 * weight + plan.nbytes(shape)) if gathered else 0,
+    }
 
 
 def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:

@@ -190,3 +190,29 @@ def test_a_model_of_8b_is_compared_in_seconds(llama_8b):
     done = subprocess.run([sys.executable, "-c", code, "inspect", str(llama_8b)], capture_output=True, text=True)
     assert done.returncode == 0, "transformers' Trainer was imported"
     assert float(done.stderr.split()[-1]) < 8  # 4 on a machine that does nothing else
+
+
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "coap_adamw", "adamw_torch"])
+def test_what_one_of_several_processes_holds(optim, shown, model_folder):
+    alone, shared = (json.loads(shown("--optim", optim, "--json", "--ranks", ranks)) for ranks in ("1", "4"))
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    held = sum(-(-param.shape[0] // 4) * param[0].nbytes for param in model.parameters())
+    assert shared["weight_bytes"] == shared["gradient_bytes"] == held
+    assert shared["parameters"] == alone["parameters"]
+    assert shared["bytes"] < 0.3 * alone["bytes"]
+    assert (shared["step_bytes"] > 0) == (optim == "coap_adamw")
+    assert alone["step_bytes"] == 0
+    out = shown("--optim", optim, "--ranks", "4")
+    assert f"{shared['bytes']:,} bytes of state for {shared['parameters']:,} trainable parameters" in out
+    assert "on each of 4 processes" in out
+    assert ("one whole weight, in a step" in out) == (optim == "coap_adamw")
+    assert max(map(len, out.splitlines())) <= 100
+    assert "each of 4 processes" in shown("--ranks", "4")
+
+
+@pytest.mark.parametrize("ranks", ["0", "-2"])
+def test_a_number_of_processes_is_positive(ranks, model_folder, capsys):
+    for options in ([], ["--optim", "slim_adamw"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["inspect", str(model_folder), "--ranks", ranks, *options])
+        assert f"ranks={ranks} must be the number of processes" in capsys.readouterr().err

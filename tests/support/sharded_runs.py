@@ -118,6 +118,8 @@ def compared(case: Case) -> dict[str, Any]:
         "state": states,
         "norms": max((abs(a / b - 1) for a, b in zip(*norms, strict=True)), default=0.0),
         "share": here / all_of_it,
+        "bytes": here,
+        "planned": hf_lowmem.explain(whole, case.optim, case.args or None, ranks=dist.get_world_size()).nbytes,
         "loads": loads,
         "case": asdict(case),
     }
