@@ -154,7 +154,9 @@ def take_round(holders: Holders, takers: dict[int, Gathered]) -> None:
 
 def in_bytes(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the bytes of each tensor, on the device of `like`."""
-    return [tensor.to(like.device).reshape(-1).view(torch.uint8) for tensor in tensors]
+    flat = [tensor.to(like.device).contiguous().view(-1) for tensor in tensors]
+    # The only entry of a slice is contiguous whatever its stride, which a view of its bytes would not take.
+    return [tensor.as_strided(tensor.shape, (1,)).view(torch.uint8) for tensor in flat]
 
 
 def read(piece: Tensor, into: Tensor) -> None:

@@ -62,8 +62,10 @@ def work(rank: int, cases: list[Case], world: int, folder: str) -> None:
     for case in cases:
         try:
             found[str(case)] = compared(case)
-        except Exception:
+        except Exception:  # the other processes may wait for this one, and would forever
             found[str(case)] = {"error": traceback.format_exc(limit=-6)}
+            if rank:
+                raise
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()
