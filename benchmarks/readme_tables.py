@@ -16,16 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from demo_seeds import difference
 from peers import BASELINE, ROOT
+from presets import PRESETS, meta_model
 from quality_report import summary_of
 from step_time_report import clipped, figure, sections, table, with_quartiles
 
 from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.demo import BASELINE as ADAMW
+from hf_lowmem.trainer.explain import explain
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
-README, QUALITY = ROOT / "README.md", ROOT / "docs" / "quality.md"
+README, QUALITY, DISTRIBUTED = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md"
 STATE = "state_bytes_per_parameter_outside_embeddings"
 
 
@@ -179,6 +182,33 @@ def demo_rules(_: str) -> str:
     return "\n".join(lines)
 
 
+def sharded_step(_: str) -> str:
+    columns = {
+        "`optim`": lambda row: f"`{row['optim']}`",
+        "whole weights": lambda row: f"{row['whole_ms']:.0f} ms",
+        "on two threads": lambda row: f"{row['whole_on_two_threads_ms']:.0f} ms",
+        "shards on two processes": lambda row: f"{row['sharded_ms']:.0f} ms",
+        "of it collectives": lambda row: f"{row['collectives_ms']:.0f} ms",
+        "ratio to whole": lambda row: with_quartiles(row["ratio"], row["quartiles"]),
+        "bytes sent, share of the gradients": lambda row: f"{100 * row['share_of_gradients']:.2f} %",
+    }
+    return "\n".join(table(results("sharded_step_cpu")["rows"], columns))
+
+
+def sharded_memory(_: str) -> str:
+    """Return what each process holds of an 8B model: weights, gradients and state, and state alone."""
+    cards = (1, 2, 4, 8)
+    lines = ["| `optim` | weights | " + " | ".join(f"{n} card{'s' * (n > 1)}" for n in cards) + " |"]
+    lines.append("|---|---|" + "---:|" * len(cards))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = meta_model(PRESETS["8b"], dtype)
+        for name in ("adamw_torch", "lowmem_adamw_8bit", "slim_adamw_8bit", "factored_adamw_8bit", "coap_adamw_8bit"):
+            found = [explain(model, name, ranks=ranks) for ranks in cards]
+            shown = [f"{each.total_bytes / 2**30:.1f} ({each.nbytes / 2**30:.1f})" for each in found]
+            lines.append(f"| `{name}` | {str(dtype).removeprefix('torch.')} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def json_lines(name: str) -> list[dict[str, Any]]:
     lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -188,6 +218,7 @@ def json_lines(name: str) -> list[dict[str, Any]]:
 PAGES: dict[Path, tuple[Callable[[str], str], ...]] = {
     README: (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc),
     QUALITY: (quality, ablations, demo_rules),
+    DISTRIBUTED: (sharded_step, sharded_memory),
 }
 
 

@@ -161,4 +161,6 @@ def in_bytes(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def read(piece: Tensor, into: Tensor) -> None:
     """Write bytes into a tensor, in the order of its entries."""
-    into.copy_(piece.clone().view(into.dtype).view(into.shape))  # a copy begins where numbers of any size may
+    if piece.storage_offset() % into.itemsize:  # numbers begin at multiples of their size
+        piece = piece.clone()
+    into.copy_(piece.view(into.dtype).view(into.shape))

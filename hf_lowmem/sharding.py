@@ -66,7 +66,10 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Any) -> Any:
     """Return the piece of a DTensor that this process holds, or any other value itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    piece = tensor._local_tensor  # of a parameter, `to_local` returns another tensor at each call
+    return piece if type(piece) is Tensor else tensor.to_local()
 
 
 def whole(tensor: Any) -> Any:

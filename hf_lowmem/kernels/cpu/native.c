@@ -19,6 +19,8 @@ static int thread_number(void) { return omp_get_thread_num(); }
 static int thread_number(void) { return 0; }
 #endif
 
+enum { STEP, APPLY, AVERAGE }; /* step.py has them too */
+
 /* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
  * their factors of exp_avg in the update; a unit of whole groups has both in its thread's scratch. */
 typedef struct {
@@ -269,7 +271,9 @@ CLONES static void combine(const Part *part, const Cut *cut) {
     }
 }
 
-CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch) {
+/* Step a unit, or, if it only `sums`, average what its own groups have found. */
+CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch, int sums) {
+    if (sums && (cut->scales || part->rule != ADAMW_MEAN)) return;
     Range range = range_of(part, cut, unit);
     int64_t count = means_of_group(part);
     for (int64_t group = range.first_group; group < range.last_group; group++) {
@@ -288,7 +292,7 @@ CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scr
             average(part, group, scratch.sums, scratch.scales);
             scales = scratch.scales;
         }
-        step_range(part, group, &range, scales);
+        if (!sums) step_range(part, group, &range, scales);
     }
 }
 
@@ -326,7 +330,7 @@ static Moment moment_of(const Part *part, int64_t data, int64_t absmax, int64_t 
 }
 
 /* A part from its rows in the tables, its addresses moved to the first entry. */
-static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *maps, int averaged) {
+static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *maps, int pass) {
     Part part = {0};
     memcpy(&part, row, sizeof *row);
     memcpy(&part.decay, scalars, sizeof *scalars);
@@ -335,17 +339,17 @@ static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *m
         part.second = moment_of(&part, part.exp_avg_sq, part.exp_avg_sq_absmax, part.exp_avg_sq_dtype, maps + 1);
     part.means = (float *)part.exp_avg_sq;
     part.row_means = (float *)part.exp_avg_sq_rows;
-    part.averaged = averaged;
+    part.averaged = pass == APPLY;
     part.param += part.start * item_size(part.dtype);
     part.grad += part.start * item_size(part.dtype);
     part.kahan_comp += part.start * (int64_t)sizeof(int16_t);
     return part;
 }
 
-/* Step all parts, of which each has a row in both tables; `maps` are those of signed and of unsigned codes, and with
- * `averaged` the means hold this step's gradients already. Returns 0, or 1 without having changed anything when there
- * is no memory for the sums. */
-int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *maps, int64_t count, int averaged,
+/* Step all parts, of which each has a row in both tables; `maps` are those of signed and of unsigned codes. A pass is
+ * a STEP; or AVERAGE, which only averages this step's gradients into the means; or APPLY, which takes the means as they
+ * are. Returns 0, or 1 without having changed anything when there is no memory for the sums. */
+int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *maps, int64_t count, int pass,
                    int threads) {
     int64_t widest = 1, sums = 0, shared_scales = 0;
     Part *parts = malloc((size_t)count * sizeof *parts);
@@ -354,7 +358,7 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
     double *all_sums = NULL;
     float *all_scales = NULL;
     if (!parts || !cuts || !first_unit) goto failed;
-    for (int64_t p = 0; p < count; p++) parts[p] = part_from(rows + p, scalars + p, maps, averaged);
+    for (int64_t p = 0; p < count; p++) parts[p] = part_from(rows + p, scalars + p, maps, pass);
     first_unit[0] = 0;
     for (int64_t p = 0; p < count; p++) {
         cuts[p] = cut_of(parts + p);
@@ -386,7 +390,7 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
             _Pragma("omp for schedule(dynamic)")
             for (int64_t unit = 0; unit < first_unit[count]; unit++) {
                 int64_t p = part_of(first_unit, count, unit);
-                if (cuts[p].sums && !averaged) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
+                if (cuts[p].sums && pass != APPLY) sum_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
             }
             _Pragma("omp for schedule(dynamic)")
             for (int64_t p = 0; p < count; p++)
@@ -395,7 +399,7 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
         _Pragma("omp for schedule(dynamic)")
         for (int64_t unit = 0; unit < first_unit[count]; unit++) {
             int64_t p = part_of(first_unit, count, unit);
-            step_unit(parts + p, cuts + p, unit - first_unit[p], scratch);
+            step_unit(parts + p, cuts + p, unit - first_unit[p], scratch, pass == AVERAGE);
         }
     }
     free(all_scales), free(all_sums), free(first_unit), free(cuts), free(parts);

@@ -3,6 +3,7 @@ threads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
-from hf_lowmem.kernels.columns import ADDRESSES, CPU_PART
+from hf_lowmem.kernels.columns import ADDRESSES, CPU_PART, SCALARS
 from hf_lowmem.kernels.cpu.library import code_maps, library
+from hf_lowmem.kernels.means import means_of
 from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
 from hf_lowmem.kernels.registry import Backend
 from hf_lowmem.kernels.scalars import rows_on_host
@@ -21,6 +23,7 @@ from hf_lowmem.state import StatePlan
 SECOND_MOMENTS = {"full": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
+STEP, APPLY, AVERAGE = range(3)  # the passes of native.c
 GRAD = CPU_PART.index("grad")
 
 
@@ -44,33 +47,77 @@ class Cpu(Backend):
         return geometries_of(step.plan, tuple(param.shape)) is not None and self.available()
 
     def step(self, bucket: Bucket, hyper: Hyper) -> None:
-        self._call(bucket, hyper, averaged=False)
+        table = self._table(bucket)
+        self._call(table, rows_on_host(bucket, hyper, table.owners, scale_of(bucket)), STEP)
 
     def apply(self, bucket: Bucket, hyper: Hyper) -> None:
-        self._call(bucket, hyper, averaged=True)
+        table = self._table(bucket)
+        self._call(table, rows_on_host(bucket, hyper, table.owners, scale_of(bucket)), APPLY)
 
-    def _call(self, bucket: Bucket, hyper: Hyper, averaged: bool) -> None:
-        table = bucket.kept.get(self.name)
+    def reduce(self, bucket: Bucket) -> list[dict[str, Tensor]]:
+        found: Sums | None = bucket.kept.get("sums")
+        if found is None:
+            found = bucket.kept["sums"] = Sums(bucket)
+        found.table.take_gradients(bucket)
+        numbers = torch.zeros(len(SCALARS), dtype=torch.float64, device="cpu")
+        numbers[SCALARS.index("new_2")], numbers[SCALARS.index("grad_scale")] = 1.0, scale_of(bucket)
+        self._call(found.table, numbers.expand(len(found.table.owners), -1).contiguous(), AVERAGE)
+        return found.read()
+
+    def _table(self, bucket: Bucket) -> Table:
+        table: Table | None = bucket.kept.get(self.name)
         if table is None:
-            table = bucket.kept[self.name] = Table(bucket)
+            table = bucket.kept[self.name] = Table(bucket.rule, list(bucket))
         table.take_gradients(bucket)
-        scale = 1.0 if bucket.clip is None else bucket.clip.scale.item()
-        scalars = rows_on_host(bucket, hyper, table.owners, scale)
+        return table
+
+    @staticmethod
+    def _call(table: Table, scalars: Tensor, which: int) -> None:
         compiled = library()
         assert compiled is not None
         rows, numbers, count = table.rows.data_ptr(), scalars.data_ptr(), len(table.owners)
-        if compiled.hf_lowmem_step(rows, numbers, code_maps(), count, averaged, torch.get_num_threads()):
+        if compiled.hf_lowmem_step(rows, numbers, code_maps(), count, which, torch.get_num_threads()):
             raise MemoryError("There is no memory left for the sums of the optimizer's step.")
 
 
-class Table:
-    """The rows of a bucket's parts, int64 (parts, columns), and the place in the bucket of each one's weight."""
+def scale_of(bucket: Bucket) -> float:
+    """Return what clipping multiplies the gradients by."""
+    return 1.0 if bucket.clip is None else bucket.clip.scale.item()
+
+
+class Sums:
+    """The sums of squares of a bucket's weights, as one pass of the kernels finds them, in memory that is kept.
+
+    The kernels average squares into means of zero with a weight of 1.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
-        rows = [(number, row) for number, step in enumerate(bucket) for row in rows_of(bucket.rule, step)]
+        self._means: list[list[tuple[str, Tensor, int]]] = []
+        steps = []
+        for step in bucket:
+            means: list[tuple[str, Tensor, int]] = []
+            for name, moment in means_of(step.plan):
+                names = moment.state_names(name)
+                found = [torch.zeros_like(step.state[each]) for each in names]
+                sizes = moment.group_sizes(step.grad.numel(), [mean.numel() for mean in found])
+                means += zip(names, found, sizes, strict=True)
+            steps.append(step._replace(state={**step.state, **{name: mean for name, mean, _ in means}}))
+            self._means.append(means)
+        self.table = Table(bucket.rule, steps)
+
+    def read(self) -> list[dict[str, Tensor]]:
+        """Return the sums of each weight by name, float64."""
+        return [{name: mean.double() * size for name, mean, size in means} for means in self._means]
+
+
+class Table:
+    """The rows of the parts of some weights, int64 (parts, columns), and the number of each one's weight."""
+
+    def __init__(self, rule: str, steps: Sequence[ParamStep]) -> None:
+        rows = [(number, row) for number, step in enumerate(steps) for row in rows_of(rule, step)]
         self.owners = torch.tensor([number for number, _ in rows], dtype=torch.int64, device="cpu")
         self.rows = torch.tensor([row for _, row in rows], dtype=torch.int64, device="cpu")
-        self._gradients = bucket.gradient_addresses()
+        self._gradients = [step.grad.data_ptr() for step in steps]
 
     def take_gradients(self, bucket: Bucket) -> None:
         """Write the addresses of this step's gradients, if they have moved."""
