@@ -2,10 +2,10 @@
 
 Two CPU processes with one thread each hold the shards of a preset, cut by rows as FSDP2 cuts them. Steps on shards, by
 both processes at once, alternate with steps on whole weights, by the first process alone. A ratio is the median over
-the pairs, with its quartiles; the time of a sharded step is that of the slower process. The time of collectives is part
-of it, and includes that in which processes wait for each other. Bytes are those that a process gives to the collectives
-of one step. Whole weights are also stepped on two threads, which share the memory as two processes do. All of it goes
-to results/sharded_step_cpu.json.
+the pairs, with its quartiles; the time of a sharded step is that of the slower process. The time of collectives is a
+part of it, and includes that in which processes wait for each other. Bytes are those that a process gives to the
+collectives of one step. Whole weights are also stepped on two threads, which share the memory as two processes do. All
+of it goes to results/sharded_step_cpu.json.
 """
 
 from __future__ import annotations

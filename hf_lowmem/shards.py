@@ -10,6 +10,7 @@ step by means that are averaged already.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.means import means_of
 from hf_lowmem.moments import GroupMean, Segment
+from hf_lowmem.moments.group_mean import average_by
 from hf_lowmem.sharding import Groups, Tile, add_up, can_be_cut, whole
 from hf_lowmem.state import FULL_SPACE, State, StatePlan
 from hf_lowmem.update_rules import RULES
@@ -136,13 +138,13 @@ class Shard:
         """Return the sums of squares of all pieces, each with the groups over which it is to be added up."""
         return [(total, self.cut.sums[name]) for name, total in self._totals.items()]
 
-    def average(self, beta2: float) -> None:
-        """Average the sums of all shards into the means."""
+    def take_sums(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Return each mean, the sum of the squares of all shards, and the number of entries that it is taken over."""
         assert self.moment is not None
         sizes = self.moment.group_sizes(math.prod(self.tile.whole), [math.prod(s.shape) for s in self._specs.values()])
-        stored = [self.state[name] for name in self._specs]
-        self.moment.average_by(stored, list(self._totals.values()), sizes, beta2)
+        found = [(self.state[n], total, size) for (n, total), size in zip(self._totals.items(), sizes, strict=True)]
         self._totals = {}
+        return found
 
     def matrix_sums(self) -> list[tuple[Tensor, Groups]]:
         """Return the sums of the row means of each factored matrix that is cut, to be added up."""
@@ -178,11 +180,25 @@ def average_over_shards(shards: Sequence[tuple[Shard, float]]) -> None:
     """Add up the sums of squares of all processes and average them by each beta2: in one collective, or two where a
     factored weight is cut along both of its axes."""
     add_up(pair for shard, _ in shards for pair in shard.sums())
+    alike: dict[tuple[float, torch.device], list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
     for shard, beta2 in shards:
-        shard.average(beta2)
+        for mean, total, size in shard.take_sums():
+            alike[beta2, mean.device].append((mean, total, size))
+    for (beta2, _), found in alike.items():
+        average(found, beta2)
     add_up(pair for shard, _ in shards for pair in shard.matrix_sums())
     for shard, _ in shards:
         shard.hand_out()
+
+
+def average(found: Sequence[tuple[Tensor, Tensor, int]], beta2: float) -> None:
+    """Average sums of squares into means: all at once, as there are many and they are small."""
+    means, totals, sizes = zip(*found, strict=True)
+    lengths = [mean.numel() for mean in means]
+    flat, flat_totals = (torch.cat([each.reshape(-1) for each in tensors]) for tensors in (means, totals))
+    each_size = torch.tensor(sizes, dtype=flat_totals.dtype).repeat_interleave(torch.tensor(lengths))
+    average_by([flat], [flat_totals], [each_size.to(flat.device)], beta2)
+    torch._foreach_copy_(means, [new.view(mean.shape) for new, mean in zip(flat.split(lengths), means, strict=True)])
 
 
 def whole_moment(plan: StatePlan, name: str, state: State, shape: tuple[int, ...]) -> Tensor:

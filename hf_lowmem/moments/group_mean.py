@@ -241,14 +241,7 @@ class GroupMean:
 
     def average(self, stored: Sequence[Tensor], totals: Sequence[Tensor], entries: int, beta: float | Tensor) -> None:
         """Average sums of squares over `entries` entries, a weight or a tile that splits no group, into the means."""
-        self.average_by(stored, totals, self.group_sizes(entries, [total.numel() for total in totals]), beta)
-
-    def average_by(
-        self, stored: Sequence[Tensor], totals: Sequence[Tensor], sizes: Sequence[int], beta: float | Tensor
-    ) -> None:
-        """Average sums of squares into the means, of which each is taken over a group of so many entries."""
-        for mean, total, size in zip(stored, totals, sizes, strict=True):
-            mean.copy_(_finite(beta * mean + (1 - beta) * (total / size), mean))
+        average_by(stored, totals, self.group_sizes(entries, [total.numel() for total in totals]), beta)
 
     def group_sizes(self, entries: int, groups: Sequence[int]) -> list[int]:
         """Return how many entries each mean is taken over, of so many `entries` in as many `groups` for each mean."""
@@ -300,6 +293,14 @@ class GroupMean:
         axis = segment.axis
         start = index[axis].start if axis < len(index) else 0
         return _entries(segment, self.length, (start, start + shape[axis]), device)
+
+
+def average_by(
+    stored: Sequence[Tensor], totals: Sequence[Tensor], sizes: Sequence[int | Tensor], beta: float | Tensor
+) -> None:
+    """Average sums of squares into means, of which each is taken over so many entries."""
+    for mean, total, size in zip(stored, totals, sizes, strict=True):
+        mean.copy_(_finite(beta * mean + (1 - beta) * (total / size), mean))
 
 
 def whole(
