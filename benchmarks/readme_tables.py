@@ -189,7 +189,7 @@ def sharded_step(_: str) -> str:
         "on two threads": lambda row: f"{row['whole_on_two_threads_ms']:.0f} ms",
         "shards on two processes": lambda row: f"{row['sharded_ms']:.0f} ms",
         "of it collectives": lambda row: f"{row['collectives_ms']:.0f} ms",
-        "ratio to whole": lambda row: with_quartiles(row["ratio"], row["quartiles"]),
+        "ratio to whole": lambda row: "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["quartiles"]),
         "bytes sent, share of the gradients": lambda row: f"{100 * row['share_of_gradients']:.2f} %",
     }
     return "\n".join(table(results("sharded_step_cpu")["rows"], columns))
