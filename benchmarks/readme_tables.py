@@ -184,7 +184,6 @@ def demo_rules(_: str) -> str:
 
 def sharded_step(_: str) -> str:
     columns = {
-        "`optim`": lambda row: f"`{row['optim']}`",
         "whole weights": lambda row: f"{row['whole_ms']:.0f} ms",
         "on two threads": lambda row: f"{row['whole_on_two_threads_ms']:.0f} ms",
         "shards on two processes": lambda row: f"{row['sharded_ms']:.0f} ms",

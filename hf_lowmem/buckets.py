@@ -180,7 +180,7 @@ class Buckets:
         """Return the plan of a parameter, the names of its state, what this process has of it, and how a DTensor is
         stepped; what a change of options or dtype has left of the state is fitted first."""
         name = layout.name or "A parameter"
-        check_weight(param, layout.name, self._shapes.get(param))
+        check_weight(param, layout.name, self._shapes.get(param), optimizer.steps_flat_pieces_of(layout))
         if not is_plain(local(param)) and state["step"] == 0:
             densified(param)  # a class that cannot be read is refused before anything is written
         plan = optimizer.plan_by(layout, group, param)

@@ -72,7 +72,7 @@ class LowMemOptimizer(PlannedOptimizer):
 
     def allocate(self, param: Tensor, layout: ParamLayout, group: Group) -> State:
         """Allocate the declared state of a parameter of a group, all zero."""
-        check_whole(param, layout.name)
+        check_whole(param, layout.name, self.steps_flat_pieces_of(layout))
         plan = self.plan_by(layout, group, param)
         specs, place = self.specs_of(param, plan, group), self.state_place(param, plan, group)
         state = self.state[param] = {name: place.zeros(spec) for name, spec in specs.items()}
@@ -179,15 +179,26 @@ class LowMemOptimizer(PlannedOptimizer):
 
     def _found_buckets(self, advance: bool) -> list[tuple[int, Bucket]]:
         """Return the checked buckets with the number of their group."""
-        if len(self.param_groups) != len(self._layouts):
-            raise RuntimeError(
-                f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were added:"
-                " add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
-            )
-        for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-            layouts.check(group, number, self.layout_options)
-            check_flags(group, type(self).__name__)
+        self._check_groups()
         return self._buckets.find(self, advance)
+
+    def _check_groups(self) -> None:
+        """Refuse groups that have changed, except by DeepSpeed ZeRO where flat pieces are stepped as weights are."""
+        if self._layout_of_flat_pieces() is None:
+            if self.holds_flat_pieces():
+                raise RuntimeError(
+                    f"The groups of {type(self).__name__} hold flat pieces of weights, as DeepSpeed ZeRO makes them, "
+                    "which have no rows and heads: train with FSDP2, or with 'lowmem_adamw' or 'signum'."
+                )
+            if len(self.param_groups) != len(self._layouts):
+                raise RuntimeError(
+                    f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were "
+                    "added: add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
+                )
+            for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+                layouts.check(group, number, self.layout_options)
+        for group in self.param_groups:
+            check_flags(group, type(self).__name__)
 
     @staticmethod
     def _hyper(group: Group, bucket: Bucket) -> Hyper:

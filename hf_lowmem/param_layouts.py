@@ -76,6 +76,9 @@ class StateOwner(Protocol):
     def rule_of(self, plan: StatePlan, group: Mapping[str, Any]) -> str:
         """Return the update rule that steps a parameter with this plan."""
 
+    def steps_flat_pieces_of(self, layout: ParamLayout) -> bool:
+        """Return whether a flat piece of a weight is stepped as the weight would be."""
+
     def allocate(self, param: Tensor, layout: ParamLayout, group: dict[str, Any]) -> State:
         """Allocate the declared state of a parameter of a group, all zero."""
 

@@ -52,6 +52,7 @@ class PlannedOptimizer(Optimizer):
     rule: ClassVar[str]
     options_cls: ClassVar[type[Options]] = Options
     hyperparameters: ClassVar[Hyperparameters] = Hyperparameters()  # the defaults of lr, betas, eps and weight_decay
+    takes_flat_pieces: ClassVar[bool] = False  # whether an entry is stepped alike in whatever weight it is
     idle_calls: ClassVar[int] = 0  # first calls of a parameter that prepare its projection and do not update it
     # These are read from `options_cls`: options with their defaults, by what depends on them.
     layout_options: ClassVar[dict[str, Any]]
@@ -162,7 +163,7 @@ class PlannedOptimizer(Optimizer):
             schedule = self._schedule(group)
             for param, layout in zip(group["params"], self._layouts[-1].layouts, strict=True):
                 check_param(param)
-                check_whole(param, layout.name)
+                check_whole(param, layout.name, self.steps_flat_pieces_of(layout))
                 plan = self._plan(layout.options, schedule, tuple(param.shape), param.dtype)
                 check_capturable(group, bool(self.idle_calls) or plan.projection is not FULL_SPACE)
         except Exception:
@@ -242,8 +243,30 @@ class PlannedOptimizer(Optimizer):
 
     def groups_with_layouts(self) -> Iterator[tuple[int, Group, list[ParamLayout]]]:
         """Return each group's number, the group, and the layouts of its parameters."""
-        for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-            yield number, group, layouts.layouts
+        flat = self._layout_of_flat_pieces()
+        for number, group in enumerate(self.param_groups):
+            if flat is None:
+                yield number, group, self._layouts[number].layouts
+            else:
+                yield number, group, [flat] * len(group["params"])
+
+    def steps_flat_pieces_of(self, layout: ParamLayout) -> bool:
+        """Return whether a flat piece of a weight is stepped as the weight would be; 8-bit blocks follow its rows."""
+        return self.takes_flat_pieces and layout.option("state_bits") != 8
+
+    def holds_flat_pieces(self) -> bool:
+        """Return whether DeepSpeed ZeRO has put flat pieces of weights into the groups."""
+        numbers = [len(layouts.layouts) for layouts in self._layouts]
+        changed = [len(group["params"]) for group in self.param_groups] != numbers
+        return changed and all(param.ndim == 1 for group in self.param_groups for param in group["params"])
+
+    def _layout_of_flat_pieces(self) -> ParamLayout | None:
+        """Return the layout of all parameters where the groups hold flat pieces that are stepped as their weights."""
+        if not (self.takes_flat_pieces and self.holds_flat_pieces()):
+            return None
+        known = {layout.options for layouts in self._layouts for layout in layouts.layouts}
+        layout = ParamLayout("", next(iter(known)))
+        return layout if len(known) == 1 and self.steps_flat_pieces_of(layout) else None
 
     def plan_by(self, layout: ParamLayout, group: Group, param: Tensor) -> StatePlan:
         """Return the plan of a parameter of a group."""

@@ -44,14 +44,17 @@ def check_param(param: Tensor) -> None:
         )
 
 
-def check_whole(param: Tensor, name: str = "") -> None:
+def check_whole(param: Tensor, name: str = "", may_be_flat: bool = False) -> None:
     """Refuse a flat piece of weights: the rows and heads that state follows are gone. A DTensor has them.
 
     Args:
         name: the parameter's, for the sentence.
+        may_be_flat: whether pieces of DeepSpeed ZeRO-3 are stepped as their weights are.
     """
     classes = {cls.__name__ for cls in type(param).__mro__}
     for mark, scheme in PIECES.items():
+        if may_be_flat and mark == "ds_id":
+            continue
         if mark in classes or hasattr(param, mark):
             which = f"parameter {name!r}" if name else "parameter"
             raise ValueError(
@@ -68,18 +71,19 @@ def check_capturable(group: Mapping[str, Any], projects: bool) -> None:
         raise ValueError(f"capturable=true does not go with {reason}: leave one of them out.")
 
 
-def check_weight(param: Tensor, name: str, known_shape: torch.Size | None) -> None:
+def check_weight(param: Tensor, name: str, known_shape: torch.Size | None, may_be_flat: bool = False) -> None:
     """Refuse a weight that cannot be stepped as it is now.
 
     Args:
         name: the parameter's, "" if it is not known.
         known_shape: the shape that its state was made for, if it was compared before.
+        may_be_flat: as in `check_whole`.
 
     Raises:
         ValueError: it is a flat piece of weights.
         RuntimeError: it has another shape, is not of floats, cannot be written, or does not store each of its entries.
     """
-    check_whole(param, name)
+    check_whole(param, name, may_be_flat)
     which = f"{name or 'A parameter'} of shape {tuple(param.shape)}"
     if known_shape is not None and known_shape != param.shape:
         raise RuntimeError(

@@ -43,6 +43,7 @@ class LowMemAdamW(LowMemOptimizer):
 
     algorithm = "lowmem_adamw"
     rule = "adamw"
+    takes_flat_pieces = True
 
     @classmethod
     def make_plan(cls, shape: tuple[int, ...], **options: Any) -> StatePlan:

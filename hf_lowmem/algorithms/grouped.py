@@ -69,6 +69,8 @@ class GroupedAdamW(LowMemAdamW):
     nothing.
     """
 
+    takes_flat_pieces = False
+
     options_cls = GroupedOptions
 
     @classmethod

@@ -36,6 +36,7 @@ class Signum(LowMemOptimizer):
 
     algorithm = "signum"
     rule = "signum"
+    takes_flat_pieces = True
     hyperparameters = Hyperparameters(lr=1e-4)
 
     @classmethod

@@ -118,7 +118,7 @@ def optimizer_cls_and_kwargs(
     kwargs = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **recipe.shared_options()}
     roles = None
     if model is not None:
-        check_weights(model)
+        check_weights(model, takes_flat_pieces(recipe))
         roles = plan_roles(model, recipe)
         if is_first_process():
             explanation = explain_plan(roles, recipe)
@@ -130,27 +130,59 @@ def optimizer_cls_and_kwargs(
 def refuse_sharding(args: Any, what: str | None = None) -> None:
     """Raise ValueError if a run with these arguments cuts the weights into flat pieces, which have no rows and heads.
 
-    FSDP2 does not, and is supported.
+    FSDP2 does not, and is supported. DeepSpeed ZeRO does, and is supported where every entry is stepped by itself.
 
     Args:
         args: `TrainingArguments`, or the plain values of a command line that has not been launched yet.
         what: what needs whole weights, for the sentence; by default the `optim` of the arguments.
     """
-    optim = f"optim={getattr(args.optim, 'value', args.optim)!r}"
+    name = getattr(args.optim, "value", args.optim)
     for scheme, chosen in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp), ("MEGATRON_LM", None)):
         variable = f"ACCELERATE_USE_{scheme.upper()}"
         asked = bool(chosen) or os.environ.get(variable, "").lower() in ("true", "1")
         if scheme == "FSDP" and _fsdp_version(chosen, getattr(args, "fsdp_config", None)) == 2:
             continue
-        if _shards(scheme, asked, bool(chosen), getattr(args, "distributed_state", None)):
-            remedy = (
-                f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
-            )
-            kind = "FSDP1" if scheme == "FSDP" else scheme
-            raise ValueError(
-                f"{what or optim} does not support {kind}, which cuts weights into pieces that have no rows and "
-                f"heads: {remedy}, and train with FSDP2 (fsdp_version: 2), with DDP or in one process."
-            )
+        if not _shards(scheme, asked, bool(chosen), getattr(args, "distributed_state", None)):
+            continue
+        if scheme == "DeepSpeed" and what is None and takes_flat_pieces(recipe_for(name, args.optim_args)):
+            refuse_other_optimizer(name, deepspeed_config(args))
+            continue
+        remedy = f"leave {scheme.lower()} out" if chosen else f"unset {variable}, which a launcher or a run has set"
+        kind = "FSDP1" if scheme == "FSDP" else scheme
+        others = "" if scheme != "DeepSpeed" or what else " ('lowmem_adamw' and 'signum' go with DeepSpeed)"
+        raise ValueError(
+            f"{what or f'optim={name!r}'} does not support {kind}, which cuts weights into pieces that have no rows "
+            f"and heads: {remedy}, and train with FSDP2 (fsdp_version: 2), with DDP or in one process{others}."
+        )
+
+
+def takes_flat_pieces(recipe: Recipe) -> bool:
+    """Return whether a recipe steps each entry alike in whatever piece of a weight it is; 8-bit blocks follow rows."""
+    return recipe.optimizer_cls.takes_flat_pieces and 8 not in (recipe.state_bits, recipe.embedding_bits)
+
+
+def deepspeed_config(args: Any) -> Mapping[str, Any]:
+    """Return the DeepSpeed configuration of a run, empty where it is not known yet."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    given = args.deepspeed if plugin is None else plugin.deepspeed_config
+    if isinstance(given, str) and Path(given).is_file():
+        given = json.loads(Path(given).read_text())
+    return given if isinstance(given, Mapping) else {}
+
+
+def refuse_other_optimizer(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if DeepSpeed or accelerate would train with another optimizer than `name`, and say nothing."""
+    if "optimizer" in config:
+        raise ValueError(
+            f"optim={name!r} would not be used, as the DeepSpeed configuration has an optimizer of its own: leave "
+            "`optimizer` out of it."
+        )
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"optim={name!r} would not be used, as accelerate replaces optimizers that DeepSpeed offloads by its CPU "
+            "Adam: set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration."
+        )
 
 
 def _fsdp_version(chosen: Any, config: Any) -> int:
@@ -206,12 +238,16 @@ def _shards(scheme: str, asked: bool, by_arguments: bool, state: Any) -> bool:
     return asked and (scheme == "DeepSpeed" or kind not in (DistributedType.NO, DistributedType.MULTI_CPU))
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raise ValueError if a trained parameter of `model` is a flat piece of weights, such as FSDP1 makes."""
+def check_weights(model: nn.Module, may_be_flat: bool) -> None:
+    """Raise ValueError if a trained parameter of `model` is a flat piece of weights, such as FSDP1 makes.
+
+    Args:
+        may_be_flat: whether pieces of DeepSpeed ZeRO-3 are stepped as their weights are.
+    """
     for name, param in model.named_parameters():
         if param.requires_grad:
             check_param(param)
-            check_whole(param, name)
+            check_whole(param, name, may_be_flat)
 
 
 def show_summary() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from types import SimpleNamespace
@@ -105,6 +106,11 @@ def test_a_sharded_model_is_refused(sharding):
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("sharding", SHARDED)
 def test_the_classes_refuse_its_parameters(sharding, cls):
+    if sharding == "zero 3" and cls.takes_flat_pieces:
+        cls(zero3().parameters())
+        with pytest.raises(ValueError, match=r"^Flat pieces.*train with FSDP2"):
+            cls(zero3().parameters(), state_bits=8)
+        return
     with pytest.raises(ValueError, match=r"^Flat pieces.*train with FSDP2"):
         cls(SHARDED[sharding]().parameters())
 
@@ -185,6 +191,106 @@ def test_sharded_state_is_not_resized():
     optimizer.step()
     with pytest.raises(RuntimeError, match="resize the model before it is sharded"):
         optimizer.resize_state()
+
+
+# -- DeepSpeed ZeRO ---------------------------------------------------------------------------------------------------
+
+
+def flat_piece(params, first=0, last=None):
+    """Return a part of all entries of some parameters, and of their gradients, as ZeRO puts it into a group."""
+    piece = nn.Parameter(torch.cat([param.detach().flatten() for param in params])[first:last])
+    piece.grad = torch.cat([param.grad.flatten() for param in params])[first:last]
+    return piece
+
+
+def with_gradients(seed=0):
+    torch.manual_seed(seed)
+    made = model()
+    for param in made.parameters():
+        param.grad = torch.randn_like(param)
+    return made
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])  # as ZeRO-3 steps its pieces
+@pytest.mark.parametrize("optim", ["lowmem_adamw", "signum"])
+@pytest.mark.parametrize("bits", [32, 16])
+def test_flat_pieces_are_stepped_as_their_weights(optim, bits, one_by_one):
+    build = {"lr": 1e-2, "weight_decay": 0.1, "optim_args": {"state_bits": bits}}
+    whole = with_gradients()
+    pieces_of = copy.deepcopy(whole)
+    expected, optimizer = (hf_lowmem.build_optimizer(each, optim, **build) for each in (whole, pieces_of))
+    for group in optimizer.param_groups:
+        for param in group["params"]:  # deepcopy leaves gradients out
+            param.grad = torch.zeros_like(param)
+    pieces = []
+    for group, theirs in zip(optimizer.param_groups, expected.param_groups, strict=True):
+        pieces.append([flat_piece(theirs["params"], 0, 50), flat_piece(theirs["params"], 50)])
+        group["params"] = [] if one_by_one else pieces[-1]
+    for _ in range(3):
+        expected.step()
+        if one_by_one:
+            for group, mine in zip(optimizer.param_groups, pieces, strict=True):
+                for piece in mine:
+                    group["params"] = [piece]
+                    optimizer.step()
+                group["params"] = []
+        else:
+            optimizer.step()
+    for mine, theirs in zip(pieces, expected.param_groups, strict=True):
+        entries = torch.cat([param.detach().flatten() for param in theirs["params"]])
+        torch.testing.assert_close(torch.cat(mine).detach(), entries, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("optim", ["slim_adamw", "adam_mini", "h_fac", "lowmem_adamw_8bit", "signum_8bit"])
+def test_flat_pieces_of_structured_weights_are_refused_at_the_step(optim):
+    made = with_gradients()
+    optimizer = hf_lowmem.build_optimizer(made, optim, lr=1e-2)
+    for group in optimizer.param_groups:
+        group["params"] = [flat_piece(group["params"])]
+    with pytest.raises(
+        RuntimeError, match=r"hold flat pieces of weights, as DeepSpeed ZeRO.*train with FSDP2"
+    ) as error:
+        optimizer.step()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("optim", "args", "config", "sentence"),
+    [
+        ("lowmem_adamw", None, {"zero_optimization": {"stage": 2}}, None),
+        ("signum", "state_bits=16", {"zero_optimization": {"stage": 3}}, None),
+        ("lowmem_adamw_8bit", None, {}, "does not support DeepSpeed.*train with FSDP2"),
+        ("lowmem_adamw", "embedding_bits=8", {}, "does not support DeepSpeed"),
+        ("slim_adamw", None, {}, r"does not support DeepSpeed.*'lowmem_adamw' and 'signum' go with"),
+        ("signum", None, {"optimizer": {"type": "AdamW"}}, "would not be used.*an optimizer of its own"),
+        (
+            "lowmem_adamw",
+            None,
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "would not be used.*set zero_force_ds_cpu_optimizer to false",
+        ),
+        (
+            "lowmem_adamw",
+            None,
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            None,
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_what_deepspeed_trains_with_is_known_before_the_run(optim, args, config, sentence, as_file, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    deepspeed = str(tmp_path / "config.json") if as_file else config or {"zero_optimization": {}}
+    given = SimpleNamespace(optim=optim, optim_args=args, fsdp=None, deepspeed=deepspeed)
+    if sentence is None:
+        refuse_sharding(given)
+        return
+    with pytest.raises(ValueError, match=sentence) as error:
+        refuse_sharding(given)
+    assert "\n" not in str(error.value)
 
 
 # -- what a Trainer's run will do ------------------------------------------------------------------------------------
@@ -283,7 +389,7 @@ def test_before_there_is_a_trainer_the_kind_of_process_decides(kind, refused, tm
 def test_a_command_line_is_judged_before_its_run(options, environment, refused, variables):
     for name, value in environment.items():
         variables.setenv(name, value)
-    given = SimpleNamespace(**{"optim": "slim_adamw", "fsdp": None, "deepspeed": None, **options})
+    given = SimpleNamespace(**{"optim": "slim_adamw", "optim_args": None, "fsdp": None, "deepspeed": None, **options})
     if refused:
         with pytest.raises(ValueError, match=r"does not support (FSDP1|DeepSpeed)"):
             refuse_sharding(given)
