@@ -50,7 +50,9 @@ def test_any_number_of_processes_resumes_a_run(options: dict[str, Any], kind: st
     torch.testing.assert_close(resumed["weights"], whole_run["weights"], rtol=0, atol=0)
     torch.testing.assert_close(resumed["state"], whole_run["state"], rtol=0, atol=0)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    loaded = [launch(tmp_path, number, max_steps=3, resume=True, only_loads=True, **options) for number in (2, 1, 3)]
+    loaded = [
+        launch(tmp_path, number, max_steps=3, resume=True, only_loads=True, **options) for number in (2, 1, 3, 4)
+    ]
     for other in loaded[1:]:
         torch.testing.assert_close(other["weights"], loaded[0]["weights"], rtol=0, atol=0)
         torch.testing.assert_close(other["state"], loaded[0]["state"], rtol=0, atol=0)
