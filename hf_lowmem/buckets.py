@@ -351,7 +351,7 @@ def chosen(optimizer: StateOwner, unit: Unit, grad: Tensor, group: Group) -> Bac
     if group["compile"]:
         return COMPILED
     if not is_plain(unit.param) or (shard is not None and shard.cut.gathered):
-        return RULE  # what is stepped is made then, and its backend is found
+        return RULE  # the tensor to step is made during the step, and its backend is found there
     step, whole = unit.state["step"] if group["capturable"] else 1.0, None if shard is None else shard.tile.whole
     rule = optimizer.rule_of(unit.member.plan, group)
     backend = find_backend(rule, ParamStep(unit.param, grad, unit.state, unit.plan, step, whole=whole))

@@ -21,6 +21,7 @@ from hf_lowmem.state import KAHAN_COMP, Rounding, State, TensorSpec
 Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}
 KAHAN = Rounding("kahan")
+COUNTS = ("step", "proj_count")
 
 
 def load(optimizer: StateOwner, layouts: Sequence[GroupLayouts], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -129,7 +130,7 @@ def check_state(saved: Mapping[str, Any], specs: Mapping[str, TensorSpec], shape
         if name not in saved:
             continue
         value = saved[name]
-        if not spec.shape and spec.dtype != torch.int16:
+        if name in COUNTS:
             check_count(name, value)
             continue
         spec = as_saved(spec, value)

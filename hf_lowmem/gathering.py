@@ -51,21 +51,21 @@ class Cargo(NamedTuple):
 
 
 class Gathered:
-    """A weight that one process steps whole.
+    """A weight that one process steps whole; `step` and `hyper` are those of the current step.
 
     Args:
-        bucket: its bucket, which has no other weight.
-        hyper: the hyperparameters of its step.
-        holders: the processes that hold its pieces.
+        bucket: its bucket, which has no other weight, and in which it is kept for the next step.
     """
 
-    def __init__(self, bucket: Bucket, hyper: Hyper, holders: Holders) -> None:
+    step: ParamStep
+    hyper: Hyper
+
+    def __init__(self, bucket: Bucket) -> None:
         (step,), (param,) = bucket, bucket.owners
         placed: Any = param
-        self.rule, self.hyper, self.holders, self.step = bucket.rule, hyper, holders, step
+        self.rule, self.holders = bucket.rule, (holders := holders_of(param))
         shape, place = tuple(param.shape), StatePlace(param, gathered=True)
-        where = holders.places(shape, placed.placements)
-        self.param, self.grad = Cargo(step.param, shape, where), Cargo(step.grad, shape, where)
+        self.param = Cargo(step.param, shape, holders.places(shape, placed.placements))
         specs = {name: spec for name, spec in sorted(step.plan.specs(shape).items()) if name != "step"}
         self.state = {
             name: Cargo(step.state[name], spec.shape, holders.places(spec.shape, place.placements(spec)))
@@ -73,6 +73,20 @@ class Gathered:
             if spec.shape and not spec.on_host
         }
         self.on_all = [step.state[name] for name in specs if name not in self.state]  # that every process holds whole
+
+    @classmethod
+    def of(cls, bucket: Bucket, hyper: Hyper) -> Gathered:
+        """Return the weight of a bucket with the gradient and the numbers of this step."""
+        weight: Gathered | None = bucket.kept.get("gathered")
+        if weight is None:
+            weight = bucket.kept["gathered"] = Gathered(bucket)
+        (weight.step,), weight.hyper = bucket, hyper
+        return weight
+
+    @property
+    def grad(self) -> Cargo:
+        """Return the gradient, which is cut as the weight is."""
+        return self.param._replace(here=self.step.grad)
 
     @property
     def outgoing(self) -> list[Cargo]:
@@ -119,8 +133,8 @@ def step_gathered(given: Sequence[tuple[Bucket, Hyper]]) -> None:
     """Step weights whose state cannot be cut along with them. All processes that hold one give the same ones."""
     by_holders: dict[Holders, list[Gathered]] = defaultdict(list)
     for bucket, hyper in given:
-        holders = holders_of(bucket.owners[0])
-        by_holders[holders].append(Gathered(bucket, hyper, holders))
+        weight = Gathered.of(bucket, hyper)
+        by_holders[weight.holders].append(weight)
     for holders, weights in by_holders.items():
         for takers in rounds(weights, len(holders.coordinates)):
             take_round(holders, takers)

@@ -184,19 +184,20 @@ class LowMemOptimizer(PlannedOptimizer):
 
     def _check_groups(self) -> None:
         """Refuse groups that have changed, except by DeepSpeed ZeRO where flat pieces are stepped as weights are."""
-        if self._layout_of_flat_pieces() is None:
-            if self.holds_flat_pieces():
-                raise RuntimeError(
-                    f"The groups of {type(self).__name__} hold flat pieces of weights, as DeepSpeed ZeRO makes them, "
-                    "which have no rows and heads: train with FSDP2, or with 'lowmem_adamw' or 'signum'."
-                )
-            if len(self.param_groups) != len(self._layouts):
-                raise RuntimeError(
-                    f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were "
-                    "added: add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
-                )
-            for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-                layouts.check(group, number, self.layout_options)
+        flat = self.holds_flat_pieces()
+        if flat and self._layout_of_flat_pieces() is None:
+            raise RuntimeError(
+                f"The groups of {type(self).__name__} hold flat pieces of weights, as DeepSpeed ZeRO makes them, "
+                "which have no rows and heads, and mix weights that are stored in different bits: train with FSDP2 or "
+                "with 'lowmem_adamw' or 'signum', whose state_bits are 32 or 16 for all weights."
+            )
+        if len(self.param_groups) != len(self._layouts) and not flat:
+            raise RuntimeError(
+                f"The optimizer holds {len(self.param_groups)} parameter groups where {len(self._layouts)} were "
+                "added: add groups by optimizer.add_param_group, and build the optimizer anew to remove some."
+            )
+        for number, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=not flat)):
+            layouts.check(group, number, self.layout_options, flat)
         for group in self.param_groups:
             check_flags(group, type(self).__name__)
 

@@ -94,26 +94,29 @@ class GroupLayouts:
     Args:
         layouts: the layout of each parameter.
         own: the layout options that the group itself brought.
+        ndims: the number of axes of each parameter.
 
     `layouts` may change as an algorithm lays state out anew during a run; `built` are those that it began with.
     """
 
-    def __init__(self, layouts: Sequence[ParamLayout], own: Mapping[str, Any]) -> None:
+    def __init__(self, layouts: Sequence[ParamLayout], own: Mapping[str, Any], ndims: Sequence[int]) -> None:
         self.layouts = list(layouts)
         self.built = tuple(layouts)
         self.own = dict(own)
+        self.ndims = tuple(ndims)
 
-    def check(self, group: Mapping[str, Any], number: int, options: Iterable[str]) -> None:
+    def check(self, group: Mapping[str, Any], number: int, options: Iterable[str], flat: bool = False) -> None:
         """Refuse a group whose parameters or layout options were changed without `add_param_group`.
 
         Args:
             number: the position of the group, for the sentence.
             options: the names of all layout options.
+            flat: whether it may hold flat pieces of its weights in their place.
 
         Raises:
             RuntimeError: the group has more or fewer parameters than it came with, or other layout options.
         """
-        if len(group["params"]) != len(self.layouts):
+        if len(group["params"]) != len(self.layouts) and not flat:
             raise RuntimeError(
                 f"Parameter group {number} holds {len(group['params'])} parameters where {len(self.layouts)} were "
                 "added: add parameters by optimizer.add_param_group, and build the optimizer anew to remove some."

@@ -191,9 +191,8 @@ class PlannedOptimizer(Optimizer):
                 ", ".join(map(str, unplanned[:3])),
                 ", ..." if len(unplanned) > 3 else "",
             )
-        return GroupLayouts(
-            layouts, {option: as_tuple(group[option]) for option in self.layout_options.keys() & group.keys()}
-        )
+        brought = {option: as_tuple(group[option]) for option in self.layout_options.keys() & group.keys()}
+        return GroupLayouts(layouts, brought, [param.ndim for param in group["params"]])
 
     def _own_options(self, group: Group) -> dict[str, Any]:
         """Return the layout options that a group brings, which win over the roles'."""
@@ -255,10 +254,10 @@ class PlannedOptimizer(Optimizer):
         return self.takes_flat_pieces and layout.option("state_bits") != 8
 
     def holds_flat_pieces(self) -> bool:
-        """Return whether DeepSpeed ZeRO has put flat pieces of weights into the groups."""
-        numbers = [len(layouts.layouts) for layouts in self._layouts]
-        changed = [len(group["params"]) for group in self.param_groups] != numbers
-        return changed and all(param.ndim == 1 for group in self.param_groups for param in group["params"])
+        """Return whether DeepSpeed ZeRO has put flat pieces of weights into the groups, at most one into each."""
+        held = [[param.ndim for param in group["params"]] for group in self.param_groups]
+        changed = held != [list(layouts.ndims) for layouts in self._layouts]
+        return changed and all(ndims in ([], [1]) for ndims in held)
 
     def _layout_of_flat_pieces(self) -> ParamLayout | None:
         """Return the layout of all parameters where the groups hold flat pieces that are stepped as their weights."""

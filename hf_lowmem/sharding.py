@@ -114,11 +114,18 @@ def starts_and_shape(
     """
     starts, sizes = [0] * len(shape), list(shape)
     for axis in {axis for placement in placements if (axis := cut_axis(placement)) is not None}:
+        cuts = [(dim, placement) for dim, placement in enumerate(placements) if cut_axis(placement) == axis]
+        if not any(hasattr(placement, "split_factor") for _, placement in cuts):
+            for dim, _ in cuts:  # as torch.chunk cuts
+                longest = -(-sizes[axis] // mesh_shape[dim])
+                begin = min(longest * coordinate[dim], sizes[axis])
+                starts[axis], sizes[axis] = starts[axis] + begin, min(longest, sizes[axis] - begin)
+            starts[axis] = starts[axis] if sizes[axis] else shape[axis]
+            continue
         entries = torch.arange(shape[axis])
-        for dim, placement in enumerate(placements):
-            if cut_axis(placement) == axis:
-                along = along_axis(placement, 0)
-                entries = along._split_tensor(entries, mesh_shape[dim], with_padding=False)[0][coordinate[dim]]
+        for dim, placement in cuts:
+            along = along_axis(placement, 0)
+            entries = along._split_tensor(entries, mesh_shape[dim], with_padding=False)[0][coordinate[dim]]
         sizes[axis], starts[axis] = len(entries), int(entries[0]) if len(entries) else shape[axis]
         if len(entries) and int(entries[-1]) - starts[axis] >= len(entries):
             raise ValueError(

@@ -86,6 +86,8 @@ def in_blocks(value: Tensor, absmax: Tensor, block_size: int) -> Iterator[tuple[
     The whole blocks come first, as (..., n, block_size) and (..., n). The short last blocks of the rows, if there are
     any, follow as (..., 1, rest) and (..., 1).
     """
+    if not value.numel():  # of an empty shard
+        return
     rows = value.view(*absmax.shape[:-1], -1)
     rest = rows.shape[-1] % block_size
     if not rest:

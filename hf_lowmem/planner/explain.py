@@ -186,7 +186,7 @@ class Explanation:
         ]
         bits = "" if self.state_bits is None else f", state_bits={self.state_bits}"
         if self.step_nbytes:
-            lines.append(("one whole weight, in a step", f"{self.step_nbytes:,}", readable(self.step_nbytes), "", ""))
+            lines.append(("extra during a step", f"{self.step_nbytes:,}", readable(self.step_nbytes), "", ""))
         return "\n".join(
             [
                 f"{self.algorithm}{bits}: {self.nbytes:,} bytes of state for {self.numel:,} trainable parameters",
@@ -253,9 +253,17 @@ def _kept(assignment: Assignment, recipe: Recipe, ranks: int) -> dict[str, Any]:
         "state": {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs.items()},
         "nbytes": held_bytes(specs.values(), tile, gathered),
         "rounded": plan.rounding.kind != "nearest",
-        # Pieces of weights, gradients and state are received while others are sent, and then put together.
-        "step_nbytes": 2 * (2 * weight + plan.nbytes(shape)) if gathered else 0,
+        "step_nbytes": whole_step_bytes(weight, plan.nbytes(shape)) if gathered else 0,
     }
+
+
+def whole_step_bytes(weight: int, state: int) -> int:
+    """Return the bytes that a process has at once to step a weight whole, without the temporaries of the step itself.
+
+    Pieces of weights, gradients and state are received while others are sent, and then put together; later the new
+    weight and state are sent while others are received.
+    """
+    return max(2 * (2 * weight + state), 3 * (weight + state))
 
 
 def _compressed(plan: StatePlan, assignment: Assignment, recipe: Recipe) -> str:

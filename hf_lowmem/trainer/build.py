@@ -157,8 +157,12 @@ def refuse_sharding(args: Any, what: str | None = None) -> None:
 
 
 def takes_flat_pieces(recipe: Recipe) -> bool:
-    """Return whether a recipe steps each entry alike in whatever piece of a weight it is; 8-bit blocks follow rows."""
-    return recipe.optimizer_cls.takes_flat_pieces and 8 not in (recipe.state_bits, recipe.embedding_bits)
+    """Return whether a recipe steps each entry alike in whatever piece of the weights it is.
+
+    8-bit blocks follow rows, and a piece may mix embeddings with other weights.
+    """
+    bits = {recipe.state_bits, recipe.embedding_bits or recipe.state_bits}
+    return recipe.optimizer_cls.takes_flat_pieces and len(bits) == 1 and 8 not in bits
 
 
 def deepspeed_config(args: Any) -> Mapping[str, Any]:
@@ -257,7 +261,7 @@ def show_summary() -> None:
 
 def announce_state(name: str, explanation: Explanation, details: str) -> None:
     """Log in one line the bytes of the optimizer's state, and those of torch's AdamW for the same weights."""
-    if explanation.adamw_nbytes:
+    if explanation.adamw_nbytes and explanation.numel:  # weights that ZeRO-3 has taken apart have no entries here
         unit = unit_of(explanation.nbytes)
         announce(
             "%s: %s %s of optimizer state, AdamW %s (%+d %%); details: %s",

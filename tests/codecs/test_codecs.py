@@ -221,3 +221,11 @@ def test_non_finite_entries_stay_out_of_a_short_block(bad: float) -> None:
     broken, clean = value.clone(), value.clone()
     broken[0, 290], clean[0, 290] = bad, 0.0
     assert all(map(torch.equal, stored(broken).values(), stored(clean).values()))
+
+
+@pytest.mark.parametrize("block_size", [64, 100])
+def test_a_shard_without_rows_is_stored_and_read(block_size: int) -> None:
+    codec, spec = Int8Blockwise(block_size), TensorSpec((0, 256), (0, 1))
+    state = {name: each.zeros(torch.device("cpu")) for name, each in codec.specs("exp_avg", spec).items()}
+    codec.encode(state, "exp_avg", spec, torch.empty(0, 256))
+    assert codec.decode(state, "exp_avg", spec).shape == (0, 256)

@@ -224,7 +224,9 @@ def test_flat_pieces_are_stepped_as_their_weights(optim, bits, one_by_one):
             param.grad = torch.zeros_like(param)
     pieces = []
     for group, theirs in zip(optimizer.param_groups, expected.param_groups, strict=True):
-        pieces.append([flat_piece(theirs["params"], 0, 50), flat_piece(theirs["params"], 50)])
+        pieces.append(
+            [flat_piece(theirs["params"], *part) for part in ([(0, 50), (50, None)] if one_by_one else [()])]
+        )
         group["params"] = [] if one_by_one else pieces[-1]
     for _ in range(3):
         expected.step()
@@ -241,17 +243,40 @@ def test_flat_pieces_are_stepped_as_their_weights(optim, bits, one_by_one):
         torch.testing.assert_close(torch.cat(mine).detach(), entries, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("optim", ["slim_adamw", "adam_mini", "h_fac", "lowmem_adamw_8bit", "signum_8bit"])
-def test_flat_pieces_of_structured_weights_are_refused_at_the_step(optim):
-    made = with_gradients()
+@pytest.mark.parametrize("many", [True, False])  # as a single weight is replaced by a single piece
+@pytest.mark.parametrize("optim", ["slim_adamw", "adam_mini", "h_fac", "smmf", "lowmem_adamw_8bit", "signum_8bit"])
+def test_flat_pieces_of_structured_weights_are_refused_at_the_step(optim, many):
+    made = with_gradients() if many else nn.Linear(8, 8, bias=False)
+    for param in made.parameters():
+        param.grad = torch.ones_like(param)
     optimizer = hf_lowmem.build_optimizer(made, optim, lr=1e-2)
     for group in optimizer.param_groups:
-        group["params"] = [flat_piece(group["params"])]
+        group["params"] = [flat_piece(group["params"])] if group["params"] else []
     with pytest.raises(
         RuntimeError, match=r"hold flat pieces of weights, as DeepSpeed ZeRO.*train with FSDP2"
     ) as error:
         optimizer.step()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optim", ["lowmem_adamw", "slim_adamw"])
+def test_a_bias_that_is_put_into_a_group_is_no_flat_piece(optim):
+    made = with_gradients()
+    optimizer = hf_lowmem.build_optimizer(made, optim, lr=1e-2)
+    optimizer.param_groups[1]["params"].append(nn.Parameter(torch.zeros(4)))
+    with pytest.raises(RuntimeError, match=r"add parameters by optimizer\.add_param_group"):
+        optimizer.step()
+
+
+def test_layout_options_of_flat_pieces_are_fixed():
+    made = with_gradients()
+    optimizer = hf_lowmem.build_optimizer(made, "lowmem_adamw", lr=1e-2)
+    for group in optimizer.param_groups:
+        group["params"] = [flat_piece(group["params"])]
+    optimizer.step()
+    optimizer.param_groups[0]["state_bits"] = 16
+    with pytest.raises(RuntimeError, match="state_bits of parameter group 0 was changed"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +286,8 @@ def test_flat_pieces_of_structured_weights_are_refused_at_the_step(optim):
         ("signum", "state_bits=16", {"zero_optimization": {"stage": 3}}, None),
         ("lowmem_adamw_8bit", None, {}, "does not support DeepSpeed.*train with FSDP2"),
         ("lowmem_adamw", "embedding_bits=8", {}, "does not support DeepSpeed"),
+        ("lowmem_adamw", "embedding_bits=16", {}, "does not support DeepSpeed"),
+        ("lowmem_adamw", "state_bits=16,embedding_bits=16", {}, None),
         ("slim_adamw", None, {}, r"does not support DeepSpeed.*'lowmem_adamw' and 'signum' go with"),
         ("signum", None, {"optimizer": {"type": "AdamW"}}, "would not be used.*an optimizer of its own"),
         (

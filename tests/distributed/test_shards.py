@@ -40,6 +40,7 @@ OTHERS = [
     *[Case(name, "state_bits=16") for name in ("slim_adamw", "factored_adamw", "adalayer", "fadam")],
     *[Case(name, options(name), clips=True, swaps=True) for name in ("slim_adamw", "factored_adamw", "h_fac", "smmf")],
     *[Case(name, dtype="float64", clips=True) for name in ("factored_adamw", "fadam", "h_fac", "smmf")],
+    *[Case(name, options(name), grads="bfloat16") for name in ("fadam_8bit", "slim_adamw_8bit", "coap_adamw_8bit")],
     Case("slim_adamw_8bit", "rules=auto,calibration_steps=2,min_8bit_size=0", family="gpt_neox"),
     Case("factored_adamw", "rules=auto,calibration_steps=2", family="mixtral"),
 ]

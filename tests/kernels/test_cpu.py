@@ -227,7 +227,7 @@ def test_any_groups(data: st.DataObject) -> None:
     mine, state = run(AdamMini, options, start)
     theirs, expected = by_rule(AdamMini, options, start)
     torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"], rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=3 * 2.0**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
 
 
 @built

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_lowmem
 from hf_lowmem.algorithms import AdamMini, LowMemAdamW, Signum, SlimAdamW
-from tests.support.declarations import FULL_SPACE
+from tests.support.declarations import CLASSES, FULL_SPACE
 
 
 def model_and_optimizer(cls: type = SlimAdamW, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -261,3 +261,17 @@ def test_grad_scaler() -> None:
         moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert moved is not bad
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_state_of_a_single_number_is_loaded(cls):
+    """Its moments have no axes, as counts have none, but may be negative."""
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = cls([weight], lr=1e-2)
+    for _ in range(2):
+        weight.grad = torch.tensor(-1.0)
+        optimizer.step()
+    resumed = cls([torch.nn.Parameter(weight.detach().clone())], lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    (mine,), (theirs,) = optimizer.state.values(), resumed.state.values()
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=0)

@@ -34,6 +34,7 @@ class Case:
             beside a mesh of GPUs, as FSDP2 keeps the weights that it offloads.
         swaps: whether the optimizer is built from whole weights, which are replaced by shards, as accelerate does.
         clips: whether each step clips.
+        grads: the dtype of the gradients, "" for that of the weights.
     """
 
     optim: str
@@ -43,9 +44,10 @@ class Case:
     dtype: str = "float32"
     swaps: bool = False
     clips: bool = False
+    grads: str = ""
 
     def __str__(self) -> str:
-        extras = [self.args, self.family, self.cut, self.dtype, "swaps" * self.swaps, "clips" * self.clips]
+        extras = [self.args, self.family, self.cut, self.dtype, "swaps" * self.swaps, "clips" * self.clips, self.grads]
         return " ".join([self.optim, *filter(None, extras)])
 
 
@@ -96,7 +98,7 @@ def compared(case: Case) -> dict[str, Any]:
     else:
         shard(model, case.cut)
         optimizer = built(model, case)
-    norms = [train(each, opt, case.clips) for each, opt in ((whole, reference), (model, optimizer))]
+    norms = [train(each, opt, case.clips, grads=case.grads) for each, opt in ((whole, reference), (model, optimizer))]
     weights, states = 0.0, 0.0
     for (_, param), (_, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         weights = max(weights, difference(param, expected))
@@ -173,7 +175,9 @@ def moved_to(mesh: Any, tensor: DTensor) -> DTensor:
     return as_dtensor(tensor.to_local(), mesh, tensor.placements, tensor.shape, tensor.stride())  # type: ignore
 
 
-def train(model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: int = STEPS) -> list[float]:
+def train(
+    model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: int = STEPS, grads: str = ""
+) -> list[float]:
     """Take steps with gradients that do not depend on how the weights are sharded; return the norms."""
     norms = []
     for step in range(first, first + steps):
@@ -182,6 +186,8 @@ def train(model: nn.Module, optimizer: Any, clips: bool, first: int = 0, steps: 
             spread = 1 + torch.arange(param.shape[-1] if param.ndim else 1) % 5
             grad = (torch.randn(param.shape, generator=generator) * (spread if param.ndim else 1)).to(param.dtype)
             placed = isinstance(param, DTensor)
+            if grads:
+                param.grad_dtype, grad = None, grad.to(getattr(torch, grads))
             if placed:
                 mesh: Any = param.device_mesh
                 on_cpus = mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", tuple(mesh.shape))
