@@ -15,8 +15,9 @@ from hf_lowmem.checks import check_flags
 from hf_lowmem.names import canonical_name
 from hf_lowmem.options import HYPERPARAMETERS
 from hf_lowmem.param_layouts import GroupLayouts, StateOwner, as_tuple
-from hf_lowmem.sharding import StatePlace, as_bytes, from_bytes, whole
+from hf_lowmem.sharding import whole
 from hf_lowmem.state import KAHAN_COMP, Rounding, State, TensorSpec
+from hf_lowmem.state_place import StatePlace, as_bytes, from_bytes
 
 Group = Mapping[str, Any]
 FLOATS = {torch.float32, torch.float64}

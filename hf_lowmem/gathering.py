@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.registry import find_backend
-from hf_lowmem.sharding import Holders, StatePlace, holders_of
+from hf_lowmem.sharding import Holders, holders_of
+from hf_lowmem.state_place import StatePlace
 from hf_lowmem.stepping import step_projected
 
 Where = tuple[slice, ...]

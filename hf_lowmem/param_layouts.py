@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from hf_lowmem.sharding import StatePlace
 from hf_lowmem.state import State, StatePlan, TensorSpec
+from hf_lowmem.state_place import StatePlace
 
 
 class Roles(Protocol):

@@ -15,9 +15,10 @@ from hf_lowmem.log import get_logger
 from hf_lowmem.option_help import describe, show_options
 from hf_lowmem.options import HYPERPARAMETERS, Hyperparameters, Options
 from hf_lowmem.param_layouts import GroupLayouts, ParamLayout, Roles, as_tuple
-from hf_lowmem.sharding import StatePlace, is_sharded, tile_of
+from hf_lowmem.sharding import is_sharded, tile_of
 from hf_lowmem.shards import is_gathered
 from hf_lowmem.state import FULL_SPACE, STEP, Rounding, StatePlan, TensorSpec, arithmetic_of
+from hf_lowmem.state_place import StatePlace
 from hf_lowmem.step_checks import check_capturable, check_param, check_whole
 
 logger = get_logger(__name__)

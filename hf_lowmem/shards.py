@@ -22,8 +22,9 @@ from torch import Tensor
 from hf_lowmem.kernels.means import means_of
 from hf_lowmem.moments import GroupMean, Segment
 from hf_lowmem.moments.group_mean import average_by
-from hf_lowmem.sharding import Groups, Tile, add_up, can_be_cut, whole
+from hf_lowmem.sharding import Groups, Tile, add_up, whole
 from hf_lowmem.state import FULL_SPACE, State, StatePlan
+from hf_lowmem.state_place import can_be_cut
 from hf_lowmem.update_rules import RULES
 
 SECOND = "exp_avg_sq"

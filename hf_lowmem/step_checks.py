@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
-from hf_lowmem.sharding import StatePlace, local
+from hf_lowmem.sharding import local
 from hf_lowmem.state import TensorSpec
+from hf_lowmem.state_place import StatePlace
 
 # These attributes and class names mark a parameter as a piece of weights, so that no scheme need be imported.
 PIECES = {

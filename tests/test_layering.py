@@ -23,7 +23,7 @@ LAYERS = [
     {"kernels", "shards"},
     {"projections"},
     {"update_rules", "moments", "codecs", "rounding", "placement"},
-    {"state", "scratch", "names", "dense", "sharding"},
+    {"state", "scratch", "names", "dense", "sharding", "state_place"},
     {"log", "sizes"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -15,10 +15,11 @@ from hf_lowmem.codecs import BFloat16, Int8Blockwise
 from hf_lowmem.moments import Full
 from hf_lowmem.param_groups import EMBEDDINGS, Assignment, Recipe, RolePlan, Roles
 from hf_lowmem.planner.tables import change, table, wrapped
-from hf_lowmem.sharding import first_rows, held_bytes
+from hf_lowmem.sharding import first_rows
 from hf_lowmem.shards import is_gathered
 from hf_lowmem.sizes import readable
 from hf_lowmem.state import STEP, StatePlan
+from hf_lowmem.state_place import held_bytes
 
 
 @dataclass(frozen=True)

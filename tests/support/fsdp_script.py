@@ -18,7 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_lowmem
-from hf_lowmem.sharding import as_bytes, is_sharded, whole
+from hf_lowmem.sharding import is_sharded, whole
+from hf_lowmem.state_place import as_bytes
 
 
 def main(output_dir: str, given: str) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import hf_lowmem
-from hf_lowmem.sharding import as_bytes, as_dtensor, from_bytes
+from hf_lowmem.sharding import as_dtensor
+from hf_lowmem.state_place import as_bytes, from_bytes
 
 STEPS = 3
 LR = 1e-2
