@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint of our AdamW family to one of torch's AdamW."""
+"""Conversion of a checkpoint to one of torch's AdamW, or to another layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from torch import nn
 
 from hf_lowmem.adamw_state import to_adamw as to_adamw_state
 from hf_lowmem.trainer.build import build_optimizer
+from hf_lowmem.trainer.checkpoint_layouts import (
+    LAYOUTS,
+    SINGLE,
+    convert_layout,
+    layout_of,
+    optim_of,
+    saved_model,
+    saved_optimizer,
+)
 from hf_lowmem.trainer.checkpoints import refuse_incomplete
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def to_adamw(
@@ -50,7 +61,7 @@ def to_adamw(
     ours = build_optimizer(model, optim, lr=0.0, optim_args=optim_args)
     if ours.rule != "adamw":
         raise ValueError(f"optim={optim!r} keeps moments that are not AdamW's: there is nothing to convert.")
-    ours.load_state_dict(dict(checkpoint if isinstance(checkpoint, Mapping) else _saved_state(Path(checkpoint))))
+    ours.load_state_dict(dict(checkpoint if isinstance(checkpoint, Mapping) else saved_optimizer(Path(checkpoint))))
     kept = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
     groups = [{name: group[name] for name in kept if name in group} for group in ours.param_groups]
     adamw = torch.optim.AdamW(groups)
@@ -63,60 +74,33 @@ def to_adamw(
 
 
 def convert(argv: list[str]) -> None:
-    """Convert a checkpoint of the AdamW family to one that adamw_torch resumes from."""
+    """Convert a checkpoint for adamw_torch, or between the layouts of one process and of FSDP2."""
     parser = ArgumentParser(prog="hf-lowmem convert", description=convert.__doc__)
     parser.add_argument("checkpoint", help="the Trainer's checkpoint folder of a model that was trained as a whole")
-    parser.add_argument("--to", required=True, choices=("adamw_torch", "adamw_torch_fused"), help="the new optim")
+    parser.add_argument(
+        "--to", required=True, choices=(*ADAMW, *LAYOUTS), help="the new optim, or the new layout with the same optim"
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/adamw-300")
     parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from the checkpoint)")
     parser.add_argument("--optim-args", "--optim_args", metavar="TEXT", help="the optim_args of the run, if any")
+    parser.add_argument("--model", metavar="NAME", help="a folder or hub id, if the checkpoint holds no config.json")
     args = parser.parse_args(argv)
     source, output = Path(args.checkpoint), Path(args.output)
     try:
         if output.exists():
             raise ValueError(f"--output {output} exists already: name a new folder.")
         refuse_incomplete(source)
-        saved = _saved_state(source)
-        converted = to_adamw(saved, _model_of(source), args.optim or _optim_of(saved, source), args.optim_args)
+        if args.to in LAYOUTS:
+            convert_layout(source, output, args.to, args.model, args.optim, args.optim_args)
+        else:
+            if layout_of(source) not in (None, SINGLE):
+                raise ValueError(f"{source} was written under FSDP2: convert it `--to {SINGLE}` first.")
+            saved = saved_optimizer(source)
+            model = saved_model(source, args.model)
+            converted = to_adamw(saved, model, args.optim or optim_of(saved, source), args.optim_args)
+            shutil.copytree(source, output, ignore=lambda folder, names: {"optimizer.pt"} & set(names))
+            torch.save(converted, output / "optimizer.pt")
     except (OSError, ValueError) as error:
         parser.exit(2, f"hf-lowmem convert: {' '.join(str(error).split())}\n")
-    shutil.copytree(source, output, ignore=lambda folder, names: {"optimizer.pt"} & set(names))
-    torch.save(converted, output / "optimizer.pt")
-    sys.stdout.write(f"Wrote {output}: resume from it with optim={args.to}.\n")
-
-
-def _saved_state(source: Path) -> dict[str, Any]:
-    if not (source / "optimizer.pt").is_file():
-        raise ValueError(f"{source} holds no optimizer.pt: there is nothing to convert.")
-    saved: dict[str, Any] = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
-    return saved
-
-
-def _optim_of(saved: Mapping[str, Any], source: Path) -> str:
-    """Return the optim name of the run that wrote a state dict."""
-    algorithms = {group.get("algorithm") for group in saved["param_groups"]}
-    if len(algorithms) != 1 or None in algorithms:
-        raise ValueError(f"The optimizer state in {source} was not written by an optim of this package.")
-    layouts = [entry for group in saved.get("layouts", ()) for entry in group]
-    coded = any(entry.get("state_bits") == 8 for entry in layouts)
-    return f"{algorithms.pop()}_8bit" if coded else str(algorithms.pop())
-
-
-def _model_of(source: Path) -> nn.Module:
-    """Return the model of a checkpoint, in the dtype of its weights."""
-    import transformers
-
-    if not (source / "config.json").is_file():
-        raise ValueError(
-            f"{source} holds no config.json (a checkpoint of an adapter has none): call hf_lowmem.to_adamw with the "
-            "model that was trained."
-        )
-    config = transformers.AutoConfig.from_pretrained(source)
-    known = [name for name in config.architectures or () if hasattr(transformers, name)]
-    if not known:
-        raise ValueError(
-            f"{source / 'config.json'} names no architecture that transformers {transformers.__version__} knows: call "
-            "hf_lowmem.to_adamw with the model that was trained."
-        )
-    model: nn.Module = getattr(transformers, known[0]).from_pretrained(source, dtype="auto")
-    return model
+    how = "by a run of that layout" if args.to in LAYOUTS else f"with optim={args.to}"
+    sys.stdout.write(f"Wrote {output}: resume from it {how}.\n")

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from hf_lowmem.log import get_logger
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding, refuse_to_save
 from hf_lowmem.trainer.callbacks import CALLBACKS
+from hf_lowmem.trainer.checkpoint_layouts import SINGLE, refuse_other_layout
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete, refuse_ours
 from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
@@ -142,6 +143,12 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
         return {key: str(value) for key, value in read_optim_args(optim_args).items()}
 
 
+def _layout_of_run(trainer: Any) -> str:
+    """Return the layout in which a Trainer writes and reads checkpoints."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return SINGLE if plugin is None else str(plugin.state_dict_type.name).lower()
+
+
 @functools.wraps(_transformers_train)
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Train as `Trainer.train` does, but first refuse a checkpoint that cannot be resumed from, in one sentence."""
@@ -152,8 +159,10 @@ def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: 
         refuse_incomplete(folder)
     optim = str(getattr(self.args.optim, "value", self.args.optim))
     by_name = self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None
-    if folder and by_name and optim not in OPTIM_NAMES:
+    if folder and by_name:
         folder = last_whole_checkpoint(self.args.output_dir) if folder is True else folder
-        if folder is not None:
+        if folder is not None and optim in OPTIM_NAMES:
+            refuse_other_layout(folder, _layout_of_run(self))
+        elif folder is not None:
             refuse_ours(folder, optim)
     return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 fsdp_script.py OUTPUT_DIR '{"optim": "slim_adamw_8bit", ...}'
 
 The first process writes the weights and the optimizer's state, whole, to `OUTPUT_DIR/RANKS-STEPS.pt`; with
-"only_loads", as soon as a checkpoint has been loaded.
+"only_loads", as soon as a checkpoint has been loaded. With "sharded": false one process trains without FSDP2.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ def main(output_dir: str, given: str) -> None:
     options = json.loads(given)
     config, dtype = options.pop("fsdp_config", {}), getattr(torch, options.pop("dtype", "float32"))
     resume, world = options.pop("resume", None), int(os.environ["WORLD_SIZE"])
-    only_loads = options.pop("only_loads", False)
+    only_loads, sharded = options.pop("only_loads", False), options.pop("sharded", True)
     hf_lowmem.register()
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).to(dtype)
+    model = LlamaForCausalLM(llama()).to(dtype)
     tokens = torch.randint(97, (48, 8), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
         output_dir,
@@ -41,8 +40,8 @@ def main(output_dir: str, given: str) -> None:
         save_steps=2,
         logging_steps=1,
         per_device_train_batch_size=12 // world,
-        fsdp=True,
-        fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config},
+        fsdp=sharded,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config} if sharded else None,
         **options,
     )
     trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in tokens])
@@ -52,7 +51,13 @@ def main(output_dir: str, given: str) -> None:
     trainer.train(resume_from_checkpoint=resume)
     if not only_loads:
         write(trainer, path)
-    torch.distributed.destroy_process_group()
+    if sharded:
+        torch.distributed.destroy_process_group()
+
+
+def llama() -> LlamaConfig:
+    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaConfig(**sizes, num_key_value_heads=2)
 
 
 class Loads(TrainerCallback):
@@ -63,13 +68,14 @@ class Loads(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write(self.trainer, self.path)
-        torch.distributed.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         os._exit(0)
 
 
 def write(trainer: Trainer, path: Path) -> None:
     optimizer, params = trainer.optimizer.optimizer, dict(trainer.model.named_parameters())
-    assert all(map(is_sharded, params.values()))
+    assert all(is_sharded(param) == bool(trainer.args.fsdp) for param in params.values())
     found: dict[str, Any] = {"weights": {}, "state": {}, "log": trainer.state.log_history}
     for name, param in params.items():
         found["weights"][name] = whole(param.detach())

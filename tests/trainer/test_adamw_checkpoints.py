@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback
 
 import hf_lowmem
 from hf_lowmem.cli import main
 from hf_lowmem.trainer.names import OPTIM_NAMES
+from tests.support.small_trainer import StopAt, make_trainer, three_steps
 
 FAMILY = [
     (name, bits)
@@ -19,11 +20,6 @@ FAMILY = [
     for bits in ((8,) if optim.state_bits == 8 else (32, 16))
 ]
 OTHERS = [name for name in OPTIM_NAMES if name not in dict(FAMILY)]
-
-
-class StopAt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or state.global_step >= 3
 
 
 class AtStart(TrainerCallback):
@@ -35,46 +31,12 @@ class AtStart(TrainerCallback):
         self.rates = {float(group["lr"]) for group in optimizer.param_groups}
 
 
-def make_trainer(output, optim, optim_args=None, dtype=torch.float32, **arguments):
-    hf_lowmem.register()
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config).to(dtype)
-    rows = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
-    args = TrainingArguments(
-        str(output),
-        optim=optim,
-        optim_args=optim_args,
-        learning_rate=3e-3,
-        weight_decay=0.1,
-        max_steps=8,
-        save_steps=3,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **arguments,
-    )
-    return Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-
-
 def inner(trainer):
     return trainer.optimizer.optimizer
 
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def three_steps(output, optim, **options):
-    """A run that was stopped after it saved its third step."""
-    trainer = make_trainer(output, optim, **options)
-    trainer.add_callback(StopAt())
-    trainer.train()
-    return output / "checkpoint-3"
 
 
 @pytest.fixture(scope="module")
