@@ -47,15 +47,15 @@ class Result(NamedTuple):
 def results_of(rows: Iterable[Row]) -> list[Result]:
     """Return a result per optimizer and beta2, the smaller beta2 first, and then by loss.
 
-    An optimizer without a beta2 has a result at each beta2 of AdamW.
+    An optimizer without a beta2 is compared with AdamW at its best beta2.
     """
     rows = list(rows)
-    decays = {row["run"]["beta2"] for row in rows if row["run"]["optim"] == BASELINE}
+    beta2_of_adamw = best_beta2(rows)
     by_optim: dict[tuple[float, str], list[Row]] = defaultdict(list)
     for row in rows:
         beta2 = row["run"]["beta2"]
-        for each in decays if beta2 is None else [beta2]:
-            by_optim[each, row["run"]["optim"]].append(row)
+        if beta2 is not None or beta2_of_adamw is not None:
+            by_optim[beta2_of_adamw if beta2 is None else beta2, row["run"]["optim"]].append(row)
     best = {key: at_best_rate(found) for key, found in by_optim.items()}
     found = []
     for (beta2, optim), (lr, losses, rates) in best.items():
@@ -68,6 +68,15 @@ def results_of(rows: Iterable[Row]) -> list[Result]:
         state = own[0]["state_bytes_per_parameter"]
         found.append(Result(optim, beta2, lr, losses, change, error, rates, state, accuracy))
     return sorted(found, key=lambda result: (result.beta2, result.mean))
+
+
+def best_beta2(rows: Iterable[Row]) -> float | None:
+    """Return the beta2 at which AdamW has the lowest loss, or None if it was not run."""
+    losses: dict[float, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["run"]["optim"] == BASELINE:
+            losses[row["run"]["beta2"]].append(row)
+    return min(losses, key=lambda beta2: statistics.mean(at_best_rate(losses[beta2])[1].values()), default=None)
 
 
 def at_best_rate(rows: list[Row]) -> tuple[float, dict[int, float], dict[float, float]]:
@@ -179,7 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axes = figure.subplots(len(studies), squeeze=False)[:, 0]
     for (title, own), panel in zip(studies.items(), axes, strict=True):
         results = results_of(own)
-        beta2 = min(result.beta2 for result in results)
+        beta2 = best_beta2(own) or min(result.beta2 for result in results)
         panel.axhline(0, color="#4c566a", linewidth=1)
         for result in results:
             unknown = result.change is None or math.isinf(result.change)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.bucket import ParamStep
+from hf_lowmem.kernels.bucket import Bucket, ParamStep
 from hf_lowmem.moments import GroupMean
 from hf_lowmem.state import StatePlan
 
@@ -67,6 +67,45 @@ def means_of(plan: StatePlan) -> list[tuple[str, GroupMean]]:
     """Return the moments, by name, that are means of the squared gradient: a second moment alone can be one."""
     moment = plan.moments.get("exp_avg_sq")
     return [("exp_avg_sq", moment)] if isinstance(moment, GroupMean) else []
+
+
+class Sums:
+    """The sums of squares of a bucket's weights, which compiled kernels find as means in memory that is kept.
+
+    They average the squares, with a weight of 1, into means of zero that take the place of the optimizer's.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._means: list[list[tuple[str, Tensor, int]]] = []
+        states = []
+        for step in bucket:
+            means: list[tuple[str, Tensor, int]] = []
+            for name, moment in means_of(step.plan):
+                names = moment.state_names(name)
+                found = [torch.zeros_like(step.state[each]) for each in names]
+                sizes = moment.group_sizes(step.grad.numel(), [mean.numel() for mean in found])
+                means += zip(names, found, sizes, strict=True)
+            states.append({**step.state, **{name: mean for name, mean, _ in means}})
+            self._means.append(means)
+        self._bucket = replace(bucket, states=states, kept={})
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> Sums:
+        """Return those that the bucket keeps."""
+        found: Sums | None = bucket.kept.get(cls)
+        if found is None:
+            found = bucket.kept[cls] = cls(bucket)
+        return found
+
+    def taking(self, bucket: Bucket) -> Bucket:
+        """Return the bucket as it is now, but with means of zero."""
+        if means := [mean for each in self._means for _, mean, _ in each]:
+            torch._foreach_zero_(means)
+        return replace(self._bucket, grads=bucket.grads, clip=bucket.clip)
+
+    def read(self) -> list[dict[str, Tensor]]:
+        """Return the sums of each weight by name, float64."""
+        return [{name: mean.double() * size for name, mean, size in means} for means in self._means]
 
 
 @dataclass(frozen=True)

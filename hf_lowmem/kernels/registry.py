@@ -49,8 +49,7 @@ class Backend:
     def reduce(self, bucket: Bucket) -> list[dict[str, Tensor]]:
         """Return, for each parameter, the sums of its squared gradient by the name of the state that averages them.
 
-        A parameter without means has none. Sums are float64, or float32 where a kernel finds them, of the state's
-        shape, and clipping has scaled them.
+        A parameter without means has none. Sums are float64, of the state's shape, and clipping has scaled them.
         """
         return [square_sums(step) for step in bucket]
 

@@ -89,5 +89,5 @@ def converted(checkpoint: Path, kind: str, folder: Path, options: dict[str, Any]
 def test_a_checkpoint_of_one_process_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
     launch(tmp_path, 1, max_steps=2, optim="adam_mini", sharded=False)
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        launch(tmp_path, 2, max_steps=4, optim="adam_mini", resume=True)
+        launch(tmp_path, 2, max_steps=4, optim="adam_mini", resume=True, fsdp_config={"state_dict_type": CUT})
     assert "--to sharded_state_dict --output FOLDER` writes one that it resumes from" in failed.value.stderr

@@ -13,7 +13,7 @@ from hf_lowmem.codecs import Int8Blockwise
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
 from hf_lowmem.kernels.columns import ADDRESSES, CPU_PART, SCALARS
 from hf_lowmem.kernels.cpu.library import code_maps, library
-from hf_lowmem.kernels.means import means_of
+from hf_lowmem.kernels.means import Sums
 from hf_lowmem.kernels.parts import addresses_of, geometries_of, second_moment
 from hf_lowmem.kernels.registry import Backend
 from hf_lowmem.kernels.scalars import rows_on_host
@@ -55,14 +55,12 @@ class Cpu(Backend):
         self._call(table, rows_on_host(bucket, hyper, table.owners, scale_of(bucket)), APPLY)
 
     def reduce(self, bucket: Bucket) -> list[dict[str, Tensor]]:
-        found: Sums | None = bucket.kept.get("sums")
-        if found is None:
-            found = bucket.kept["sums"] = Sums(bucket)
-        found.table.take_gradients(bucket)
-        numbers = torch.zeros(len(SCALARS), dtype=torch.float64, device="cpu")
-        numbers[SCALARS.index("new_2")], numbers[SCALARS.index("grad_scale")] = 1.0, scale_of(bucket)
-        self._call(found.table, numbers.expand(len(found.table.owners), -1).contiguous(), AVERAGE)
-        return found.read()
+        sums = Sums.of(bucket)
+        table = self._table(sums.taking(bucket))
+        numbers = torch.zeros(len(table.owners), len(SCALARS), dtype=torch.float64, device="cpu")
+        numbers[:, SCALARS.index("new_2")], numbers[:, SCALARS.index("grad_scale")] = 1.0, scale_of(bucket)
+        self._call(table, numbers, AVERAGE)
+        return sums.read()
 
     def _table(self, bucket: Bucket) -> Table:
         table: Table | None = bucket.kept.get(self.name)
@@ -83,31 +81,6 @@ class Cpu(Backend):
 def scale_of(bucket: Bucket) -> float:
     """Return what clipping multiplies the gradients by."""
     return 1.0 if bucket.clip is None else bucket.clip.scale.item()
-
-
-class Sums:
-    """The sums of squares of a bucket's weights, as one pass of the kernels finds them, in memory that is kept.
-
-    The kernels average squares into means of zero with a weight of 1.
-    """
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._means: list[list[tuple[str, Tensor, int]]] = []
-        steps = []
-        for step in bucket:
-            means: list[tuple[str, Tensor, int]] = []
-            for name, moment in means_of(step.plan):
-                names = moment.state_names(name)
-                found = [torch.zeros_like(step.state[each]) for each in names]
-                sizes = moment.group_sizes(step.grad.numel(), [mean.numel() for mean in found])
-                means += zip(names, found, sizes, strict=True)
-            steps.append(step._replace(state={**step.state, **{name: mean for name, mean, _ in means}}))
-            self._means.append(means)
-        self.table = Table(bucket.rule, steps)
-
-    def read(self) -> list[dict[str, Tensor]]:
-        """Return the sums of each weight by name, float64."""
-        return [{name: mean.double() * size for name, mean, size in means} for means in self._means]
 
 
 class Table:

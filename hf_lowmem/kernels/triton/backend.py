@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.bucket import Bucket, Hyper, ParamStep
+from hf_lowmem.kernels.columns import SCALARS
+from hf_lowmem.kernels.means import Sums
 from hf_lowmem.kernels.registry import Backend, norms_of
 from hf_lowmem.kernels.triton.launch import Launch, launches_of, scalars_on_device
 from hf_lowmem.kernels.triton.tuning import generation
@@ -35,6 +37,17 @@ class Triton(Backend):
 
     def apply(self, bucket: Bucket, hyper: Hyper) -> None:
         self._launch(bucket, hyper, averaged=True)
+
+    def reduce(self, bucket: Bucket) -> list[dict[str, Tensor]]:
+        sums = Sums.of(bucket)
+        bucket = sums.taking(bucket)
+        gradients, device = bucket.gradient_addresses(), bucket.device
+        scalars = torch.zeros(len(bucket.params), len(SCALARS), dtype=torch.float64, device=device)
+        scalars[:, SCALARS.index("new_2")] = 1.0
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            for launch in self._launches(bucket, gradients, averaged=True):
+                launch.average(bucket, gradients, scalars)
+        return sums.read()
 
     def _launch(self, bucket: Bucket, hyper: Hyper, averaged: bool) -> None:
         gradients, device = bucket.gradient_addresses(), bucket.device

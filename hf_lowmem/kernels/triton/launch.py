@@ -109,18 +109,12 @@ class Launch:
 
     def step(self, bucket: Bucket, gradients: list[int], scalars: Tensor, averaged: bool) -> None:
         """Step the parts: by the means as they are if `averaged`, else by means that this step finds."""
+        if not averaged:
+            self.average(bucket, gradients, scalars)
         kernels, clip = triton_kernels(), bucket.clip
         tables, variant = self.tables(bucket, gradients), self.variant._replace(clip=clip is not None)
         scale = scalars if clip is None else clip.scale  # not read where nothing is clipped
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)
-        if tables.sums is not None and tables.reductions is not None and not averaged:
-            stamp, found = (None, None) if clip is None else clip.partial_sums.pop(self, (None, None))
-            if found is None or stamp != self._stamp(bucket, gradients):
-                found, _ = self.partial_sums(tables)
-            shared = compiled_for(self.variant.sums._replace(clip=variant.clip))
-            one_warp = options | dict(num_warps=1)
-            reductions = (len(tables.reductions),)
-            kernels.combine[reductions](tables.parts, scalars, scale, found, tables.reductions, v=shared, **one_warp)
         group_means = scale  # not read where no part is factored
         if tables.groups is not None:
             group_means = torch.empty(len(tables.groups), dtype=torch.float32, device=bucket.device)
@@ -128,6 +122,20 @@ class Launch:
             kernels.mean_of_rows[each](tables.parts, group_means, tables.groups, **many_warps)
         tiles, chosen = (len(tables.tiles),), compiled_for(variant)
         kernels.step[tiles](tables.parts, scalars, scale, group_means, tables.tiles, v=chosen, **options)
+
+    def average(self, bucket: Bucket, gradients: list[int], scalars: Tensor) -> None:
+        """Average the squares of this step's gradients into the means that are found before the step, if any are."""
+        tables, clip = self.tables(bucket, gradients), bucket.clip
+        if tables.sums is None or tables.reductions is None:
+            return
+        stamp, found = (None, None) if clip is None else clip.partial_sums.pop(self, (None, None))
+        if found is None or stamp != self._stamp(bucket, gradients):
+            found, _ = self.partial_sums(tables)
+        shared = compiled_for(self.variant.sums._replace(clip=clip is not None))
+        scale = scalars if clip is None else clip.scale  # not read where nothing is clipped
+        triton_kernels().combine[(len(tables.reductions),)](
+            tables.parts, scalars, scale, found, tables.reductions, v=shared, num_warps=1, enable_fp_fusion=True
+        )
 
     def square_norm(self, bucket: Bucket, gradients: list[int], kept: dict[Any, Any]) -> Tensor:
         """Return the squared norm of the parts' gradients, 0-D; the partial sums of their means go into `kept`."""
