@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_lowmem.convert import to_adamw
     from hf_lowmem.optimizer import LowMemOptimizer
     from hf_lowmem.trainer.build import build_optimizer, optimizer_cls_and_kwargs
-    from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState
+    from hf_lowmem.trainer.callbacks import LostUpdates, OffloadState, ReleaseGradients
     from hf_lowmem.trainer.explain import explain
     from hf_lowmem.trainer.names import optim_names
     from hf_lowmem.trainer.registration import register
@@ -31,6 +31,7 @@ _DEFINED_IN = {
     "LostUpdates": "hf_lowmem.trainer.callbacks",
     "LowMemOptimizer": "hf_lowmem.optimizer",
     "OffloadState": "hf_lowmem.trainer.callbacks",
+    "ReleaseGradients": "hf_lowmem.trainer.callbacks",
     "SnrCallback": "hf_lowmem.trainer.snr",
     "build_optimizer": "hf_lowmem.trainer.build",
     "explain": "hf_lowmem.trainer.explain",
@@ -44,6 +45,7 @@ __all__ = [
     "LostUpdates",
     "LowMemOptimizer",
     "OffloadState",
+    "ReleaseGradients",
     "SnrCallback",
     "algorithms",
     "build_optimizer",

@@ -151,7 +151,7 @@ class Buckets:
 
         Each trainable parameter has its state afterwards.
         """
-        members, grads, place, owner = list[Member](), list[Tensor](), -1, type(optimizer).__name__
+        members, grads, place = list[Member](), list[Tensor](), optimizer.first_place - 1
         for number, group, layouts in optimizer.groups_with_layouts():
             for param, layout in zip(group["params"], layouts, strict=True):
                 place += 1
@@ -168,9 +168,9 @@ class Buckets:
                     raise ValueError(
                         f"{layout.name or 'A sharded weight'} is in its parameter group twice: name it once."
                     )
-                grads.append(check_grad(stored, local_grad(grad, param), param.device, owner))
+                grads.append(check_grad(stored, local_grad(grad, param), param.device, optimizer.class_name))
                 members.append(Member(number, place, param, stored, kept, plan, names, shard))
-        if len(self._shapes) > place + 1:  # some parameters were swapped out
+        if len(self._shapes) > place + 1 - optimizer.first_place:  # some parameters were swapped out
             self._shapes = {member.param: member.param.shape for member in members}
         return members, grads
 

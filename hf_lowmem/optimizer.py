@@ -17,9 +17,10 @@ from hf_lowmem.gathering import step_gathered
 from hf_lowmem.kernels.bucket import Bucket, Hyper
 from hf_lowmem.log import get_logger
 from hf_lowmem.moments import GroupMean
-from hf_lowmem.param_layouts import ParamLayout
+from hf_lowmem.param_layouts import ParamLayout, StateOwner
 from hf_lowmem.placement import HostCopies, Transfer
 from hf_lowmem.planned_optimizer import Group, PlannedOptimizer, not_compiled
+from hf_lowmem.release import Clip, GradientRelease
 from hf_lowmem.sharding import is_sharded
 from hf_lowmem.shards import average_over_shards
 from hf_lowmem.state import State
@@ -59,6 +60,8 @@ class LowMemOptimizer(PlannedOptimizer):
         """Empty what is kept for the next step, or for this process only."""
         super()._forget_caches()
         self._buckets, self._clipping, self._host_copies = Buckets(), Clipping(), HostCopies()
+        self._release: GradientRelease | None = None
+        self._warned_of_release = False
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
@@ -95,11 +98,32 @@ class LowMemOptimizer(PlannedOptimizer):
                 loss = closure()
         self._check_capture()
         self._fetch_state()
-        self._clipping.warn_if_missed(self.param_groups)
+        self._check_groups()
+        if self._release is None:
+            self._clipping.warn_if_missed(self.param_groups)
+            self._warn_if_kept()
+        released = self._release.finish() if self._release else []
+        stepped = released + self.take_step(self._buckets, self)
+        self._clipping.forget()
+        for change, weights in self._buckets.rounding_changed.items():
+            logger.info(
+                "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
+            )
+        self._buckets.rounding_changed.clear()
+        self.after_step(stepped)
+        return loss
+
+    def take_step(self, buckets: Buckets, owner: StateOwner) -> list[Tensor]:
+        """Step the parameters of `owner` that have a gradient, and return them.
+
+        Args:
+            buckets: those of the owner.
+            owner: the optimizer, or one of its parameters.
+        """
         try:
-            found = self._found_buckets(advance=True)
-            parts = [(self.param_groups[number], p) for number, b in found for p in self._clipping.applied(b)]
-            self._average_over_shards([part for _, part in parts])
+            found = buckets.find(owner, advance=True)
+            parts = [(owner.param_groups[number], p) for number, b in found for p in self._clipping.applied(b)]
+            self._average_over_shards(buckets, [part for _, part in parts])
             gathered = list[tuple[Bucket, Hyper]]()
             for group, part in parts:
                 hyper = self._hyper(group, part)
@@ -111,28 +135,21 @@ class LowMemOptimizer(PlannedOptimizer):
             if gathered:
                 with _no_autocast(gathered[0][0].device.type):
                     step_gathered(gathered)
-            stepped = self._buckets.stepped
+            stepped = buckets.stepped
         finally:
-            self._buckets.release()
+            buckets.release()
         # Kernels write through addresses, which autograd does not see.
         torch.autograd.graph.increment_version(stepped)
-        self._clipping.forget()
-        for change, weights in self._buckets.rounding_changed.items():
-            logger.info(
-                "Kahan's buffers of %d weights were %s: `rounding` or their dtype has changed.", weights, change
-            )
-        self._buckets.rounding_changed.clear()
-        self.after_step(stepped)
-        return loss
+        return stepped
 
-    def _average_over_shards(self, buckets: Sequence[Bucket]) -> None:
+    def _average_over_shards(self, buckets: Buckets, parts: Sequence[Bucket]) -> None:
         """Average the second moments whose groups lie on several processes, so that `step_bucket` can apply them."""
-        crossing = self._buckets.crossing
+        crossing = buckets.crossing
         if not crossing:
             return
         for _, shard in crossing:
             shard.begin()
-        for bucket in buckets:
+        for bucket in parts:
             if bucket.pieces:
                 with _no_autocast(bucket.device.type):
                     for (shard, number), sums in zip(bucket.pieces, bucket.backend.reduce(bucket), strict=True):
@@ -164,9 +181,12 @@ class LowMemOptimizer(PlannedOptimizer):
         """
         if not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
+        if self._release is not None:
+            return self._release.clip([param for group in self.param_groups for param in group["params"]], max_norm)
         self._host_copies.fetch()
+        self._check_groups()
         try:
-            found = [bucket for _, bucket in self._found_buckets(advance=False)]
+            found = [bucket for _, bucket in self._buckets.find(self, advance=False)]
             return self._clipping.find(found, self._buckets.spreads, max_norm)
         finally:
             self._buckets.release()
@@ -175,12 +195,56 @@ class LowMemOptimizer(PlannedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients as torch does, and forget a clipping whose step was not taken."""
         self._clipping.forget()
+        if self._release is not None:
+            self._release.discard()
         super().zero_grad(set_to_none)
 
-    def _found_buckets(self, advance: bool) -> list[tuple[int, Bucket]]:
-        """Return the checked buckets with the number of their group."""
-        self._check_groups()
-        return self._buckets.find(self, advance)
+    # -- gradient release -------------------------------------------------------------------------------------------
+
+    def release_gradients(self, clip: Clip = "host") -> GradientRelease:
+        """Step each parameter as soon as its gradient is complete from now on, and free the gradient.
+
+        One gradient at a time is on the device then. `step` goes on being called after the backward passes, and takes
+        what they have left. A Trainer does this by `optim_args="release=true"`.
+
+        Args:
+            clip: where the norm of all gradients comes from, and so whether gradients can be clipped and accumulated:
+                see `release.py`.
+
+        Raises:
+            ValueError: an option of a group, or the placement of its weights, does not go with it.
+
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = hf_lowmem.build_optimizer(model, "slim_adamw_8bit", lr=1e-3)
+        >>> release = optimizer.release_gradients(clip="none")
+        >>> model(torch.ones(1, 64)).sum().backward()
+        >>> model.weight.grad is None
+        True
+        >>> optimizer.step()
+        """
+        self.keep_gradients()
+        self._release = GradientRelease(self, clip)
+        return self._release
+
+    def keep_gradients(self) -> None:
+        """Let gradients stay until the step again."""
+        if self._release is not None:
+            self._release.detach()
+        self._release = None
+
+    @property
+    def gradient_release(self) -> GradientRelease | None:
+        """The release that is in force, if any."""
+        return self._release
+
+    def _warn_if_kept(self) -> None:
+        """Warn once if `release` is set but nothing releases gradients."""
+        if not self._warned_of_release and any(g["release"] for g in self.param_groups):
+            self._warned_of_release = True
+            logger.warning(
+                "release=true, but gradients are kept until the step: hf_lowmem.register() lets a Trainer release "
+                "them, or call optimizer.release_gradients()."
+            )
 
     def _check_groups(self) -> None:
         """Refuse groups that have changed, except by DeepSpeed ZeRO where flat pieces are stepped as weights are."""

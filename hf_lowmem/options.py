@@ -217,3 +217,14 @@ class Options(Declared):
         "let a CUDA graph capture the step, in a loop of your own; `step` and a tensor `lr` are read on the device "
         "only. It excludes COAP, SOAP, `compile` and `offload_state`.",
     )
+    release: bool = run(
+        False,
+        "step each weight as soon as its gradient is complete, and free the gradient, so that one at a time is on the "
+        "device; in a loop of your own, `release_gradients` does it.",
+    )
+    clip: Literal["auto", "none", "host", "previous"] = run(
+        "auto",
+        'where the norm that clips released gradients comes from: "host" keeps gradients in host memory until it is '
+        'known, and adds up those of several batches there; "previous" takes the norm of the step before, which is '
+        'not exact; "none" neither clips nor accumulates; "auto" is "none" if the Trainer does neither, else "host".',
+    )

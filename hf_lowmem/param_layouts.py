@@ -47,8 +47,22 @@ class StateOwner(Protocol):
     rule: ClassVar[str]
     algorithm: ClassVar[str]
     idle_calls: ClassVar[int]
-    param_groups: list[dict[str, Any]]
-    state: Any
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters in groups with their hyperparameters."""
+
+    @property
+    def state(self) -> Any:
+        """The state of each parameter."""
+
+    @property
+    def first_place(self) -> int:
+        """The number of the first parameter among all that are trained, which the noise of a step depends on."""
+
+    @property
+    def class_name(self) -> str:
+        """The name of the optimizer's class, for sentences."""
 
     @property
     def optim_name(self) -> str:

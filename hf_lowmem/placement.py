@@ -1,4 +1,4 @@
-"""Where an optimizer's state lives between steps: on the device, or on the host while others need the device."""
+"""What is kept on the host while others need the device: state between steps, and gradients before a step."""
 
 from __future__ import annotations
 
@@ -126,6 +126,55 @@ class HostCopies:
             timing = time.perf_counter() - start
         if nbytes:
             self._transfers.append((nbytes, timing))
+
+
+class HeldGradients:
+    """Sums of gradients that wait on the host for their step; those of CPU parameters stay where they are.
+
+    The sums of a dtype share one pinned buffer, as the allocator of pinned memory rounds each up to a power of two.
+    Copies and the kernels that use them run on the current stream, in order.
+
+    Args:
+        params: all parameters whose gradients may come.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._params = list(params)
+        self._places: dict[Tensor, Tensor] = {}  # the part of a pinned buffer that each parameter has
+        self._grads: dict[Tensor, Tensor] = {}  # in the order in which they came
+
+    def add(self, param: Tensor, grad: Tensor) -> Tensor:
+        """Add a gradient to the sum of a parameter, and return the sum on the gradient's device.
+
+        The gradient is taken over: it may be written and kept.
+        """
+        held = self._grads.get(param)
+        if not on_accelerator(grad):
+            self._grads[param] = grad if held is None else held.add_(grad)
+            return self._grads[param]
+        if held is not None:
+            grad.add_(held.to(grad.device, non_blocking=True))
+        if param not in self._places:
+            self._make_room(grad.dtype)
+        self._grads[param] = self._places[param].copy_(grad, non_blocking=True)
+        return grad
+
+    def drain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its sum, on the parameter's device, and let go of it."""
+        while self._grads:
+            param = next(iter(self._grads))
+            yield param, self._grads.pop(param).to(param.device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Let go of all sums."""
+        self._grads.clear()
+
+    def _make_room(self, dtype: torch.dtype) -> None:
+        """Allocate the buffer of all parameters on accelerators whose gradients have this dtype."""
+        own = [p for p in self._params if p.dtype == dtype and on_accelerator(p) and p not in self._places]
+        buffer = torch.empty(sum(p.numel() for p in own), dtype=dtype, pin_memory=torch.cuda.is_available())
+        sizes = [p.numel() for p in own]
+        self._places |= {p: part.view(p.shape) for p, part in zip(own, buffer.split(sizes), strict=True)}
 
 
 def on_accelerator(tensor: Tensor) -> bool:

@@ -290,6 +290,20 @@ class PlannedOptimizer(Optimizer):
         return (*self._schedule(group), group["capturable"], group["compile"], *flags)
 
     @property
+    def first_place(self) -> int:
+        """The number of the first parameter: an optimizer has all of them."""
+        return 0
+
+    @property
+    def class_name(self) -> str:
+        """The name of the optimizer's class, for sentences."""
+        return type(self).__name__
+
+    def layout_at(self, group: int, position: int) -> ParamLayout:
+        """Return the layout of a parameter by its group's number and its position there."""
+        return self._layouts[group].layouts[position]
+
+    @property
     def optim_name(self) -> str:
         """Return the optim name that users know this optimizer by."""
         return f"{self.algorithm}_8bit" if self._layout_defaults["state_bits"] == 8 else self.algorithm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hf_lowmem.dense import densified, is_dense, is_plain, is_stored
-from hf_lowmem.sharding import local
+from hf_lowmem.sharding import is_sharded, local
 from hf_lowmem.state import TensorSpec
 from hf_lowmem.state_place import StatePlace
 
@@ -174,3 +174,16 @@ def check_sharded(group: Mapping[str, Any], name: str) -> None:
                 f"{option}=true does not go with sharded weights, such as {name}: "
                 f"{remedies.get(option, 'leave it out')}."
             )
+
+
+def check_released(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what does not go with steps in the backward pass.
+
+    Raises:
+        ValueError: `compile`, `capturable` or `offload_state` is set, or a parameter is sharded.
+    """
+    for option in ("compile", "capturable", "offload_state"):
+        if any(group[option] for group in groups):
+            raise ValueError(f"{option}=true does not go with release=true: leave one of them out.")
+    if any(is_sharded(param) for group in groups for param in group["params"]):
+        raise ValueError("release=true does not go with sharded weights yet: leave it out under FSDP2.")

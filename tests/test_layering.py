@@ -18,7 +18,7 @@ LAYERS = [
     {"rules", "roles"},
     {"optimizer"},
     {"planned_optimizer"},
-    {"buckets", "checkpoint", "clipping", "gathering", "stepping", "units"},
+    {"buckets", "checkpoint", "clipping", "gathering", "release", "stepping", "units"},
     {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},
     {"kernels", "shards"},
     {"projections"},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from hf_lowmem.dense import is_plain
 from hf_lowmem.log import get_logger
 from hf_lowmem.optimizer import LowMemOptimizer
+from hf_lowmem.release import Clip
 from hf_lowmem.sharding import EVERYONE, add_up, is_sharded, local, local_grad
 from hf_lowmem.state import KAHAN_COMP
 
@@ -51,56 +53,79 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self._due = True
         self._warned = False
+        self._optimizer: Any = None
         self._before: list[tuple[Any, Tensor, Tensor]] = []  # weights, sampled entries, and their values
+        self._counts: list[tuple[Tensor, Tensor]] = []  # of a weight's entries: lost updates, and all
         self._shard: Any = None  # one of the narrow weights that are sharded
         self._measured: Measured | None = None
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._optimizer, self._before, self._counts = unwrapped(optimizer), [], []
+        release = self._optimizer.gradient_release if isinstance(self._optimizer, LowMemOptimizer) else None
+        if release is not None:
+            release.watcher = self if self._due else None
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        optimizer, self._before = unwrapped(optimizer), []
-        ours = isinstance(optimizer, LowMemOptimizer)
+        self._optimizer, self._before = unwrapped(optimizer), []
+        ours = isinstance(self._optimizer, LowMemOptimizer)
         if not self._due or not (self.every_optimizer or ours):
             return
         if ours:
-            optimizer.synchronize_state()  # the state may be on its way to the host
-        for group in optimizer.param_groups:
-            # The first step of a warm-up has a learning rate of 0 and is not meant to change anything.
-            if float(group["lr"]) == 0 or group.get("rounding") == "stochastic":
-                continue
+            self._optimizer.synchronize_state()  # the state may be on its way to the host
+        for group in self._optimizer.param_groups:
             for param in group["params"]:
-                narrow = param.dtype in (torch.bfloat16, torch.float16)
-                # Neither is the first call of an optimizer that only finds its basis.
-                idle = (
-                    ours
-                    and optimizer.idle_calls
-                    and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
-                )
-                here = local(param)
-                if narrow and is_sharded(param):
-                    self._shard = param
-                if param.grad is not None and here.numel() and narrow and is_plain(here) and not idle:
-                    at = sampled_entries(here.numel(), here.device)
-                    self._before.append((param, at, stored(optimizer, param, at)))
+                self.before_step(param, group)
+
+    def before_step(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Take the sample of a parameter that is about to be stepped, if its updates can be lost."""
+        # The first step of a warm-up has a learning rate of 0 and is not meant to change anything.
+        if float(group["lr"]) == 0 or group.get("rounding") == "stochastic":
+            return
+        optimizer, narrow = self._optimizer, param.dtype in (torch.bfloat16, torch.float16)
+        # Neither is the first call of an optimizer that only finds its basis.
+        idle = (
+            isinstance(optimizer, LowMemOptimizer)
+            and optimizer.idle_calls
+            and float(optimizer.state.get(param, {}).get("step", 0)) < optimizer.idle_calls
+        )
+        here = local(param)
+        if narrow and is_sharded(param):
+            self._shard = param
+        if param.grad is not None and here.numel() and narrow and is_plain(here) and not idle:
+            at = sampled_entries(here.numel(), here.device)
+            self._before.append((param, at, stored(optimizer, param, at)))
+
+    def after_step(self, param: Tensor) -> None:
+        """Count the lost updates of a parameter that was stepped alone."""
+        self._count()
+
+    def _count(self) -> None:
+        """Count the lost updates of the samples, in sums over all entries that stay on the device."""
+        for param, at, before in self._before:
+            moved = local_grad(param.grad, param).take(at) != 0
+            same = (stored(self._optimizer, param, at) == before).all(0) & moved
+            entries = local(param).numel() / len(at)
+            self._counts.append((entries * same.sum(), entries * moved.sum()))
+        self._before = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        sampled, self._before, shard, self._shard = self._before, [], self._shard, None
-        # A process whose shards are all empty takes part in the sums of the others.
         skipped = getattr(optimizer, "step_was_skipped", False)  # by the scaler of float16 gradients
-        if skipped or (not sampled and shard is None):
+        if skipped:
+            self._before = []
+        self._count()
+        counts, self._counts, shard, self._shard = self._counts, [], self._shard, None
+        # A process whose shards are all empty takes part in the sums of the others.
+        if skipped or (not counts and shard is None):
             return
-        optimizer, self._due = unwrapped(optimizer), False
-        # These estimated sums over all entries stay on the device until they are logged.
-        device = local(sampled[0][0] if sampled else shard).device
+        self._due = False
+        device = counts[0][0].device if counts else local(shard).device
         lost = counted = torch.zeros((), dtype=torch.float32, device=device)
-        for param, at, before in sampled:
-            moved = local_grad(param.grad, param).take(at) != 0
-            same = (stored(optimizer, param, at) == before).all(0) & moved
-            entries = local(param).numel() / len(at)
-            lost = lost + entries * same.sum().to(lost.device)
-            counted = counted + entries * moved.sum().to(counted.device)
+        for lost_here, all_here in counts:
+            lost, counted = lost + lost_here.to(device), counted + all_here.to(device)
         if shard is not None:
             lost, counted = lost.clone(), counted.clone()
             add_up([(lost, EVERYONE), (counted, EVERYONE)])
-        groups = optimizer.param_groups
+        groups = self._optimizer.param_groups
         kahan = all(group.get("rounding") == "kahan" for group in groups)
         self._measured = Measured(lost / counted, state.global_step + 1, max(float(g["lr"]) for g in groups), kahan)
 
@@ -185,6 +210,61 @@ class OffloadState(TrainerCallback):  # type: ignore[misc]
             add_to_log("offload_seconds", round(moved.seconds, 6), state, logs)
 
 
+class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
+    """Lets an optimizer that was built with `release=true` step each weight in the backward pass.
+
+    `clip` says where the norm for `max_grad_norm` comes from, and whether gradients are accumulated.
+
+    >>> from transformers import Trainer, TrainingArguments
+    >>> model = torch.nn.Linear(8, 8)
+    >>> optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-3, optim_args="release=true")
+    >>> trainer = Trainer(
+    ...     model,
+    ...     TrainingArguments(report_to="none"),
+    ...     optimizers=(optimizer, None),
+    ...     callbacks=[hf_lowmem.ReleaseGradients()],
+    ... )
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer = unwrapped(optimizer)
+        if not isinstance(optimizer, LowMemOptimizer) or not any(g["release"] for g in optimizer.param_groups):
+            return
+        optimizer.release_gradients(clip_of(args, optimizer.param_groups[0]["clip"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer = unwrapped(optimizer)
+        if isinstance(optimizer, LowMemOptimizer):
+            optimizer.keep_gradients()
+
+
+def clip_of(args: Any, wanted: str) -> Clip:
+    """Return how a run with these arguments clips released gradients.
+
+    Raises:
+        ValueError: the run has several processes or a scaler of gradients, or `wanted` cannot do what it asks for.
+    """
+    clips, accumulates = args.max_grad_norm > 0, args.gradient_accumulation_steps > 1
+    if args.world_size > 1:
+        raise ValueError("release=true does not go with several processes yet: leave it out, or train in one process.")
+    if args.fp16:
+        raise ValueError("release=true does not go with fp16=True, whose gradients are scaled: use bf16=True.")
+    if wanted == "auto":
+        return "host" if clips or accumulates else "none"
+    if wanted == "none" and clips:
+        raise ValueError(
+            f"clip=none does not clip to max_grad_norm={args.max_grad_norm}: use clip=host, or set it to 0."
+        )
+    if wanted != "host" and accumulates:
+        raise ValueError(
+            f"clip={wanted} does not add up gradients over gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}: use clip=host."
+        )
+    if wanted == "previous" and clips:
+        logger.warning("clip=previous is not exact: each step is clipped by the norm of the step before.")
+    return cast(Clip, wanted)
+
+
 def generates_before_update(args: Any, batches: int) -> bool:
     """Return whether a trainer generates between its first `batches` micro-batches and the next update.
 
@@ -234,4 +314,4 @@ def add_to_log(name: str, value: float, state: Any, logs: dict[str, Any] | None)
         state.log_history[-1][name] = value
 
 
-CALLBACKS = (LostUpdates, OffloadState)
+CALLBACKS = (LostUpdates, OffloadState, ReleaseGradients)

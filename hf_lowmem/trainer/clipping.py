@@ -1,4 +1,4 @@
-"""Clipping by the Trainer's `max_grad_norm` within the step of optimizers that were built with `fused_clip=true`."""
+"""Clipping by the Trainer's `max_grad_norm` in the step of optimizers with `fused_clip=true` or `release=true`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ def clip_grad_norm_(
 ) -> Any:
     """Clip as `Accelerator.clip_grad_norm_` does, or by `LowMemOptimizer.clip_grad_norm_` where that is possible.
 
-    It is possible if an optimizer with `fused_clip` steps exactly those of these parameters that have a gradient, and
-    every process has all of their gradients, or under FSDP2 its shard of each.
+    Gradients that an optimizer has released are clipped by their release. Otherwise it is possible if an optimizer
+    with `fused_clip` steps exactly those of these parameters that have a gradient, and every process has all of their
+    gradients, or under FSDP2 its shard of each.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for optimizer in map(unwrapped, self._optimizers):
+        if isinstance(optimizer, LowMemOptimizer) and optimizer.gradient_release is not None:
+            return optimizer.gradient_release.clip(parameters, max_norm)
     if float(norm_type) == 2 and (self.distributed_type in REPLICATED or getattr(self, "is_fsdp2", False)):
         wanted = {id(param) for param in parameters if param.grad is not None}
         for optimizer in map(unwrapped, self._optimizers):

@@ -35,11 +35,10 @@ def make_trainer(
         max_steps=8,
         save_steps=3,
         logging_steps=1,
-        per_device_train_batch_size=4,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        **arguments,
+        **{"per_device_train_batch_size": 4, **arguments},
     )
     return Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
 
