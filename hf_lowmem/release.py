@@ -166,7 +166,7 @@ class GradientRelease:
         norms += [norm_of(param.grad) for param in params if param.grad is not None and param not in self._norms]
         if not norms:
             return torch.zeros(())
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         if max_norm < math.inf:
             self._next_scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         return total

@@ -60,7 +60,9 @@ def test_every_optimizer_takes_the_steps_of_a_plain_run(optim: str) -> None:
 
 
 @pytest.mark.parametrize("optim", OPTIM_NAMES)
-@pytest.mark.parametrize("accumulated", [1, 2, 4])
+@pytest.mark.parametrize(
+    "accumulated", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_the_host_adds_up_and_clips_as_a_plain_run(optim: str, accumulated: int) -> None:
     model = llama(tied=False)
     other = copy.deepcopy(model)

@@ -109,12 +109,12 @@ class Launch:
 
     def step(self, bucket: Bucket, gradients: list[int], scalars: Tensor, averaged: bool) -> None:
         """Step the parts: by the means as they are if `averaged`, else by means that this step finds."""
-        if not averaged:
-            self.average(bucket, gradients, scalars)
         kernels, clip = triton_kernels(), bucket.clip
         tables, variant = self.tables(bucket, gradients), self.variant._replace(clip=clip is not None)
         scale = scalars if clip is None else clip.scale  # not read where nothing is clipped
         options = dict(num_warps=warps(variant), enable_fp_fusion=True)
+        if not averaged:
+            self._average(tables, bucket, gradients, scalars)
         group_means = scale  # not read where no part is factored
         if tables.groups is not None:
             group_means = torch.empty(len(tables.groups), dtype=torch.float32, device=bucket.device)
@@ -125,7 +125,10 @@ class Launch:
 
     def average(self, bucket: Bucket, gradients: list[int], scalars: Tensor) -> None:
         """Average the squares of this step's gradients into the means that are found before the step, if any are."""
-        tables, clip = self.tables(bucket, gradients), bucket.clip
+        self._average(self.tables(bucket, gradients), bucket, gradients, scalars)
+
+    def _average(self, tables: Tables, bucket: Bucket, gradients: list[int], scalars: Tensor) -> None:
+        clip = bucket.clip
         if tables.sums is None or tables.reductions is None:
             return
         stamp, found = (None, None) if clip is None else clip.partial_sums.pop(self, (None, None))
