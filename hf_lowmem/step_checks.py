@@ -148,9 +148,12 @@ def check_stored(
         if not isinstance(tensor, Tensor) or tensor.shape != spec.shape or stored.shape != shape:
             found = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is {tensor!r}"
             cut = "" if shape == spec.shape else f", of which this process holds {shape},"
+            remedy = "if the weight was resized, call optimizer.resize_state() before the next step"
+            if is_sharded(param):
+                remedy = "shard the model before its first step, or load the state of earlier steps by load_state_dict"
             raise RuntimeError(
                 f"{name} has shape {tuple(param.shape)}, but its optimizer state {key!r} {found} where {spec.shape}"
-                f"{cut} is expected: if the weight was resized, call optimizer.resize_state() before the next step."
+                f"{cut} is expected: {remedy}."
             )
         device = spec.place(param.device)
         if stored.dtype != spec.dtype or stored.device != device or not (stored.is_contiguous() and is_dense(stored)):
