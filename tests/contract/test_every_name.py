@@ -93,6 +93,7 @@ def test_resume_of_rounded_weights_is_bit_exact(optim: str, rounding: str, make_
     assert all(comp.any() for comp in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [name for name in NAMES if not name.endswith("8bit")])
 def test_resume_is_bit_exact_with_bfloat16_moments(algorithm: str, make_trainer: Make, tmp_path: Path) -> None:
     resumes_bit_exactly(make_trainer, tmp_path, algorithm, optim_args="state_bits=16", dtype=torch.bfloat16)

@@ -10,8 +10,12 @@ from transformers import Trainer
 
 import hf_lowmem
 
+SLOW = [name for name in hf_lowmem.optim_names() if not name.endswith("8bit")]  # the others run by default
 RUNS = [
-    *((name, torch.float32) for name in hf_lowmem.optim_names()),
+    *(
+        pytest.param(name, torch.float32, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in hf_lowmem.optim_names()
+    ),
     *((name, torch.bfloat16) for name in ("slim_adamw", "adam_mini_8bit", "coap_adamw_8bit")),
 ]
 PROJECTED = "update_interval=2,reproject_factor=2,min_8bit_size=0"

@@ -79,7 +79,7 @@ def test_tiles_have_the_bits_of_the_rule(rule, bits, shape, dtype, rounding, mon
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_tiles_take_the_means_of_the_rule(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 8, 33]), min_size=1, max_size=3)))
     axes = data.draw(st.sets(st.sampled_from(range(len(shape)))))

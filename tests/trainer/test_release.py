@@ -34,7 +34,10 @@ def assert_same(trainer: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [PLAIN, CLIPPED, ACCUMULATED], ids=["plain", "clipped", "accumulated"])
-@pytest.mark.parametrize("optim", ["slim_adamw_8bit", "coap_adamw", "micro_adam"])
+@pytest.mark.parametrize(
+    "optim",
+    ["slim_adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coap_adamw", "micro_adam"))],
+)
 def test_a_run_and_its_log_are_those_without_release(optim: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     kept = run(tmp_path / "kept", optim, "rounding=kahan", dtype=torch.bfloat16, **arguments)
     released = run(tmp_path / "released", optim, "rounding=kahan,release=true", dtype=torch.bfloat16, **arguments)
