@@ -22,6 +22,7 @@ model: PreTrainedModel
 args: TrainingArguments
 trainer: Trainer
 optimizer: hf_lowmem.LowMemOptimizer
+batches: list[dict[str, Any]]
 """
 OWN = """
 plain: nn.Module = nn.Linear(2, 2)
