@@ -265,13 +265,18 @@ class LowMemOptimizer(PlannedOptimizer):
         for group in self.param_groups:
             check_flags(group, type(self).__name__)
 
-    @staticmethod
-    def _hyper(group: Group, bucket: Bucket) -> Hyper:
+    @classmethod
+    def _hyper(cls, group: Group, bucket: Bucket) -> Hyper:
         (beta1, beta2), lr = group["betas"], group["lr"]
         on_device = group["capturable"] and isinstance(lr, Tensor) and lr.device == bucket.device
         lr = lr.reshape(()) if on_device else float(lr)
-        flags = {flag: group[flag] for flag in RULE_FLAGS.get(bucket.rule, ())}
+        flags = cls.flags_of(bucket.rule, group)
         return Hyper(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], flags)
+
+    @classmethod
+    def flags_of(cls, rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the hyperparameters that only this update rule has."""
+        return {flag: group[flag] for flag in RULE_FLAGS.get(rule, ())}
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def limited_adamw_rule(
     """AdamW whose second moment includes the first, so that no update exceeds `update_limit` times lr.
 
     A second moment that is an average over entries may be far below an entry's own, whose update would then be far
-    above those of AdamW, which hardly exceed lr.
+    above those of AdamW.
     """
     g = space.project(grad)
     m_hat = moments["exp_avg"].ema(g, beta1) / (1 - beta1**step)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hf_lowmem.algorithms.calibration import CalibratedAdamW, CalibratedOptions, CalibratedRecipe
-from hf_lowmem.algorithms.grouped import LIMIT, LimitedOptions, factored
+from hf_lowmem.algorithms.candidates import AUTO
+from hf_lowmem.algorithms.grouped import LimitedOptions, factored
 from hf_lowmem.moments import whole
 from hf_lowmem.options import decided_by_role, recipe_only, with_default
 from hf_lowmem.param_groups import RoleOptions
@@ -21,7 +22,7 @@ IN_FULL = ("router", "classifier", "relative_bias", "adapter", "unknown")  # sma
 class FactoredOptions(CalibratedOptions):
     """Options of a weight whose second moment is factored."""
 
-    update_limit: float = with_default(LIMIT, LimitedOptions, "update_limit")
+    update_limit: float | Literal["auto"] = with_default(AUTO, LimitedOptions, "update_limit")
     factored: bool = decided_by_role(
         True,
         "whether a weight of two or more axes, without `axes` and `segments`, is factored over its last two axes.",
@@ -41,8 +42,8 @@ class FactoredAdamW(CalibratedAdamW):
     algorithm 2).
     It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and in place of clipping the
     update's root mean square each entry is limited. An estimate may be far below the entry's own second moment, as
-    where most entries of a gradient are zero. AdamW hardly moves an entry by more than lr, and this optimizer moves no
-    entry by more than `update_limit` times lr, beside the weight decay.
+    where most entries of a gradient are zero. This optimizer moves no entry by more than `update_limit` times lr,
+    beside the weight decay; the default is the largest update that AdamW itself can take.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
     (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its

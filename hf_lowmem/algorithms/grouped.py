@@ -19,7 +19,6 @@ from hf_lowmem.snr.measure import BY_HEAD
 from hf_lowmem.state import Moment, StatePlan
 
 PAPER = "paper"  # the value of `rules` that keeps to the paper's table
-LIMIT = 0.7  # the default of `update_limit` under an optim name: docs/quality.md
 LOSE_BY_MEANS = frozenset(
     ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down", "lm_head", *EMBEDDINGS)
 )  # roles: docs/quality.md
@@ -29,14 +28,17 @@ WHAT_IT_LIMITS = (
     "or factored, all of it or some of its parts; `inf` limits nothing"
 )
 # The kernels divide by it in float32.
-LIMITS = Legal("a number of at least 1e-6", lambda value: isinstance(value, float | int) and value >= 1e-6)
+LIMITS = Legal(
+    'a number of at least 1e-6, or "auto"',
+    lambda value: value == AUTO or (isinstance(value, float | int) and value >= 1e-6),
+)
 
 
 @dataclass(frozen=True)
 class LimitedOptions(Options):
     """The option that limits updates of weights whose second moment is made of means."""
 
-    update_limit: float = flag(math.inf, f"{WHAT_IT_LIMITS}.", LIMITS)
+    update_limit: float | Literal["auto"] = flag(math.inf, f"{WHAT_IT_LIMITS}.", LIMITS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,18 @@ class GroupedOptions(LimitedOptions):
         "with `cross_axes` at its end if it has any: `axis`, of size n, is viewed as (outer, n // outer), and the "
         "part is `[:, start:stop]` of it.",
     )
+
+
+def largest_update(beta1: float, beta2: float) -> float:
+    """Return how far AdamW's largest update can move an entry, as a multiple of the learning rate.
+
+    By Cauchy and Schwarz, |m| / sqrt(v) is at most (1 - b1) sqrt(sum of (b1^2 / b2)^t / (1 - b2)): 1.2 for betas of
+    0.9 and 0.95, and 7.3 for 0.9 and 0.999. It has no bound where b1^2 is b2 or more.
+    """
+    if beta1 == 0:
+        return 1 / math.sqrt(1 - beta2)
+    ratio = beta1**2 / beta2 if beta2 else math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)) if ratio < 1 else math.inf
 
 
 class GroupedAdamW(LowMemAdamW):
@@ -89,7 +103,14 @@ class GroupedAdamW(LowMemAdamW):
     def rule_of(cls, plan: StatePlan, group: Mapping[str, Any]) -> str:
         cls.options_cls.check_values({"update_limit": group["update_limit"]})
         averaged = isinstance(plan.moments["exp_avg_sq"], GroupMean)
-        return "limited_adamw" if averaged and math.isfinite(group["update_limit"]) else cls.rule
+        return "limited_adamw" if averaged and group["update_limit"] != math.inf else cls.rule
+
+    @classmethod
+    def flags_of(cls, rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
+        flags = super().flags_of(rule, group)
+        if flags.get("update_limit") == AUTO:
+            flags["update_limit"] = largest_update(*map(float, group["betas"]))
+        return flags
 
 
 @dataclass(frozen=True)
@@ -97,9 +118,10 @@ class RulesRecipe(Recipe):
     """A recipe that has a table of means by role, some of which it factors, and that a rules file overrides."""
 
     update_limit: float | Literal["auto"] = flag(
-        "auto",
-        f'{WHAT_IT_LIMITS}. "auto" is {LIMIT}, and inf where the algorithm is the paper\'s, as with `rules=paper`.',
-        Legal(f'{LIMITS.words}, or "auto"', lambda value: value == "auto" or LIMITS.includes(value)),
+        AUTO,
+        f'{WHAT_IT_LIMITS}. "auto" is the largest that AdamW itself can take, 7.3 for betas of 0.9 and 0.999, and inf '
+        "where the algorithm is the paper's, as with `rules=paper`.",
+        LIMITS,
     )
     rules: str | None = recipe_only(
         None,
@@ -139,9 +161,7 @@ class RulesRecipe(Recipe):
         return self.rules == PAPER
 
     def shared_options(self) -> dict[str, Any]:
-        limit = self.update_limit
-        if limit == "auto":
-            limit = math.inf if self.is_papers else LIMIT
+        limit = math.inf if self.is_papers and self.update_limit == AUTO else self.update_limit
         return {**super().shared_options(), "update_limit": limit}
 
     def options_of(self, role: ParamRole) -> RoleOptions:

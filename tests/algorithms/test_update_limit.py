@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hf_lowmem
+from hf_lowmem.algorithms.grouped import largest_update
 from tests.support.model_families import VOCAB_SIZE, tiny_model
 
 LR = 1e-2
@@ -62,13 +63,59 @@ def test_a_group_may_change_its_limit_and_so_may_a_resumed_run() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.95), (0.9, 0.999), (0.0, 0.95), (0.5, 0.3)])
+def test_the_largest_update_of_adamw_is_reached_and_never_exceeded(beta1: float, beta2: float) -> None:
+    """The worst gradients grow by b2 / b1 a step; with b1 = 0 it is a first one after many zeros."""
+    torch.manual_seed(0)
+    most = largest_update(beta1, beta2)
+
+    def update_by(grads: torch.Tensor) -> float:
+        ages = torch.arange(len(grads) - 1, -1, -1, dtype=torch.float64)
+        momentum = ((1 - beta1) * beta1**ages * grads).sum()
+        return float(momentum.abs() / ((1 - beta2) * beta2**ages * grads.square()).sum().sqrt())
+
+    worst = (beta2 / beta1) ** torch.arange(400, dtype=torch.float64) if beta1 else torch.eye(400)[-1].double()
+    assert update_by(worst) == pytest.approx(most, rel=1e-9)
+    assert all(update_by(torch.randn(400, dtype=torch.float64)) < most for _ in range(100))
+
+
+def test_without_a_largest_update_nothing_is_limited() -> None:
+    assert largest_update(0.9, 0.8) == largest_update(0.9, 0.81) == math.inf
+    assert largest_update(0.0, 0.0) == 1.0
+    models = [torch.nn.Linear(8, 8, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, limit in zip(models, ("auto", "inf"), strict=True):
+        settings = {"lr": LR, "betas": (0.9, 0.8), "optim_args": f"update_limit={limit}"}
+        optimizer = hf_lowmem.build_optimizer(model, "factored_adamw", **settings)
+        model(torch.eye(8)).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["slim_adamw", "adam_mini_8bit", "adalayer", "factored_adamw_8bit"])
+def test_the_default_limit_follows_the_betas_of_each_group(name: str) -> None:
+    torch.manual_seed(0)
+    models = [tiny_model("llama")]
+    models.append(copy.deepcopy(models[0]))
+    for model, limits in zip(models, (None, (1.2, 7.3)), strict=True):
+        optimizer = hf_lowmem.build_optimizer(model, name, lr=LR)
+        for group, betas in zip(optimizer.param_groups, ((0.9, 0.95), (0.9, 0.999)), strict=True):
+            assert group["update_limit"] == "auto"
+            group["betas"] = betas
+            if limits:
+                group["update_limit"] = largest_update(*betas)
+                assert group["update_limit"] == pytest.approx(limits[betas[1] > 0.99], abs=0.05)
+        train(model, optimizer, 2)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, "0.7", None])
 def test_a_group_may_not_have_a_limit_that_is_none(value: object) -> None:
     weight = torch.nn.Parameter(torch.ones(8, 64))
     optimizer = hf_lowmem.algorithms.FactoredAdamW([weight], lr=LR)
     optimizer.param_groups[0]["update_limit"] = value
     weight.square().sum().backward()
-    with pytest.raises(ValueError, match=r"update_limit=.* must be a number of at least 1e-6"):
+    with pytest.raises(ValueError, match=r"update_limit=.* must be a number of at least 1e-6, or \"auto\""):
         optimizer.step()
 
 

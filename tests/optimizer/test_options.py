@@ -142,7 +142,7 @@ def test_a_checkpoint_keeps_the_layout_and_takes_another_schedule() -> None:
 # The defaults of recipes that are not those of the optimizer class.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "smmf": {"decay_rate": -0.8, "mask_zero_grads": True, "reference_rounding": False},
-    **{key: {"update_limit": 0.7} for key in ("slim_adamw", "factored_adamw", "adam_mini", "adalayer")},
+    **{key: {"update_limit": "auto"} for key in ("slim_adamw", "factored_adamw", "adam_mini", "adalayer")},
 }
 DECLARED_ANEW = ("update_limit",)  # by recipes, as its default depends on other options
 
