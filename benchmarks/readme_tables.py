@@ -172,14 +172,21 @@ def ablations(_: str) -> str:
 
 def quality(_: str) -> str:
     """Return the table of the study, without names whose learning rates have not all been tried."""
-    rows = [row for row in json_lines("quality_cpu") if " " not in row["run"]["optim"]]
+    rows = json_lines("quality_cpu")
     rates: dict[Any, set[float]] = defaultdict(set)
     for row in rows:
         rates[row["run"]["optim"], row["run"]["beta2"]].add(row["run"]["lr"])
-    takes_over = {key for key in rates if key[0].endswith("_8bit") or key[0] in SAME_AS}
+    takes_over = {key for key in rates if key[0].split()[0].endswith("_8bit") or key[0] in SAME_AS}
     done = takes_over | {key for key, tried in rates.items() if len(tried) >= len(RATES["scratch"])}
     kept = [row for row in rows if (row["run"]["optim"], row["run"]["beta2"]) in done]
-    return "\n".join(summary_of(kept, "scratch", "small", "`optim`"))
+    return "\n".join(summary_of(kept, "scratch", "small", "`optim` and its options"))
+
+
+def limits(_: str) -> str:
+    """Return the table of limits at AdamW's best learning rate and beta2."""
+    rows = [row for row in json_lines("quality_cpu") if (row["run"]["beta2"], row["run"]["lr"]) == (0.999, 1e-3)]
+    kept = [row for row in rows if "update_limit" in row["run"]["optim"] or row["run"]["optim"] == ADAMW]
+    return "\n".join(summary_of(kept, "scratch", "small", "`optim` and its options"))
 
 
 def demo_rules(_: str) -> str:
@@ -225,7 +232,7 @@ def json_lines(name: str) -> list[dict[str, Any]]:
 # The tables of each page.
 PAGES: dict[Path, tuple[Callable[[str], str], ...]] = {
     README: (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc),
-    QUALITY: (quality, ablations, demo_rules),
+    QUALITY: (quality, limits, ablations, demo_rules),
     DISTRIBUTED: (sharded_step, sharded_memory),
 }
 
