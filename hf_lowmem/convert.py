@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from torch import nn
 from hf_lowmem.adamw_state import to_adamw as to_adamw_state
 from hf_lowmem.trainer.build import build_optimizer
 from hf_lowmem.trainer.checkpoint_layouts import (
+    FULL,
     LAYOUTS,
+    OPTIMIZER,
+    SHARDED,
     SINGLE,
     convert_layout,
     layout_of,
@@ -25,8 +30,7 @@ from hf_lowmem.trainer.checkpoint_layouts import (
     saved_optimizer,
 )
 from hf_lowmem.trainer.checkpoints import refuse_incomplete
-
-ADAMW = ("adamw_torch", "adamw_torch_fused")
+from hf_lowmem.trainer.names import ADAMW_NAMES
 
 
 def to_adamw(
@@ -78,7 +82,10 @@ def convert(argv: list[str]) -> None:
     parser = ArgumentParser(prog="hf-lowmem convert", description=convert.__doc__)
     parser.add_argument("checkpoint", help="the Trainer's checkpoint folder of a model that was trained as a whole")
     parser.add_argument(
-        "--to", required=True, choices=(*ADAMW, *LAYOUTS), help="the new optim, or the new layout with the same optim"
+        "--to",
+        required=True,
+        choices=(*ADAMW_NAMES, *LAYOUTS),
+        help="the new optim, or the new layout with the same optim",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, such as out/adamw-300")
     parser.add_argument("--optim", metavar="NAME", help="the optim of the run (default: read from the checkpoint)")
@@ -90,17 +97,39 @@ def convert(argv: list[str]) -> None:
         if output.exists():
             raise ValueError(f"--output {output} exists already: name a new folder.")
         refuse_incomplete(source)
-        if args.to in LAYOUTS:
-            convert_layout(source, output, args.to, args.model, args.optim, args.optim_args)
-        else:
-            if layout_of(source) not in (None, SINGLE):
-                raise ValueError(f"{source} was written under FSDP2: convert it `--to {SINGLE}` first.")
-            saved = saved_optimizer(source)
-            model = saved_model(source, args.model)
-            converted = to_adamw(saved, model, args.optim or optim_of(saved, source), args.optim_args)
-            shutil.copytree(source, output, ignore=lambda folder, names: {"optimizer.pt"} & set(names))
-            torch.save(converted, output / "optimizer.pt")
-    except (OSError, ValueError) as error:
+        with whole_or_nothing(output) as unfinished:
+            if args.to in LAYOUTS:
+                optim = convert_layout(source, unfinished, args.to, args.model, args.optim, args.optim_args)
+            else:
+                optim = for_adamw(source, unfinished, args.model, args.optim, args.optim_args)
+    except (OSError, RuntimeError, ValueError) as error:
         parser.exit(2, f"hf-lowmem convert: {' '.join(str(error).split())}\n")
     how = "by a run of that layout" if args.to in LAYOUTS else f"with optim={args.to}"
-    sys.stdout.write(f"Wrote {output}: resume from it {how}.\n")
+    options = f"optim_args={args.optim_args!r}" if args.optim_args else "no optim_args"
+    sys.stdout.write(f"Wrote {output}, as of a run with optim={optim} and {options}: resume from it {how}.\n")
+
+
+def for_adamw(source: Path, output: Path, config: str | None, optim: str | None, optim_args: str | None) -> str:
+    """Write a copy of a checkpoint whose optimizer is torch's AdamW, and return the optim name that it had.
+
+    Raises:
+        ValueError: it is no checkpoint of one process, or its optimizer does not keep AdamW's moments.
+    """
+    if layout_of(source) in (FULL, SHARDED):
+        raise ValueError(f"{source} was written under FSDP2: convert it `--to {SINGLE}` first.")
+    saved = saved_optimizer(source)
+    optim = optim or optim_of(saved, source)
+    converted = to_adamw(saved, saved_model(source, config), optim, optim_args)
+    shutil.copytree(source, output, ignore=lambda folder, names: {OPTIMIZER[SINGLE]} & set(names))
+    torch.save(converted, output / OPTIMIZER[SINGLE])
+    return optim
+
+
+@contextmanager
+def whole_or_nothing(output: Path) -> Iterator[Path]:
+    """Yield a path beside `output` that becomes `output` in the end, or is removed where something fails."""
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
+        unfinished = Path(folder, output.name)
+        yield unfinished
+        unfinished.rename(output)

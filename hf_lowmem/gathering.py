@@ -130,23 +130,28 @@ class Gathered:
             read(piece, target)
 
 
-def step_gathered(given: Sequence[tuple[Bucket, Hyper]]) -> None:
-    """Step weights whose state cannot be cut along with them. All processes that hold one give the same ones."""
+def step_gathered(given: Sequence[tuple[Bucket, Hyper]], first: int = 0) -> None:
+    """Step weights whose state cannot be cut along with them. All processes that hold one give the same ones.
+
+    Args:
+        first: which process steps the largest weight, counted on from the last process to the first again.
+    """
     by_holders: dict[Holders, list[Gathered]] = defaultdict(list)
     for bucket, hyper in given:
         weight = Gathered.of(bucket, hyper)
         by_holders[weight.holders].append(weight)
     for holders, weights in by_holders.items():
-        for takers in rounds(weights, len(holders.coordinates)):
+        for takers in rounds(weights, len(holders.coordinates), first):
             take_round(holders, takers)
 
 
-def rounds(weights: Sequence[Gathered], processes: int) -> Iterator[dict[int, Gathered]]:
+def rounds(weights: Sequence[Gathered], processes: int, first: int) -> Iterator[dict[int, Gathered]]:
     """Yield rounds, in each of which a process takes at most one weight, of about the size that the others take."""
     by_size = sorted(weights, key=lambda weight: -math.prod(weight.param.shape))
-    for number, first in enumerate(range(0, len(by_size), processes)):
+    for number, begin in enumerate(range(0, len(by_size), processes)):
         order = range(processes) if number % 2 == 0 else range(processes - 1, -1, -1)
-        yield dict(zip(order, by_size[first : first + processes], strict=False))
+        takers = ((first + process) % processes for process in order)
+        yield dict(zip(takers, by_size[begin : begin + processes], strict=False))
 
 
 def take_round(holders: Holders, takers: dict[int, Gathered]) -> None:

@@ -134,7 +134,7 @@ class LowMemOptimizer(PlannedOptimizer):
                         step_bucket(part, hyper)
             if gathered:
                 with _no_autocast(gathered[0][0].device.type):
-                    step_gathered(gathered)
+                    step_gathered(gathered, owner.first_place)
             stepped = buckets.stepped
         finally:
             buckets.release()
@@ -201,7 +201,7 @@ class LowMemOptimizer(PlannedOptimizer):
 
     # -- gradient release -------------------------------------------------------------------------------------------
 
-    def release_gradients(self, clip: Clip = "host") -> GradientRelease:
+    def release_gradients(self, clip: Clip = "host", replicas: Any = None) -> GradientRelease:
         """Step each parameter as soon as its gradient is complete from now on, and free the gradient.
 
         One gradient at a time is on the device then. `step` goes on being called after the backward passes, and takes
@@ -210,9 +210,11 @@ class LowMemOptimizer(PlannedOptimizer):
         Args:
             clip: where the norm of all gradients comes from, and so whether gradients can be clipped and accumulated:
                 see `release.py`.
+            replicas: the `DistributedDataParallel` module of the weights, without which the processes would train each
+                for itself. FSDP2 needs nothing.
 
         Raises:
-            ValueError: an option of a group, or the placement of its weights, does not go with it.
+            ValueError: an option of a group does not go with it.
 
         >>> model = torch.nn.Linear(64, 64)
         >>> optimizer = hf_lowmem.build_optimizer(model, "slim_adamw_8bit", lr=1e-3)
@@ -223,7 +225,7 @@ class LowMemOptimizer(PlannedOptimizer):
         >>> optimizer.step()
         """
         self.keep_gradients()
-        self._release = GradientRelease(self, clip)
+        self._release = GradientRelease(self, clip, replicas)
         return self._release
 
     def keep_gradients(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_lowmem.sharding import local, placed_like
 from hf_lowmem.state import State
 
 
@@ -148,22 +149,23 @@ class HeldGradients:
 
         The gradient is taken over: it may be written and kept.
         """
-        held = self._grads.get(param)
-        if not on_accelerator(grad):
-            self._grads[param] = grad if held is None else held.add_(grad)
-            return self._grads[param]
+        held, here = self._grads.get(param), local(grad)
         if held is not None:
-            grad.add_(held.to(grad.device, non_blocking=True))
+            here.add_(held.to(here.device, non_blocking=True))
+        if not on_accelerator(here):
+            self._grads[param] = here
+            return grad
         if param not in self._places:
-            self._make_room(grad.dtype)
-        self._grads[param] = self._places[param].copy_(grad, non_blocking=True)
+            self._make_room(here.dtype)
+        self._grads[param] = self._places[param].copy_(here, non_blocking=True)
         return grad
 
     def drain(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its sum, on the parameter's device, and let go of it."""
         while self._grads:
             param = next(iter(self._grads))
-            yield param, self._grads.pop(param).to(param.device, non_blocking=True)
+            here = self._grads.pop(param).to(local(param).device, non_blocking=True)
+            yield param, placed_like(param, here)
 
     def clear(self) -> None:
         """Let go of all sums."""
@@ -171,10 +173,10 @@ class HeldGradients:
 
     def _make_room(self, dtype: torch.dtype) -> None:
         """Allocate the buffer of all parameters on accelerators whose gradients have this dtype."""
-        own = [p for p in self._params if p.dtype == dtype and on_accelerator(p) and p not in self._places]
-        buffer = torch.empty(sum(p.numel() for p in own), dtype=dtype, pin_memory=torch.cuda.is_available())
-        sizes = [p.numel() for p in own]
-        self._places |= {p: part.view(p.shape) for p, part in zip(own, buffer.split(sizes), strict=True)}
+        own = [p for p in self._params if p.dtype == dtype and on_accelerator(local(p)) and p not in self._places]
+        sizes = [local(p).numel() for p in own]
+        buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=torch.cuda.is_available())
+        self._places |= {p: part.view(local(p).shape) for p, part in zip(own, buffer.split(sizes), strict=True)}
 
 
 def on_accelerator(tensor: Tensor) -> bool:

@@ -22,6 +22,8 @@ from torch import Tensor
 from hf_lowmem.buckets import Buckets
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HeldGradients
+from hf_lowmem.replicas import AveragedGradients
+from hf_lowmem.sharding import is_placed_as, local, local_grad, placed_like, whole
 from hf_lowmem.step_checks import check_released
 
 Clip = Literal["none", "host", "previous"]
@@ -80,12 +82,13 @@ class GradientRelease:
     Args:
         optimizer: the optimizer, whose `take_step` steps a parameter.
         clip: see the module's docstring.
+        replicas: the DistributedDataParallel module that holds the parameters, if one does.
 
     Raises:
-        ValueError: an option of the optimizer, or the placement of its parameters, does not go with it.
+        ValueError: an option of the optimizer does not go with it.
     """
 
-    def __init__(self, optimizer: Any, clip: Clip) -> None:
+    def __init__(self, optimizer: Any, clip: Clip, replicas: Any = None) -> None:
         check_released(optimizer.param_groups)
         self._optimizer, self._clip = optimizer, clip
         self.watcher: Watcher | None = None
@@ -98,13 +101,20 @@ class GradientRelease:
         self._stepped: list[Tensor] = []
         self._scale: Tensor | None = None  # what clipping multiplies the gradients of this step by
         self._next_scale: Tensor | None = None  # what the last norm asks for
-        trained = [param for param in self._views if param.requires_grad]
-        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in trained]
+        self._averaged = None if replicas is None else AveragedGradients.of(replicas)
+        self._hooks: list[Any] = []
+        if self._averaged is not None:
+            self._averaged.go_to(self._arrived)
+        else:
+            trained = [param for param in self._views if param.requires_grad]
+            self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in trained]
 
     def detach(self) -> None:
         """Let gradients stay until the optimizer's step, as without release."""
         for hook in self._hooks:
             hook.remove()
+        if self._averaged is not None:
+            self._averaged.go_to(None)
         self.discard()
 
     def discard(self) -> None:
@@ -120,7 +130,10 @@ class GradientRelease:
     def _arrived(self, param: Tensor) -> None:
         """Take the gradient that the backward pass has completed."""
         grad = param.grad
-        assert grad is not None
+        if grad is None or param not in self._views:  # DDP hands over parameters of other optimizers, too
+            return
+        if not is_placed_as(grad, param):
+            grad = placed_like(param, local_grad(grad, param))
         if self._holds:
             grad = self._held.add(param, grad)
             self._norms[param] = norm_of(grad)
@@ -137,7 +150,10 @@ class GradientRelease:
     def _step(self, param: Tensor, grad: Tensor) -> None:
         """Step one parameter, and free its gradient."""
         view = self._views[param]
-        param.grad = grad if self._scale is None else grad.mul_(self._scale.to(grad.device))
+        if self._scale is not None:
+            here = local(grad)
+            here.mul_(self._scale.to(here.device))
+        param.grad = grad
         if self.watcher:
             self.watcher.before_step(param, view.group)
         self._stepped += self._optimizer.take_step(view.buckets, view)
@@ -166,7 +182,7 @@ class GradientRelease:
         norms += [norm_of(param.grad) for param in params if param.grad is not None and param not in self._norms]
         if not norms:
             return torch.zeros(())
-        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        total: Tensor = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
         if max_norm < math.inf:
             self._next_scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         return total

@@ -4,7 +4,7 @@ A weight of which each process holds a piece is a DTensor, as FSDP2, HSDP and te
 holds a `Tile` of it; `state_place.py` says which part of the state goes with it. Plans, 8-bit blocks and the noise of
 stochastic rounding depend on the whole weight alone, so that any number of processes takes the same steps.
 
-Below `trainer/`, only these two files import torch.distributed.
+Below `trainer/`, only `sharding.py`, `state_place.py` and `replicas.py` use torch.distributed.
 """
 
 from __future__ import annotations
@@ -204,6 +204,14 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
 def is_placed_as(grad: Any, param: Any) -> bool:
     """Return whether a gradient is cut as its parameter is."""
     return not is_sharded(param) or (is_sharded(grad) and grad.placements == param.placements)
+
+
+def placed_like(param: Any, piece: Tensor) -> Tensor:
+    """Return the tensor that is cut as `param` is, and of which this process has `piece`; or `piece` itself."""
+    if not is_sharded(param):
+        return piece
+    shape, stride = param.shape, param.stride()
+    return as_dtensor(piece, param.device_mesh, param.placements, shape, stride)  # type: ignore[no-any-return]
 
 
 class Holders(NamedTuple):

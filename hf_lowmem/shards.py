@@ -74,7 +74,8 @@ class Piece:
         """Write the shard's means into those of the piece that are copies.
 
         A kernel divides the product of a row's and a column's mean by the mean of the rows, or of the columns, that
-        the piece has. So both are scaled by which it becomes that of the whole matrix, `totals` by the row's name.
+        the piece has. So both are scaled, so that this mean becomes the one of the whole matrix, which `totals` has by
+        the name of the row means.
         """
         for name, source in self.sources.items():
             if not is_view(state[name], mean := source.of(shard)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def longest_axis(shape: Sequence[int]) -> int:
 
 
 def state_axis(spec: TensorSpec, axis: int) -> tuple[int | None, int]:
-    """Return the axis of a state tensor that runs along an axis of the weight, and how many entries one of its has."""
+    """Return the axis of a state tensor along an axis of the weight, and how many of its entries share one there."""
     if axis in spec.param_dims:
         return spec.param_dims.index(axis), 1
     if spec.block > 1 and spec.param_dims and axis == len(spec.param_dims) - 1:
@@ -113,17 +113,21 @@ def can_be_cut(spec: TensorSpec, tile: Tile) -> bool:
     """
     for axis in tile.cut_axes:
         place, unit = state_axis(spec, axis)
-        if place is None or (unit > 1 and _longest(tile, axis) % unit):
+        if place is None or (unit > 1 and any(length % unit for length in _lengths(tile, axis))):
             return False
     return True
 
 
-def _longest(tile: Tile, axis: int) -> int:
-    """Return the length of all pieces along an axis but the last ones, which may be shorter."""
-    size = tile.whole[axis]
-    for group in tile.groups[axis]:
-        size = -(-size // group.size())
-    return size
+def _lengths(tile: Tile, axis: int) -> Iterator[int]:
+    """Yield the lengths, but for shorter last ones, of all pieces that an axis is cut into, one group after another.
+
+    Under tensor parallelism with FSDP2 the last group cuts first, so that both orders count.
+    """
+    for groups in (tile.groups[axis], tile.groups[axis][::-1]):
+        size = tile.whole[axis]
+        for group in groups:
+            size = -(-size // group.size())
+            yield size
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -183,10 +183,8 @@ def check_released(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what does not go with steps in the backward pass.
 
     Raises:
-        ValueError: `compile`, `capturable` or `offload_state` is set, or a parameter is sharded.
+        ValueError: `compile`, `capturable` or `offload_state` is set.
     """
     for option in ("compile", "capturable", "offload_state"):
         if any(group[option] for group in groups):
             raise ValueError(f"{option}=true does not go with release=true: leave one of them out.")
-    if any(is_sharded(param) for group in groups for param in group["params"]):
-        raise ValueError("release=true does not go with sharded weights yet: leave it out under FSDP2.")

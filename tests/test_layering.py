@@ -22,7 +22,7 @@ LAYERS = [
     {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},
     {"kernels", "shards"},
     {"projections"},
-    {"update_rules", "moments", "codecs", "rounding", "placement"},
+    {"update_rules", "moments", "codecs", "rounding", "placement", "replicas"},
     {"state", "scratch", "names", "dense", "sharding", "state_place"},
     {"log", "sizes"},
 ]

@@ -43,7 +43,8 @@ class FactoredAdamW(CalibratedAdamW):
     It departs from Adafactor: b2 is constant and its bias is corrected, eps is AdamW's, and in place of clipping the
     update's root mean square each entry is limited. An estimate may be far below the entry's own second moment, as
     where most entries of a gradient are zero. This optimizer moves no entry by more than `update_limit` times lr,
-    beside the weight decay; the default is the largest update that AdamW itself can take.
+    beside the weight decay; the default is the largest update that AdamW itself can take. A limit
+    shortens all updates, one of lr by 1 % with betas of 0.9 and 0.999, and by 24 % with 0.9 and 0.95.
 
     The state of a (fan_out, fan_in) weight is exp_avg of its shape, exp_avg_sq_row (fan_out, 1) and exp_avg_sq_col
     (1, fan_in), both float32. A fused weight has exp_avg_sq_<part>_row and exp_avg_sq_<part>_col for each of its

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_lowmem.dense import is_plain
@@ -226,11 +227,33 @@ class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
     ... )
     """
 
+    def __init__(self) -> None:
+        self.trainer: Any = None  # which registration sets, as callbacks are not given the wrapped model
+
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, LowMemOptimizer) or not any(g["release"] for g in optimizer.param_groups):
             return
-        optimizer.release_gradients(clip_of(args, optimizer.param_groups[0]["clip"]))
+        clip = clip_of(args, optimizer.param_groups[0]["clip"])
+        optimizer.release_gradients(clip, self._replicas(args, optimizer))
+
+    def _replicas(self, args: Any, optimizer: LowMemOptimizer) -> Any:
+        """Return the DistributedDataParallel module of a run, or None where there is one process or FSDP2.
+
+        Raises:
+            ValueError: the processes share their gradients in another way.
+        """
+        sharded = all(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+        if args.world_size == 1 or sharded:
+            return None
+        wrapped = getattr(self.trainer, "model_wrapped", None)
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped
+        raise ValueError(
+            f"release=true goes with one process, DistributedDataParallel and FSDP2, but not with the "
+            f"{args.world_size} processes of this run: call hf_lowmem.register() before the Trainer is made, or leave "
+            "release out."
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = unwrapped(optimizer)
@@ -242,11 +265,9 @@ def clip_of(args: Any, wanted: str) -> Clip:
     """Return how a run with these arguments clips released gradients.
 
     Raises:
-        ValueError: the run has several processes or a scaler of gradients, or `wanted` cannot do what it asks for.
+        ValueError: the run has a scaler of gradients, or `wanted` cannot do what it asks for.
     """
     clips, accumulates = args.max_grad_norm > 0, args.gradient_accumulation_steps > 1
-    if args.world_size > 1:
-        raise ValueError("release=true does not go with several processes yet: leave it out, or train in one process.")
     if args.fp16:
         raise ValueError("release=true does not go with fp16=True, whose gradients are scaled: use bf16=True.")
     if wanted == "auto":

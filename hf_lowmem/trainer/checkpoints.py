@@ -8,10 +8,6 @@ import re
 import zipfile
 from pathlib import Path
 
-import torch
-
-from hf_lowmem.adamw_state import ANEW
-from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.log import get_logger
 
 logger = get_logger(__name__)
@@ -62,29 +58,6 @@ def _newest_first(output_dir: Path) -> list[Path]:
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.iterdir()]
     steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
     return [steps[step] for step in sorted(steps, reverse=True)]
-
-
-def refuse_ours(folder: str | os.PathLike[str], optim: str) -> None:
-    """Raise ValueError if an optimizer of this package wrote the checkpoint that another one is to resume from.
-
-    The message says how to convert the checkpoint, if that is possible.
-
-    Args:
-        folder: the folder of the checkpoint.
-        optim: the optim name of the run that is to resume, which is not one of ours.
-    """
-    path = Path(folder) / "optimizer.pt"
-    if not path.is_file():
-        return
-    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    written_by = {group.get("algorithm") for group in saved.get("param_groups", ())} & set(RECIPES)
-    if not written_by:
-        return
-    algorithm = written_by.pop()
-    remedy = ANEW
-    if RECIPES[algorithm].optimizer_cls.rule == "adamw" and optim in ("adamw_torch", "adamw_torch_fused"):
-        remedy = f"`hf-lowmem convert {folder} --to {optim} --output FOLDER` writes one that it resumes from"
-    raise ValueError(f"{path} was written by {algorithm}, whose state optim={optim!r} cannot read: {remedy}.")
 
 
 def _why_incomplete(folder: Path) -> str | None:

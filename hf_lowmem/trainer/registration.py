@@ -26,9 +26,9 @@ from accelerate import Accelerator
 
 from hf_lowmem.log import get_logger
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding, refuse_to_save
-from hf_lowmem.trainer.callbacks import CALLBACKS
-from hf_lowmem.trainer.checkpoint_layouts import SINGLE, refuse_other_layout
-from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete, refuse_ours
+from hf_lowmem.trainer.callbacks import CALLBACKS, ReleaseGradients
+from hf_lowmem.trainer.checkpoint_layouts import DEEPSPEED, SINGLE, refuse_other_layout, refuse_ours
+from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
 from hf_lowmem.trainer.clipping import clip_grad_norm_
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import read_optim_args
@@ -145,6 +145,8 @@ def _parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, s
 
 def _layout_of_run(trainer: Any) -> str:
     """Return the layout in which a Trainer writes and reads checkpoints."""
+    if trainer.is_deepspeed_enabled:
+        return DEEPSPEED
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     return SINGLE if plugin is None else str(plugin.state_dict_type.name).lower()
 
@@ -152,6 +154,9 @@ def _layout_of_run(trainer: Any) -> str:
 @functools.wraps(_transformers_train)
 def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Train as `Trainer.train` does, but first refuse a checkpoint that cannot be resumed from, in one sentence."""
+    for callback in self.callback_handler.callbacks:
+        if isinstance(callback, ReleaseGradients):
+            callback.trainer = self
     for prepare in _BEFORE_TRAIN:
         prepare(self, bool(resume_from_checkpoint))
     folder = resume_from_checkpoint
@@ -162,7 +167,8 @@ def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: 
     if folder and by_name:
         folder = last_whole_checkpoint(self.args.output_dir) if folder is True else folder
         if folder is not None and optim in OPTIM_NAMES:
-            refuse_other_layout(folder, _layout_of_run(self))
+            model = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+            refuse_other_layout(folder, _layout_of_run(self), model, self.args.optim_args)
         elif folder is not None:
             refuse_ours(folder, optim)
     return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)

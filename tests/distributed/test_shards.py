@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from hf_lowmem.sharding import Processes, Tile
+from hf_lowmem.state import TensorSpec
+from hf_lowmem.state_place import can_be_cut
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from tests.support.sharded_runs import Case, run_cases
 
@@ -97,6 +100,14 @@ def check(found: dict[str, Any], case: Case) -> None:
     else:
         assert found["weights"] <= (0 if exact else 3e-7)
     assert exact <= (found["state"] == 0)
+
+
+@pytest.mark.parametrize(("entries", "fits"), [(254, False), (256, True), (250, False), (512, True)])
+def test_an_8bit_block_is_not_cut_by_two_groups_either(entries: int, fits: bool) -> None:
+    """254 entries are cut into 127 and 127 by tensor parallelism, and these into 64 and 63 by FSDP2."""
+    tile = Tile((entries,), (0,), (64,), ((Processes(2), Processes(2)),))
+    absmax = TensorSpec((-(-entries // 64),), (None,), block=64)
+    assert can_be_cut(absmax, tile) == fits
 
 
 @pytest.mark.parametrize("case", EVERY_NAME, ids=str)
