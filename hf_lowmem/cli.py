@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from hf_lowmem import __version__
-from hf_lowmem.trainer.names import ADAMW_NAMES, OPTIM_NAMES, nearest, unknown_optim
+from hf_lowmem.trainer.names import ADAMW_NAMES, OPTIM_NAMES, legal_names, nearest, unknown_optim
 
 Command = Callable[[list[str]], int | None]
 
@@ -154,7 +154,7 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--rows", action="store_true", help="print a line per parameter instead of one per role")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
-    names = [*OPTIM_NAMES, *ADAMW_NAMES]
+    names = [*legal_names(), *ADAMW_NAMES]
     if args.optim is None and (args.rows or args.optim_args):
         parser.error(f"{'--rows' if args.rows else '--optim-args'} needs --optim NAME: see `hf-lowmem optims`")
     if args.optim not in (None, *names):

@@ -17,7 +17,7 @@ from typing import Any
 from hf_lowmem import __version__
 from hf_lowmem.planner.tables import wrapped
 from hf_lowmem.sizes import readable
-from hf_lowmem.trainer.names import OPTIM_NAMES
+from hf_lowmem.trainer.names import OPTIM_NAMES, legal_names
 
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes", "triton")
 VARIABLES = re.compile(
@@ -138,7 +138,7 @@ def _registration(broken: list[str]) -> Section:
     from hf_lowmem.trainer.registration import register
 
     register()
-    return {"names in transformers": f"all {len(OPTIM_NAMES)} are legal values of optim"}
+    return {"names in transformers": f"all {len(legal_names())} are legal values of optim"}
 
 
 def _self_test(broken: list[str]) -> Section:

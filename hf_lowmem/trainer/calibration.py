@@ -10,7 +10,7 @@ from typing import Any
 from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.log import announce
 from hf_lowmem.trainer import registration
-from hf_lowmem.trainer.names import OPTIM_NAMES
+from hf_lowmem.trainer.names import LAYERWISE, optim_name
 from hf_lowmem.trainer.optim_args import read_optim_args
 from hf_lowmem.trainer.snr import SnrCallback
 
@@ -82,8 +82,9 @@ def calibrate(path: Path, steps: int, every: int | None) -> Iterator[None]:
                 "Trainer.train without resume_from_checkpoint."
             )
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-        if optim in OPTIM_NAMES and OPTIM_NAMES[optim].algorithm != FULL_ADAMW:
-            full = FULL_ADAMW + ("_8bit" if OPTIM_NAMES[optim].state_bits == 8 else "")
+        ours = optim_name(optim)
+        if ours and ours.algorithm != FULL_ADAMW:
+            full = FULL_ADAMW + ("_8bit" if ours.state_bits == 8 else "") + (LAYERWISE if LAYERWISE in optim else "")
             announce("The calibration trains with %s in place of %s, whose second moments are reduced.", full, optim)
             trainer.args.optim = registration.optim_member(full)
             trainer.args.optim_args = _options_of_full(trainer.args.optim_args)

@@ -48,11 +48,14 @@ OPTIM_NAMES: dict[str, OptimName] = {
 }
 
 
+LAYERWISE = "_layerwise"  # at the end of a name it releases gradients, as it does in transformers' own names
 ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")  # transformers' own names, with which ours are compared
 
 
 def optim_names() -> list[str]:
     """Return the names that `register()` adds to transformers' `optim` choices.
+
+    It also adds each of them with `_layerwise` at its end, which stands for `release=true`.
 
     >>> hf_lowmem.optim_names()
     ['lowmem_adamw', 'lowmem_adamw_8bit', ..., 'fadam_8bit', 'h_fac']
@@ -60,9 +63,19 @@ def optim_names() -> list[str]:
     return list(OPTIM_NAMES)
 
 
-def unknown_optim(name: str, known: Iterable[str] = OPTIM_NAMES) -> str:
-    """Return a sentence about an optim name that is not in `known`, with the nearest names that are."""
-    known = list(known)
+def legal_names() -> list[str]:
+    """Return all of our names, without and with `_layerwise` at the end."""
+    return [*OPTIM_NAMES, *(name + LAYERWISE for name in OPTIM_NAMES)]
+
+
+def optim_name(name: str) -> OptimName | None:
+    """Return what one of our names stands for, with or without `_layerwise` at its end, or None for any other."""
+    return OPTIM_NAMES.get(name.removesuffix(LAYERWISE))
+
+
+def unknown_optim(name: str, known: Iterable[str] | None = None) -> str:
+    """Return a sentence about an optim name that is not in `known`, by default ours, with the nearest that are."""
+    known = legal_names() if known is None else list(known)
     near = nearest(str(name), known, cutoff=0.5)
     which = "nearest" if near else "legal"
     return f"Unknown optim name {name!r}; the {which} names: {', '.join(near or known)}."

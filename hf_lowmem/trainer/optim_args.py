@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from hf_lowmem.algorithms import RECIPES
 from hf_lowmem.options import Option, alternatives
 from hf_lowmem.param_groups import Recipe
-from hf_lowmem.trainer.names import OPTIM_NAMES, unknown_optim
+from hf_lowmem.trainer.names import LAYERWISE, optim_name, unknown_optim
 
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "none"}
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -30,11 +30,12 @@ def recipe_for(
 
     Raises:
         ValueError: the name is unknown; a key is unknown or repeated; a value has the wrong type; `state_bits`
-            contradicts the name; or target modules are given twice, or for a name that projects nothing.
+            or `release` contradicts the name; or target modules are given twice, or for a name that projects nothing.
     """
-    if name not in OPTIM_NAMES:
+    found = optim_name(name)
+    if found is None:
         raise ValueError(unknown_optim(name))
-    algorithm, state_bits = OPTIM_NAMES[name][:2]
+    algorithm, state_bits = found.algorithm, found.state_bits
     recipe_cls = RECIPES[algorithm]
     given = read_optim_args(optim_args)
     if target_modules is not None:
@@ -50,6 +51,11 @@ def recipe_for(
         raise ValueError(
             f"optim_args state_bits={options['state_bits']} contradicts the optim name {name!r}, which fixes "
             f"state_bits={state_bits}: leave it out, or use the name {algorithm!r}."
+        )
+    if name.endswith(LAYERWISE) and not options.setdefault("release", True):
+        raise ValueError(
+            f"optim_args release=false contradicts the optim name {name!r}: leave it out, or use the name "
+            f"{name.removesuffix(LAYERWISE)!r}."
         )
     return recipe_cls(**options)
 

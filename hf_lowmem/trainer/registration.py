@@ -30,7 +30,7 @@ from hf_lowmem.trainer.callbacks import CALLBACKS, ReleaseGradients
 from hf_lowmem.trainer.checkpoint_layouts import DEEPSPEED, SINGLE, refuse_other_layout, refuse_ours
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
 from hf_lowmem.trainer.clipping import clip_grad_norm_
-from hf_lowmem.trainer.names import OPTIM_NAMES
+from hf_lowmem.trainer.names import legal_names, optim_name
 from hf_lowmem.trainer.optim_args import read_optim_args
 
 logger = get_logger(__name__)
@@ -75,7 +75,7 @@ def register() -> None:
     >>> hf_lowmem.register()
     >>> args = TrainingArguments(optim="slim_adamw_8bit")
     """
-    for name in OPTIM_NAMES:
+    for name in legal_names():
         if name not in _member_by_value and name.upper() not in _member_by_name:
             _handlers[_add_member(name)] = _handler
         elif name not in _member_by_value or _handlers.get(_member_by_value[name]) is not _handler:
@@ -166,7 +166,7 @@ def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: 
     by_name = self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None
     if folder and by_name:
         folder = last_whole_checkpoint(self.args.output_dir) if folder is True else folder
-        if folder is not None and optim in OPTIM_NAMES:
+        if folder is not None and optim_name(optim):
             model = getattr(getattr(self.model, "config", None), "_name_or_path", None)
             refuse_other_layout(folder, _layout_of_run(self), model, self.args.optim_args)
         elif folder is not None:

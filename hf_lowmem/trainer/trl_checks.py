@@ -25,7 +25,7 @@ from trl.scripts.utils import DatasetConfig
 
 from hf_lowmem.trainer.build import refuse_sharding
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
-from hf_lowmem.trainer.names import OPTIM_NAMES, nearest, unknown_optim
+from hf_lowmem.trainer.names import nearest, optim_name, unknown_optim
 from hf_lowmem.trainer.optim_args import recipe_for
 from hf_lowmem.trainer.trl_help import important
 
@@ -74,7 +74,7 @@ def check(
     known = [str(member.value) for member in OptimizerNames]
     if given.optim not in known:
         raise ValueError(unknown_optim(given.optim, known))
-    if given.optim in OPTIM_NAMES:
+    if optim_name(given.optim):
         recipe_for(given.optim, given.optim_args, given.optim_target_modules)
         refuse_sharding(given)
     _check_dataset(given)

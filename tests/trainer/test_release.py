@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_lowmem.trainer.names import OPTIM_NAMES
+from hf_lowmem.trainer.optim_args import recipe_for
 from tests.support.small_trainer import StopAt, make_trainer
 
 PLAIN = {"max_grad_norm": 0.0}
@@ -86,6 +88,27 @@ def test_what_does_not_go_together_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         run(tmp_path, "slim_adamw", f"release=true,{options}", **arguments)
+
+
+@pytest.mark.parametrize("name", OPTIM_NAMES)
+def test_every_name_has_a_layerwise_form(name: str) -> None:
+    recipe = recipe_for(f"{name}_layerwise")
+    assert recipe.release
+    assert recipe == recipe_for(name, "release=true")
+
+
+def test_a_layerwise_name_releases_gradients_and_resumes(tmp_path: Path) -> None:
+    whole = run(tmp_path, "slim_adamw_8bit_layerwise", "min_8bit_size=0", **CLIPPED)
+    assert whole.args.optim == "slim_adamw_8bit_layerwise"
+    assert all(group["release"] for group in whole.optimizer.param_groups)
+    args = torch.load(tmp_path / "checkpoint-8" / "training_args.bin", weights_only=False)
+    assert args.optim.value == "slim_adamw_8bit_layerwise"
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    assert_same(whole, run(tmp_path, "slim_adamw_8bit_layerwise", "min_8bit_size=0", resume=True, **CLIPPED))
+    with pytest.raises(ValueError, match=r"release=false contradicts the optim name 'signum_layerwise': leave it out"):
+        recipe_for("signum_layerwise", "release=false")
+    with pytest.raises(ValueError, match=r"Unknown optim name 'smfm_layerwise'; the nearest names: smmf_layerwise"):
+        recipe_for("smfm_layerwise")
 
 
 def test_clipping_by_the_norm_before_says_that_it_is_not_exact(
