@@ -30,7 +30,10 @@ from hf_lowmem.demo import BASELINE as ADAMW
 from hf_lowmem.trainer.explain import explain
 from hf_lowmem.trainer.names import OPTIM_NAMES
 
-README, QUALITY, DISTRIBUTED = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md"
+README, (QUALITY, DISTRIBUTED, RELEASE) = (
+    ROOT / "README.md",
+    (ROOT / "docs" / f"{page}.md" for page in ("quality", "distributed", "release")),
+)
 STATE = "state_bytes_per_parameter_outside_embeddings"
 
 
@@ -210,6 +213,18 @@ def sharded_step(_: str) -> str:
     return "\n".join(table(results("sharded_step_cpu")["rows"], columns))
 
 
+def release_memory(_: str) -> str:
+    """Return what gradient release saves of the gradients, and the time of its steps."""
+    report = results("release_memory_cpu")
+    gib, head = 2**30, "| `optim` | gradients | peak, plain | peak, released | saved of the gradients | time |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    for row in report["rows"]:
+        sizes = " | ".join(f"{row[key] / gib:.2f} GiB" for key in ("gradients", "plain", "released"))
+        time = "{:.2f} x ({:.2f} to {:.2f})".format(row["ratio"], *row["quartiles"])
+        lines.append(f"| `{row['optim']}` | {sizes} | {row['saved_share']:.0%} | {time} |")
+    return "\n".join(lines)
+
+
 def sharded_memory(_: str) -> str:
     """Return what each process holds of an 8B model: weights, gradients and state, and state alone."""
     cards = (1, 2, 4, 8)
@@ -234,6 +249,7 @@ PAGES: dict[Path, tuple[Callable[[str], str], ...]] = {
     README: (optimizers, options, demo, demo_seeds, rlhf_seeds, step_time, step_time_passes, step_time_epyc),
     QUALITY: (quality, limits, ablations, demo_rules),
     DISTRIBUTED: (sharded_step, sharded_memory),
+    RELEASE: (release_memory,),
 }
 
 

@@ -118,7 +118,8 @@ def for_adamw(source: Path, output: Path, config: str | None, optim: str | None,
     if layout_of(source) in (FULL, SHARDED):
         raise ValueError(f"{source} was written under FSDP2: convert it `--to {SINGLE}` first.")
     saved = saved_optimizer(source)
-    optim = optim or optim_of(saved, source)
+    written_by = optim_of(saved, source)
+    optim = optim or written_by
     converted = to_adamw(saved, saved_model(source, config), optim, optim_args)
     shutil.copytree(source, output, ignore=lambda folder, names: {OPTIMIZER[SINGLE]} & set(names))
     torch.save(converted, output / OPTIMIZER[SINGLE])

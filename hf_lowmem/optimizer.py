@@ -214,7 +214,8 @@ class LowMemOptimizer(PlannedOptimizer):
                 for itself. FSDP2 needs nothing.
 
         Raises:
-            ValueError: an option of a group does not go with it.
+            ValueError: `clip` has no such value, or an option of a group does not go with it.
+            RuntimeError: gradients are held that the last release was to step.
 
         >>> model = torch.nn.Linear(64, 64)
         >>> optimizer = hf_lowmem.build_optimizer(model, "slim_adamw_8bit", lr=1e-3)
@@ -224,6 +225,10 @@ class LowMemOptimizer(PlannedOptimizer):
         True
         >>> optimizer.step()
         """
+        if self._release is not None and self._release.holds_gradients:
+            raise RuntimeError(
+                "Gradients of the last backward pass are still to be stepped: call step or zero_grad first."
+            )
         self.keep_gradients()
         self._release = GradientRelease(self, clip, replicas)
         return self._release

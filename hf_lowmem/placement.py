@@ -134,20 +134,22 @@ class HeldGradients:
 
     The sums of a dtype share one pinned buffer, as the allocator of pinned memory rounds each up to a power of two.
     Copies and the kernels that use them run on the current stream, in order.
-
-    Args:
-        params: all parameters whose gradients may come.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self._params = list(params)
+    def __init__(self) -> None:
         self._places: dict[Tensor, Tensor] = {}  # the part of a pinned buffer that each parameter has
         self._grads: dict[Tensor, Tensor] = {}  # in the order in which they came
 
-    def add(self, param: Tensor, grad: Tensor) -> Tensor:
+    def __len__(self) -> int:
+        return len(self._grads)
+
+    def add(self, param: Tensor, grad: Tensor, params: Iterable[Tensor]) -> Tensor:
         """Add a gradient to the sum of a parameter, and return the sum on the gradient's device.
 
-        The gradient is taken over: it may be written and kept.
+        Args:
+            param: the parameter.
+            grad: the gradient, which is taken over: it may be written and kept.
+            params: all parameters whose gradients may come.
         """
         held, here = self._grads.get(param), local(grad)
         if held is not None:
@@ -156,7 +158,7 @@ class HeldGradients:
             self._grads[param] = here
             return grad
         if param not in self._places:
-            self._make_room(here.dtype)
+            self._make_room(here.dtype, params)
         self._grads[param] = self._places[param].copy_(here, non_blocking=True)
         return grad
 
@@ -171,9 +173,9 @@ class HeldGradients:
         """Let go of all sums."""
         self._grads.clear()
 
-    def _make_room(self, dtype: torch.dtype) -> None:
+    def _make_room(self, dtype: torch.dtype, params: Iterable[Tensor]) -> None:
         """Allocate the buffer of all parameters on accelerators whose gradients have this dtype."""
-        own = [p for p in self._params if p.dtype == dtype and on_accelerator(local(p)) and p not in self._places]
+        own = [p for p in params if p.dtype == dtype and on_accelerator(local(p)) and p not in self._places]
         sizes = [local(p).numel() for p in own]
         buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=torch.cuda.is_available())
         self._places |= {p: part.view(local(p).shape) for p, part in zip(own, buffer.split(sizes), strict=True)}

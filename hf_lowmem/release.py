@@ -12,21 +12,28 @@ gradients before the first step, and accumulation a place for the sums; `clip` s
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowmem.buckets import Buckets
+from hf_lowmem.log import get_logger
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HeldGradients
-from hf_lowmem.replicas import AveragedGradients
+from hf_lowmem.replicas import AveragedGradients, warn_if_apart
 from hf_lowmem.sharding import is_placed_as, local, local_grad, placed_like, whole
 from hf_lowmem.step_checks import check_released
 
+logger = get_logger(__name__)
+
 Clip = Literal["none", "host", "previous"]
+_RELEASED: Any = WeakIdKeyDictionary()  # a weak reference to the release of each parameter
 
 
 class Watcher(Protocol):
@@ -85,34 +92,52 @@ class GradientRelease:
         replicas: the DistributedDataParallel module that holds the parameters, if one does.
 
     Raises:
-        ValueError: an option of the optimizer does not go with it.
+        ValueError: `clip` is none of these, or an option of the optimizer does not go with it.
     """
 
     def __init__(self, optimizer: Any, clip: Clip, replicas: Any = None) -> None:
+        if clip not in get_args(Clip):
+            raise ValueError(f"clip={clip!r} must be one of {', '.join(map(repr, get_args(Clip)))}.")
         check_released(optimizer.param_groups)
-        self._optimizer, self._clip = optimizer, clip
+        self.optimizer, self._clip = optimizer, clip
         self.watcher: Watcher | None = None
         self._views: dict[Tensor, OneParam] = {}
-        for number, group in enumerate(optimizer.param_groups):
-            for position, param in enumerate(group["params"]):
-                self._views.setdefault(param, OneParam(optimizer, number, position, len(self._views)))
-        self._held = HeldGradients(self._views)
+        self._held = HeldGradients()
         self._norms: dict[Tensor, Tensor] = {}
         self._stepped: list[Tensor] = []
         self._scale: Tensor | None = None  # what clipping multiplies the gradients of this step by
         self._next_scale: Tensor | None = None  # what the last norm asks for
         self._averaged = None if replicas is None else AveragedGradients.of(replicas)
-        self._hooks: list[Any] = []
+        self._hooks: dict[Tensor, Any] = {}
+        arrived = weakref.WeakMethod(self._arrived)  # so that hooks do not keep an optimizer that nothing else has
+
+        def take(param: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method(param)
+
+        self._take = take
         if self._averaged is not None:
-            self._averaged.go_to(self._arrived)
+            self._averaged.go_to(take)
         else:
-            trained = [param for param in self._views if param.requires_grad]
-            self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in trained]
+            warn_if_apart(param for group in optimizer.param_groups for param in group["params"])
+        self._watch_params()
+
+    def _watch_params(self) -> None:
+        """Take the gradients of all parameters of the groups that are trained now."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            for position, param in enumerate(group["params"]):
+                if param not in self._views:
+                    _claim(param, self)
+                    self._views[param] = OneParam(self.optimizer, number, position, len(self._views))
+                if param.requires_grad and param not in self._hooks and self._averaged is None:
+                    self._hooks[param] = param.register_post_accumulate_grad_hook(self._take)
 
     def detach(self) -> None:
         """Let gradients stay until the optimizer's step, as without release."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
+        for param in self._views:
+            _RELEASED.pop(param, None)
         if self._averaged is not None:
             self._averaged.go_to(None)
         self.discard()
@@ -121,6 +146,11 @@ class GradientRelease:
         """Forget gradients that have come and were not stepped."""
         self._held.clear()
         self._norms.clear()
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients have come that are still to be stepped."""
+        return bool(self._held)
 
     @property
     def _holds(self) -> bool:
@@ -135,7 +165,7 @@ class GradientRelease:
         if not is_placed_as(grad, param):
             grad = placed_like(param, local_grad(grad, param))
         if self._holds:
-            grad = self._held.add(param, grad)
+            grad = self._held.add(param, grad, self._views)
             self._norms[param] = norm_of(grad)
             param.grad = None
             return
@@ -156,7 +186,7 @@ class GradientRelease:
         param.grad = grad
         if self.watcher:
             self.watcher.before_step(param, view.group)
-        self._stepped += self._optimizer.take_step(view.buckets, view)
+        self._stepped += self.optimizer.take_step(view.buckets, view)
         if self.watcher:
             self.watcher.after_step(param)
         param.grad = None
@@ -178,13 +208,17 @@ class GradientRelease:
                 f'Gradients cannot be clipped to {max_norm} under clip="none", as their steps were taken before their '
                 'norm was known: use clip="host".'
             )
+        params = list(params)
+        left = [param for param in params if param.grad is not None and param not in self._norms]
         norms = [self._norms[param] for param in params if param in self._norms]
-        norms += [norm_of(param.grad) for param in params if param.grad is not None and param not in self._norms]
+        norms += [norm_of(param.grad) for param in left if param.grad is not None]
         if not norms:
             return torch.zeros(())
         total: Tensor = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
         if max_norm < math.inf:
-            self._next_scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            self._next_scale = scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            for grad in (local(param.grad) for param in left):  # whose step is still to be taken, as without release
+                grad.mul_(scale.to(grad.device))
         return total
 
     def finish(self) -> list[Tensor]:
@@ -197,7 +231,26 @@ class GradientRelease:
         stepped, self._stepped = self._stepped, []
         self._norms.clear()
         self._next_scale = None
+        self._watch_params()
         return stepped
+
+
+def _claim(param: Tensor, release: GradientRelease) -> None:
+    """Note whose release a parameter's gradient goes to; an optimizer that had it until now keeps gradients."""
+    if _other_release(param, release):
+        gc.collect()  # an optimizer that nothing else has is gone after that
+    if other := _other_release(param, release):
+        other.optimizer.keep_gradients()
+        logger.warning(
+            "The gradients of a parameter of shape %s were released to another optimizer, which keeps gradients now.",
+            tuple(param.shape),
+        )
+    _RELEASED[param] = weakref.ref(release)
+
+
+def _other_release(param: Tensor, release: GradientRelease) -> GradientRelease | None:
+    found: GradientRelease | None = _RELEASED[param]() if param in _RELEASED else None
+    return None if found is release else found
 
 
 def norm_of(grad: Tensor) -> Tensor:

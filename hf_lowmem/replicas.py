@@ -6,12 +6,17 @@ train each process by itself. Here the averages of a bucket are handed over whil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from hf_lowmem.log import get_logger
+from hf_lowmem.sharding import is_sharded
+
+logger = get_logger(__name__)
 
 _FOUND: WeakKeyDictionary[Any, AveragedGradients] = WeakKeyDictionary()
 
@@ -98,3 +103,14 @@ class AveragedGradients:
         for param, average in waiting.items():
             if param in anywhere:
                 self._take(param, average)
+
+
+def warn_if_apart(params: Iterable[Tensor]) -> None:
+    """Warn if the gradients of whole weights are stepped on several processes as each of them has found them."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1 and not all(map(is_sharded, params)):
+        logger.warning(
+            "Released gradients are stepped on each of %d processes as it has found them, without averaging: under "
+            "DistributedDataParallel call release_gradients(replicas=...) with its module.",
+            torch.distributed.get_world_size(),
+        )

@@ -235,6 +235,7 @@ class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
         if not isinstance(optimizer, LowMemOptimizer) or not any(g["release"] for g in optimizer.param_groups):
             return
         clip = clip_of(args, optimizer.param_groups[0]["clip"])
+        optimizer.keep_gradients()  # those of a run that was interrupted are of no use
         optimizer.release_gradients(clip, self._replicas(args, optimizer))
 
     def _replicas(self, args: Any, optimizer: LowMemOptimizer) -> Any:

@@ -65,6 +65,8 @@ def refuse_other_layout(
         optim_args: the `optim_args` of the run.
     """
     found, path = layout_of(folder), os.fspath(folder)
+    if found is None:
+        refuse_other_weights(Path(folder), wanted)
     if found in (None, wanted):
         return
     differs = f"The checkpoint {path!r} has the layout {found}, and this run reads {wanted}"
@@ -77,6 +79,18 @@ def refuse_other_layout(
     if optim_args:
         command += ["--optim-args", optim_args if isinstance(optim_args, str) else json.dumps(dict(optim_args))]
     raise ValueError(f"{differs}: `{shlex.join(command)}` writes one that it resumes from.")
+
+
+def refuse_other_weights(folder: Path, wanted: str) -> None:
+    """Raise ValueError if a checkpoint without an optimizer holds weights that a run of this layout cannot read."""
+    name = MODEL.get(wanted)
+    others = [other for other in MODEL.values() if other != name and (folder / other).exists()]
+    pretrained = any(PRETRAINED.fullmatch(path.name) for path in folder.iterdir())
+    if (name and pretrained and not (folder / name).exists()) or (others and not pretrained):
+        raise ValueError(
+            f"The checkpoint {os.fspath(folder)!r} holds a model alone, and not as {wanted}, which this run reads: "
+            "load it as the model of a new run, or resume as the run that wrote it was launched."
+        )
 
 
 def refuse_ours(folder: str | os.PathLike[str], optim: str) -> None:
@@ -220,7 +234,8 @@ def convert_layout(
     if found == layout:
         raise ValueError(f"{source} has the layout {layout} already.")
     model = saved_model(source, config)
-    optim = optim or optim_of(saved, source)
+    written_by = optim_of(saved, source)
+    optim = optim or written_by
     optimizer = _optimizer_of(model, saved, found != SINGLE, optim, optim_args)
     shutil.copytree(source, output, ignore=lambda folder, names: _replaced(names) if Path(folder) == source else ())
     kept = {path.name: path.read_bytes() for path in output.glob("*config.json")}

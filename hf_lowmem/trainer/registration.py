@@ -25,8 +25,9 @@ import transformers
 from accelerate import Accelerator
 
 from hf_lowmem.log import get_logger
+from hf_lowmem.optimizer import LowMemOptimizer
 from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding, refuse_to_save
-from hf_lowmem.trainer.callbacks import CALLBACKS, ReleaseGradients
+from hf_lowmem.trainer.callbacks import CALLBACKS, ReleaseGradients, unwrapped
 from hf_lowmem.trainer.checkpoint_layouts import DEEPSPEED, SINGLE, refuse_other_layout, refuse_ours
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
 from hf_lowmem.trainer.clipping import clip_grad_norm_
@@ -171,4 +172,8 @@ def _train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: 
             refuse_other_layout(folder, _layout_of_run(self), model, self.args.optim_args)
         elif folder is not None:
             refuse_ours(folder, optim)
-    return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)
+    try:
+        return _transformers_train(self, resume_from_checkpoint, *args, **kwargs)
+    finally:  # an interrupted run does not step in the backward passes of the next one
+        if isinstance(optimizer := unwrapped(self.optimizer), LowMemOptimizer):
+            optimizer.keep_gradients()

@@ -173,3 +173,67 @@ def test_gradients_that_are_kept_although_release_is_set_are_warned_of(caplog: p
         model(torch.ones(1, 8)).sum().backward()
         optimizer.step()
     assert sum("release=true, but gradients are kept" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("change", ["add_param_group", "unfreeze"])
+def test_parameters_that_are_trained_later_are_clipped_and_released(change: str) -> None:
+    found = []
+    for clip in (None, "host"):
+        model = llama()
+        late = model.lm_head.weight if change == "unfreeze" else nn.Parameter(torch.ones(64))
+        optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-2, weight_decay=0.0)
+        late.requires_grad_(False)
+        release = optimizer.release_gradients(clip=clip) if clip else None
+        params = list({id(param): param for param in (*model.parameters(), late)}.values())
+        for number, tokens in enumerate(batches(4)):
+            if number == 1:
+                late.requires_grad_(True)
+                if change == "add_param_group":
+                    optimizer.add_param_group({"params": [late]})
+            used = late.square().sum() if number and change == "add_param_group" else 0.0
+            (model(input_ids=tokens, labels=tokens).loss + used).backward()
+            if release:
+                release.clip(params, 0.1)
+            else:
+                nn.utils.clip_grad_norm_(params, 0.1)
+            optimizer.step()
+            assert release is None or number == 1 or all(param.grad is None for param in params)
+            optimizer.zero_grad()
+        found.append(params)
+    for param, twin in zip(*found, strict=True):
+        torch.testing.assert_close(param, twin, rtol=0, atol=0)
+
+
+def test_mistakes_are_answered() -> None:
+    model = llama()
+    optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-2)
+    for value in ("auto", "hosts", "", None, True):
+        with pytest.raises(ValueError, match=r"clip=.* must be one of 'none', 'host', 'previous'"):
+            optimizer.release_gradients(clip=value)  # type: ignore[arg-type]
+    assert optimizer.gradient_release is None
+    optimizer.release_gradients(clip="host")
+    tokens = next(batches(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(RuntimeError, match="still to be stepped: call step or zero_grad first"):
+        optimizer.release_gradients(clip="none")
+    optimizer.zero_grad()
+    optimizer.release_gradients(clip="none")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_optimizer_that_asked_last_gets_the_gradients(kept: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    first = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1.0)
+    first.release_gradients(clip="none")
+    optimizers = [first] if kept else []
+    del first
+    second = hf_lowmem.build_optimizer(model, "slim_adamw", lr=0.0)
+    second.release_gradients(clip="none")
+    before = [param.detach().clone() for param in model.parameters()]
+    tokens = next(batches(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    second.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(second.state[param]["step"] == 1 for param in model.parameters())
+    assert not optimizers or (not optimizers[0].state and optimizers[0].gradient_release is None)
+    assert sum("released to another optimizer" in record.message for record in caplog.records) == kept

@@ -134,6 +134,19 @@ def test_what_cannot_be_converted_is_not_advised(tmp_path: Path) -> None:
         make_trainer(tmp_path, "adam_mini").train(resume_from_checkpoint=str(folder))
 
 
+def test_a_model_alone_is_refused_where_it_cannot_be_read(tmp_path: Path) -> None:
+    folder = three_steps(tmp_path, "adam_mini", save_only_model=True)
+    with pytest.raises(
+        ValueError, match="holds a model alone, and not as full_state_dict, which this run reads: load"
+    ):
+        refuse_other_layout(folder, FULL)
+    refuse_other_layout(folder, SINGLE)
+    (folder / "model.safetensors").rename(folder / "pytorch_model_fsdp.bin")
+    with pytest.raises(ValueError, match="holds a model alone, and not as single, which this run reads: load"):
+        refuse_other_layout(folder, SINGLE)
+    refuse_other_layout(folder, FULL)
+
+
 def test_the_command_of_a_refusal_has_the_options_of_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "my run" / "checkpoint-3"
     (folder / "optimizer_0").mkdir(parents=True)
@@ -158,6 +171,8 @@ def test_mistakes_are_answered_in_one_sentence(tmp_path: Path, capsys: pytest.Ca
     assert "has the layout single already" in refused(checkpoint, SINGLE)
     assert "was written under FSDP2: convert it `--to single` first" in refused(sharded, "adamw_torch")
     assert "invalid choice: 'zero3'" in refused(sharded, "zero3")
+    theirs = three_steps(tmp_path / "theirs", "adamw_torch")
+    assert "was not written by an optim of this package" in refused(theirs, FULL, "--optim", "adamw_torch")
     assert "smmf" in refused(checkpoint, FULL, "--optim", "smmf")
     other = json.loads((sharded / "config.json").read_text()) | {"num_hidden_layers": 2}
     (tmp_path / "other").mkdir()

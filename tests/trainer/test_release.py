@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import recipe_for
@@ -88,6 +89,24 @@ def test_what_does_not_go_together_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         run(tmp_path, "slim_adamw", f"release=true,{options}", **arguments)
+
+
+def test_an_interrupted_run_does_not_step_in_the_next_one(tmp_path: Path) -> None:
+    class Interrupts(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, "slim_adamw", "release=true", **ACCUMULATED)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.optimizer.optimizer.gradient_release is None
+    before = [param.detach().clone() for param in trainer.model.parameters()]
+    trainer.model(**trainer.data_collator([trainer.train_dataset[0]])).loss.backward()
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+    trainer.pop_callback(Interrupts)
+    trainer.train()
+    assert trainer.state.global_step == 8
 
 
 @pytest.mark.parametrize("name", OPTIM_NAMES)
