@@ -53,7 +53,7 @@ class OneParam:
         self._optimizer, self._group, self._position = optimizer, group, position
         self.param: Tensor = optimizer.param_groups[group]["params"][position]
         self.first_place = place
-        self.buckets = Buckets()
+        self.buckets: Buckets = optimizer.buckets_of_one()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
@@ -147,9 +147,14 @@ class GradientRelease:
         self._held.clear()
         self._norms.clear()
 
+    def forget_buckets(self, param: Tensor | None = None) -> None:
+        """Forget what was prepared for the next step of a parameter, or of all."""
+        for view in self._views.values() if param is None else [self._views[param]] if param in self._views else []:
+            view.buckets.forget(param)
+
     @property
     def holds_gradients(self) -> bool:
-        """Whether gradients have come that are still to be stepped."""
+        """Return whether gradients have come that are still to be stepped."""
         return bool(self._held)
 
     @property
@@ -214,7 +219,7 @@ class GradientRelease:
         norms += [norm_of(param.grad) for param in left if param.grad is not None]
         if not norms:
             return torch.zeros(())
-        total: Tensor = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+        total: Tensor = whole(torch.linalg.vector_norm(torch.stack(in_torchs_order(norms))))
         if max_norm < math.inf:
             self._next_scale = scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
             for grad in (local(param.grad) for param in left):  # whose step is still to be taken, as without release
@@ -251,6 +256,12 @@ def _claim(param: Tensor, release: GradientRelease) -> None:
 def _other_release(param: Tensor, release: GradientRelease) -> GradientRelease | None:
     found: GradientRelease | None = _RELEASED[param]() if param in _RELEASED else None
     return None if found is release else found
+
+
+def in_torchs_order(norms: list[Tensor]) -> list[Tensor]:
+    """Return the norms of gradients in the order in which torch adds them up, on the device of the first."""
+    alike: dict[Any, Any] = torch.utils._foreach_utils._group_tensors_by_device_and_dtype([[*norms]])
+    return [norm.to(norms[0].device) for (group,), _ in alike.values() for norm in group]
 
 
 def norm_of(grad: Tensor) -> Tensor:

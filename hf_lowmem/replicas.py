@@ -29,9 +29,17 @@ class AveragedGradients:
 
     Args:
         module: the DistributedDataParallel module, which has no communication hook yet.
+
+    Raises:
+        ValueError: it has one.
     """
 
     def __init__(self, module: Any) -> None:
+        if module._comm_hooks:
+            raise ValueError(
+                f"The DistributedDataParallel module has the communication hook "
+                f"{module._comm_hooks[0][0].__name__}, but released gradients need its place: register none."
+            )
         self._group, self._params = module.process_group, [p for p in module.parameters() if p.requires_grad]
         self._share = 1.0 / torch.distributed.get_world_size(self._group)
         self._taker: Callable[[Tensor], None] | None = None

@@ -17,6 +17,7 @@ LAYERS = [
     {"snr"},
     {"rules", "roles"},
     {"optimizer"},
+    {"stateful_optimizer"},
     {"planned_optimizer"},
     {"buckets", "checkpoint", "clipping", "gathering", "release", "stepping", "units"},
     {"adamw_state", "checks", "option_help", "options", "param_layouts", "step_checks"},

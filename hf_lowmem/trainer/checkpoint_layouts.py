@@ -169,7 +169,7 @@ def saved_model(folder: Path, config: str | None = None) -> nn.Module:
     model: Any = meta_model(described, torch.float32)
     layout = layout_of(folder)
     weights = _read(folder / MODEL[layout], "model") if layout in MODEL else _read_pretrained(folder)
-    if layout not in MODEL and weights.keys() - model.state_dict().keys():  # named as in an older release
+    if layout not in MODEL and weights.keys() - model.state_dict().keys():  # experts, which the files do not stack
         return _converted_by_transformers(model, folder, weights)
     try:
         model.load_state_dict(weights, strict=False, assign=True)

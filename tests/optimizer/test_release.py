@@ -237,3 +237,46 @@ def test_the_optimizer_that_asked_last_gets_the_gradients(kept: bool, caplog: py
     assert all(second.state[param]["step"] == 1 for param in model.parameters())
     assert not optimizers or (not optimizers[0].state and optimizers[0].gradient_release is None)
     assert sum("released to another optimizer" in record.message for record in caplog.records) == kept
+
+
+def test_weights_of_several_dtypes_are_clipped_by_torchs_norm() -> None:
+    found = []
+    for clip in (None, "host"):
+        torch.manual_seed(0)
+        parts = [nn.Linear(64, 96).double(), nn.Linear(96, 64).bfloat16(), nn.Linear(64, 8)]
+        model = nn.ModuleList(parts)
+        optimizer = hf_lowmem.build_optimizer(model, "factored_adamw", lr=1e-2, optim_args="rounding=kahan")
+        release = optimizer.release_gradients(clip=clip) if clip else None
+        for _ in range(3):
+            hidden = torch.randn(4, 64).double()
+            for part in parts:
+                hidden = part(hidden.to(part.weight.dtype))
+            hidden.square().mean().backward()
+            params = list(model.parameters())
+            norm = release.clip(params, 0.05) if release else nn.utils.clip_grad_norm_(params, 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*params, norm])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_state_that_is_replaced_is_prepared_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_lowmem")
+    embedding = nn.Embedding(32, 64).bfloat16()
+    optimizer = hf_lowmem.build_optimizer(embedding, "slim_adamw", lr=1e-2)
+    optimizer.release_gradients(clip="none")
+    embedding(torch.arange(8)).square().sum().backward()
+    optimizer.step()
+    embedding.weight.data = torch.cat([embedding.weight.data, torch.ones(4, 64).bfloat16()])
+    with pytest.raises(RuntimeError, match=r"call optimizer\.resize_state\(\) before the next step"):
+        embedding(torch.arange(36)).square().sum().backward()
+    embedding.weight.grad = None
+    optimizer.zero_grad()
+    optimizer.resize_state()
+    optimizer.param_groups[0]["rounding"] = "kahan"
+    embedding(torch.arange(36)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[embedding.weight]["exp_avg"].shape == (36, 64)
+    assert optimizer.state[embedding.weight]["step"] == 2
+    assert sum("Kahan's buffers of 1 weights were started at zero" in record.message for record in caplog.records) == 1

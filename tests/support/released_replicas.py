@@ -11,8 +11,10 @@ import itertools
 import sys
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_lowmem
@@ -71,6 +73,11 @@ def main(name: str) -> None:
         for key, weight in plain.named_parameters():
             torch.testing.assert_close(released.get_parameter(key), weight, rtol=0, atol=0)
         torch.testing.assert_close(found, norms, rtol=0, atol=0)
+    hooked = DistributedDataParallel(nn.Linear(64, 64))
+    hooked.register_comm_hook(None, fp16_compress_hook)
+    optimizer = hf_lowmem.build_optimizer(hooked.module, name, lr=1e-2)
+    with pytest.raises(ValueError, match="has the communication hook fp16_compress_hook, but released gradients need"):
+        optimizer.release_gradients(replicas=hooked)
     torch.distributed.destroy_process_group()
 
 
