@@ -64,6 +64,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """Each training collects garbage first, and need not walk all that the tests have imported for that."""
+    import torch._dynamo  # noqa: F401  which the first training imports
+
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--trl-table", metavar="FILE", help="write what test_trl_trainers.py found to this Markdown file")
 
@@ -88,7 +100,6 @@ def trl_ready() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
         yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
     datasets.enable_progress_bars()
 

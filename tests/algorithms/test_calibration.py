@@ -23,6 +23,7 @@ from hf_lowmem.roles import ParamRole, assign_roles
 from hf_lowmem.snr import snr_of
 from hf_lowmem.snr.choice import term
 from tests.support.model_families import VOCAB_SIZE, tiny_model
+from tests.support.slow import slow
 
 AUTO = {"rules": "auto", "calibration_steps": 3, "snr_cutoff": 0.2, "min_8bit_size": 0}
 ROLE = ParamRole("up_proj.weight", (8, 64), "mlp_up", fan_out=0, fan_in=(1,))
@@ -386,7 +387,7 @@ def test_options_that_do_not_go_together(optim: str, optim_args: str, message: s
         {"dtype": torch.float64},
         {"offload_state": True},
         {"state_bits": 16},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        slow({"compile": True}),
     ],
     ids=str,
 )

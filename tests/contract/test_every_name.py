@@ -11,14 +11,10 @@ from transformers import Trainer, TrainerCallback
 
 import hf_lowmem
 from hf_lowmem.trainer.optim_args import recipe_for
+from tests.support.slow import fast_only, slow
 
 NAMES = hf_lowmem.optim_names()
 Make = Callable[..., Trainer]
-
-
-def slow(value: object) -> object:
-    """A case that the fast tests leave out, because another stands for it there."""
-    return pytest.param(value, marks=pytest.mark.slow, id=str(value))
 
 
 class StopAt(TrainerCallback):
@@ -83,7 +79,7 @@ def test_resume_is_bit_exact(optim: str, dtype: torch.dtype, make_trainer: Make,
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 @pytest.mark.parametrize(
-    "optim", ["slim_adamw_8bit", slow("adam_mini"), "coap_adamw_8bit", slow("coap_adafactor"), "soap"]
+    "optim", ["slim_adamw_8bit", *map(slow, ("adam_mini", "coap_adamw_8bit", "coap_adafactor", "soap"))]
 )
 def test_resume_of_rounded_weights_is_bit_exact(optim: str, rounding: str, make_trainer: Make, tmp_path: Path) -> None:
     arguments = dict(dtype=torch.bfloat16, learning_rate=1e-4, optim_args=f"rounding={rounding}")
@@ -106,7 +102,10 @@ PROJECTED = {
 
 
 @pytest.mark.parametrize("saved_at", [slow(3), 4, slow(5)])
-@pytest.mark.parametrize("optim", [name for name in NAMES if name[:4] in PROJECTED])
+@pytest.mark.parametrize(
+    "optim",
+    fast_only([name for name in NAMES if name[:4] in PROJECTED], ("coap_adamw_8bit", "coap_adafactor", "soap")),
+)
 def test_resume_is_bit_exact_across_a_change_of_basis(
     optim: str, saved_at: int, make_trainer: Make, tmp_path: Path
 ) -> None:
@@ -154,7 +153,7 @@ def test_build_optimizer_is_the_trainers(optim: str, make_trainer: Make) -> None
     assert plain(twin.param_groups) == plain(trainer.optimizer.param_groups)
 
 
-@pytest.mark.parametrize("optim", NAMES)
+@pytest.mark.parametrize("optim", fast_only(NAMES, [name for name in NAMES if not name.endswith("8bit")]))
 def test_trains(optim: str, make_trainer: Make) -> None:
     """The loss falls on data that can be learnt by heart."""
     lr = {"signum": 1e-3, "micro_adam": 1e-2}.get(recipe_for(optim).algorithm, 3e-3)

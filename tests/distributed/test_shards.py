@@ -11,6 +11,7 @@ from hf_lowmem.state import TensorSpec
 from hf_lowmem.state_place import can_be_cut
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from tests.support.sharded_runs import Case, run_cases
+from tests.support.slow import fast_only
 
 pytestmark = pytest.mark.distributed
 
@@ -68,7 +69,10 @@ CUTS = [
     Case("factored_adamw", "rounding=kahan", cut="offloaded", dtype="bfloat16"),
     Case("coap_adamw", options("coap_adamw"), cut="offloaded"),
 ]
-RUNS = {"two": (2, EVERY_NAME), "three": (3, [*EVERY_NAME, *FAMILIES, *ROUNDED, *OTHERS]), "four": (4, CUTS)}
+FAST = [case for case in EVERY_NAME if case.optim in ("lowmem_adamw", "adam_mini", "smmf", "micro_adam", "h_fac")]
+FAST += [case for case in EVERY_NAME if case.optim.endswith("_8bit") and "ada" in case.optim]
+RUNS = {"two": (2, FAST), "two, others": (2, [case for case in EVERY_NAME if case not in FAST])}
+RUNS |= {"three": (3, [*EVERY_NAME, *FAMILIES, *ROUNDED, *OTHERS]), "four": (4, CUTS)}
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +114,9 @@ def test_an_8bit_block_is_not_cut_by_two_groups_either(entries: int, fits: bool)
     assert can_be_cut(absmax, tile) == fits
 
 
-@pytest.mark.parametrize("case", EVERY_NAME, ids=str)
+@pytest.mark.parametrize("case", fast_only(EVERY_NAME, FAST), ids=str)
 def test_every_name_on_two_processes(case: Case, found: Any) -> None:
-    result = found("two", case)
+    result = found("two" if case in FAST else "two, others", case)
     check(result, case)
     assert result["share"] < (0.56 if "h_fac" not in case.optim else 1.01)  # whose means of columns both hold
 

@@ -32,6 +32,7 @@ from tests import ROOT
 from tests.support.declarations import FULL_SPACE, STORAGES, each_variant
 from tests.support.kernel_runs import RAGGED, by_rule, run
 from tests.support.model_families import FAMILIES, tiny_model
+from tests.support.slow import slow
 
 NAMES = ["lowmem_adamw", "slim_adamw", "factored_adamw", "adam_mini", "adalayer", "signum"]
 ROUNDINGS = ["nearest", "stochastic", "kahan"]
@@ -84,7 +85,7 @@ def check_against(
 
 @built
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("bits", [32, slow(16), 8])
 @pytest.mark.parametrize(("cls", "options", "shape"), LARGE, ids=lambda value: str(value).replace(" ", ""))
 def test_large_weights_follow_the_rules(cls, options, shape, bits, rounding) -> None:
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16

@@ -32,6 +32,7 @@ from hf_lowmem.kernels.triton import fadam, fadam_kernels, micro_adam, micro_ada
 from hf_lowmem.kernels.triton import step as kernels
 from hf_lowmem.kernels.triton.tuning import current_arch, tile_for, warps_of
 from hf_lowmem.kernels.triton.variants import Layout, Variant, layout_of, triton_kernels, warps
+from tests.support.slow import slow
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIGNATURE = {"parts": "*i64", "all_scalars": "*fp64", "part_numbers": "*i32"}
@@ -50,6 +51,10 @@ SIGNATURE |= dict.fromkeys(("errors", "powers", "first", "second"), "*fp32") | {
 SIGNATURE |= dict.fromkeys(("decay", "lr", "eps", "first_correction", "second_correction", "alpha"), "fp32")
 SIGNATURE |= dict.fromkeys(("stride", "columns", "length", "kept", "block_size"), "i32")
 CODES, FLOATS = (tl.uint8, 256), (tl.float32, None)
+
+
+# An A100 has its own tiles; the fast tests compile for an H100 alone.
+each_arch = pytest.mark.parametrize("arch", [slow(80), 90])
 
 
 def means(cls: Any, shape: tuple[int, ...], **options: Any) -> Geometry:
@@ -170,7 +175,7 @@ def most_registers(v: Variant, arch: int) -> int:
     return 168 if v.second == "full" or v.factored or arch == 80 else 128
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> None:
     for moment, measured in zip((FLOATS, CODES), MEASURED[shape], strict=True):
@@ -182,6 +187,7 @@ def test_steps_stay_in_their_budget(shape: str, arch: int, tmp_path: Path) -> No
         assert report.registers <= most_registers(v, arch), figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_clipping_takes_an_instruction_per_entry(shape: str, tmp_path: Path) -> None:
     for moment, measured in zip((FLOATS, CODES), MEASURED[shape], strict=True):
@@ -191,6 +197,7 @@ def test_clipping_takes_an_instruction_per_entry(shape: str, tmp_path: Path) -> 
         assert per_entry <= ROOM * measured + twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [shape for shape, (second, _) in SHAPES.items() if second in ("group", "column")])
 def test_a_limit_of_updates_takes_a_few_instructions(shape: str, tmp_path: Path) -> None:
     """The other variants are factored with a limit, and averaged without one."""
@@ -213,7 +220,7 @@ def test_every_variant_compiles_without_spills(shape: str, moment: tuple[Any, in
         assert per_entry <= most, (weight, rounding, arch, per_entry)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 @pytest.mark.parametrize("shape", ["heads", "columns", "factored"])
 def test_the_passes_before_a_step(shape: str, arch: int, tmp_path: Path) -> None:
     v = variant(shape, FLOATS, tl.bfloat16, arch=arch)._replace(moment=None, rounding="")
@@ -257,7 +264,7 @@ RAGGED = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 @pytest.mark.parametrize("shape", RAGGED)
 def test_rows_that_end_in_a_short_block_compile_without_spills(shape: str, arch: int, tmp_path: Path) -> None:
     second, geometry = RAGGED[shape]
@@ -325,7 +332,7 @@ def test_what_the_optimizer_launches_compiles(monkeypatch: pytest.MonkeyPatch) -
     assert compiled[9:] == ["write_grads", "sum_squares", "write_grads", "combine", "step"]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 def test_smmf_goes_over_a_weight_without_spills(arch: int, tmp_path: Path) -> None:
     sizes = {"ROWS": smmf.TILE // smmf.COLUMNS, "COLUMNS": smmf.COLUMNS}
     flags = {"ROUNDING": "nearest", "CLIP": False, "MASK_ZEROS": True}
@@ -336,7 +343,7 @@ def test_smmf_goes_over_a_weight_without_spills(arch: int, tmp_path: Path) -> No
     assert (packing.spills, packing.stack) == (0, 0)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 @pytest.mark.parametrize("bits", [32, 8])
 def test_fadam_goes_over_a_weight_without_spills(bits: int, arch: int, tmp_path: Path) -> None:
     sizes = {"BLOCKS": fadam.TILE // 256, "BLOCK": 256, "CLIP": False}
@@ -347,7 +354,7 @@ def test_fadam_goes_over_a_weight_without_spills(bits: int, arch: int, tmp_path:
     assert all((report.spills, report.stack) == (0, 0) for report in reports)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@each_arch
 def test_micro_adam_spills_nothing(arch: int, tmp_path: Path) -> None:
     flags = {"BUCKET": 64, "SIZE": micro_adam.SIZE}
     constants: dict[Any, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
 from hf_lowmem.trainer.names import OPTIM_NAMES
+from tests.support.slow import slow
 
 ROUNDINGS = ["nearest", "stochastic", "kahan"]
 
@@ -60,9 +61,7 @@ def test_every_optimizer_takes_the_steps_of_a_plain_run(optim: str) -> None:
 
 
 @pytest.mark.parametrize("optim", OPTIM_NAMES)
-@pytest.mark.parametrize(
-    "accumulated", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("accumulated", [2, slow(1), slow(4)])
 def test_the_host_adds_up_and_clips_as_a_plain_run(optim: str, accumulated: int) -> None:
     model = llama(tied=False)
     other = copy.deepcopy(model)

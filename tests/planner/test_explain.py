@@ -11,7 +11,10 @@ import torch
 
 import hf_lowmem
 from hf_lowmem.sizes import readable
-from tests.support.model_families import DECODER_LMS, FAMILIES, tiny_model
+from tests.support.model_families import DECODER_LMS, FAMILIES, meta_model, tiny_model
+from tests.support.slow import fast_only
+
+IN_8_BITS = [name for name in hf_lowmem.optim_names() if name.endswith("_8bit")]
 
 
 def table(family: str, optim: str, **options: object) -> dict[str, object]:
@@ -23,11 +26,11 @@ def numbers(row) -> int:
     return sum(math.prod(shape) for name, (shape, _) in row.state.items() if name.startswith("exp_avg_sq"))
 
 
-@pytest.mark.parametrize("optim", hf_lowmem.optim_names())
+@pytest.mark.parametrize("optim", fast_only(hf_lowmem.optim_names(), IN_8_BITS))
 def test_every_family_can_be_explained(optim: str) -> None:
     for family in FAMILIES:
-        explanation = hf_lowmem.explain(tiny_model(family), optim)
-        model = tiny_model(family)
+        model = meta_model(family)
+        explanation = hf_lowmem.explain(model, optim)
         assert explanation.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert len(explanation.rows) == len(list(model.parameters()))
         json.dumps(explanation.to_dict())
@@ -196,7 +199,7 @@ def test_what_8_bit_does_not_hold_is_said_in_words(module, optim, options, why) 
     assert why in in_float32(torch.nn.ModuleDict({"small": module}), optim, options)
 
 
-@pytest.mark.parametrize("optim", [*hf_lowmem.optim_names(), "adamw_torch"])
+@pytest.mark.parametrize("optim", [*fast_only(hf_lowmem.optim_names(), IN_8_BITS), "adamw_torch"])
 def test_no_line_by_role_is_wider_than_100_columns(optim: str, tmp_path) -> None:
     pattern = "model.layers.[0-9]+." + "|".join(f"nothing{number}" for number in range(20)) + "|q_proj"
     (tmp_path / "rules.json").write_text(json.dumps({"regex": [[pattern, None]]}))

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 import hf_lowmem
 from hf_lowmem.cli import main
 from hf_lowmem.trainer.names import OPTIM_NAMES
+from tests.support.slow import fast_only, slow
 from tests.support.small_trainer import StopAt, make_trainer, three_steps
 
 FAMILY = [
@@ -49,7 +50,7 @@ def adamw(tmp_path_factory):
     return checkpoint, losses(whole)
 
 
-@pytest.mark.parametrize(("optim", "bits"), FAMILY)
+@pytest.mark.parametrize(("optim", "bits"), fast_only(FAMILY, [case for case in FAMILY if case[1] != 16]))
 def test_our_names_start_from_adamws_checkpoint(optim, bits, adamw, tmp_path):
     checkpoint, expected = adamw
     options = "min_8bit_size=0" if bits == 8 else f"state_bits={bits}"
@@ -86,7 +87,7 @@ def test_the_moments_are_adamws(adamw, tmp_path):
     assert loaded.rates == {float(group["lr"]) for group in saved["param_groups"]}
 
 
-@pytest.mark.parametrize("written_by", ["adamw_torch_fused", "adamw_torch", "adamw_torch amsgrad"])
+@pytest.mark.parametrize("written_by", ["adamw_torch_fused", slow("adamw_torch"), slow("adamw_torch amsgrad")])
 def test_other_forms_of_adamws_checkpoint(written_by, tmp_path):
     checkpoint = three_steps(tmp_path / "a", written_by.split()[0], dtype=torch.bfloat16)
     if "amsgrad" in written_by:
@@ -102,7 +103,7 @@ def test_other_forms_of_adamws_checkpoint(written_by, tmp_path):
     assert not any(group.get("amsgrad") for group in inner(trainer).param_groups)
 
 
-@pytest.mark.parametrize("optim", OTHERS)
+@pytest.mark.parametrize("optim", fast_only(OTHERS, ("signum", "coap_adamw", "soap_8bit")))
 def test_the_others_say_what_to_delete(optim, adamw, tmp_path):
     checkpoint, _ = adamw
     trainer = make_trainer(tmp_path, optim, save_strategy="no")
@@ -125,10 +126,10 @@ def test_what_is_said_to_delete_works(tmp_path):
     ("optim", "options"),
     [
         ("lowmem_adamw", None),
-        ("slim_adamw", "update_limit=inf"),
+        slow("slim_adamw", "update_limit=inf"),
         ("slim_adamw_8bit", "min_8bit_size=0,update_limit=inf"),
-        ("adam_mini", "state_bits=16,value=tensor,update_limit=inf"),
-        ("adalayer_8bit", "min_8bit_size=0,rules=paper"),
+        slow("adam_mini", "state_bits=16,value=tensor,update_limit=inf"),
+        slow("adalayer_8bit", "min_8bit_size=0,rules=paper"),
     ],
 )
 def test_the_way_back(optim, options, tmp_path, capsys):

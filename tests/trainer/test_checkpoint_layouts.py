@@ -22,13 +22,14 @@ from hf_lowmem.trainer.checkpoint_layouts import (
     refuse_other_layout,
 )
 from tests.support.model_families import tiny_model
+from tests.support.slow import slow
 from tests.support.small_trainer import StopAt, make_trainer, three_steps
 
 RUNS = [
     ("slim_adamw_8bit", "min_8bit_size=0", torch.float32),
     ("factored_adamw", "rounding=kahan", torch.bfloat16),
     *(
-        pytest.param(*run, marks=pytest.mark.slow)
+        slow(*run)
         for run in (
             ("coap_adamw_8bit", "rank=8,min_8bit_size=0", torch.float32),
             ("micro_adam", None, torch.bfloat16),
@@ -111,7 +112,7 @@ def test_weights_that_transformers_converts_keep_their_bits(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("optim", [pytest.param("slim_adamw", marks=pytest.mark.slow), "lowmem_adamw_8bit"])
+@pytest.mark.parametrize("optim", [slow("slim_adamw"), "lowmem_adamw_8bit"])
 def test_adamw_refuses_our_state_in_every_layout(layout: str, optim: str, tmp_path: Path) -> None:
     folder = three_steps(tmp_path / "ours", optim)
     if layout != SINGLE:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import recipe_for
+from tests.support.slow import slow
 from tests.support.small_trainer import StopAt, make_trainer
 
 PLAIN = {"max_grad_norm": 0.0}
@@ -39,7 +40,7 @@ def assert_same(trainer: Any, other: Any) -> None:
 @pytest.mark.parametrize("arguments", [PLAIN, CLIPPED, ACCUMULATED], ids=["plain", "clipped", "accumulated"])
 @pytest.mark.parametrize(
     "optim",
-    ["slim_adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coap_adamw", "micro_adam"))],
+    ["slim_adamw_8bit", *map(slow, ("coap_adamw", "micro_adam"))],
 )
 def test_a_run_and_its_log_are_those_without_release(optim: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     kept = run(tmp_path / "kept", optim, "rounding=kahan", dtype=torch.bfloat16, **arguments)

@@ -26,6 +26,7 @@ from tests.support.resumed_runs import (
     same_state,
     same_weights,
 )
+from tests.support.slow import fast_only
 from tests.support.trl_trainers import EXCLUDED, MODELS, NOT_SAVED, TRAINERS, TrlTrainer, save_model
 
 pytestmark = pytest.mark.usefixtures("trl_ready")
@@ -76,7 +77,7 @@ def assert_made_smaller(trainer: Trainer, optim: str) -> None:
         )
 
 
-@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("optim", fast_only(OPTIMS, ("slim_adamw_8bit",)))
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_trains_and_resumes(trainer: str, family: str, optim: str, run: Run, trl_table: dict) -> None:
