@@ -54,6 +54,7 @@ class OneParam:
         self.param: Tensor = optimizer.param_groups[group]["params"][position]
         self.first_place = place
         self.buckets: Buckets = optimizer.buckets_of_one()
+        self._layouts: list[ParamLayout] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
@@ -79,8 +80,14 @@ class OneParam:
         return {self.param: found} if found else {}
 
     def groups_with_layouts(self) -> Iterator[tuple[int, dict[str, Any], list[ParamLayout]]]:
-        """Return the group with the layout of the parameter, which may change during a run."""
-        yield 0, self.group, [self._optimizer.layout_at(self._group, self._position)]
+        """Return the group with the layout of the parameter, which may change during a run.
+
+        It is the same list until then, by which buckets know that nothing has changed.
+        """
+        layout = self._optimizer.layout_at(self._group, self._position)
+        if not self._layouts or self._layouts[0] is not layout:
+            self._layouts = [layout]
+        yield 0, self.group, self._layouts
 
 
 class GradientRelease:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowmem
+from hf_lowmem import buckets
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from tests.support.slow import slow
 
@@ -98,6 +99,20 @@ def test_one_gradient_is_alive_at_a_time() -> None:
         optimizer.step()
     assert len(alive) == 2 * len(list(model.parameters()))
     assert max(alive) == max(param.nbytes for param in model.parameters())
+
+
+def test_what_is_prepared_for_a_step_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[buckets.PreparedBuckets]()
+
+    class Counted(buckets.PreparedBuckets):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(buckets, "PreparedBuckets", Counted)
+    model = llama()
+    trained(model, "slim_adamw_8bit", "none")
+    assert sum(len(each.members) for each in made) == len(list(model.parameters()))
 
 
 def test_the_norm_of_the_step_before_clips_the_next() -> None:

@@ -22,16 +22,18 @@ static int thread_number(void) { return 0; }
 enum { STEP, APPLY, AVERAGE }; /* step.py has them too */
 
 /* How a part is cut into units. Where the units of a group share means, their sums wait in `sums`, and `scales` holds
- * their factors of exp_avg in the update; a unit of whole groups has both in its thread's scratch. */
+ * their factors of exp_avg in the update; a unit of whole groups has both in its thread's scratch. Squares are summed
+ * by `sum_rows` and `sum_columns` in either case, so that a mean has the same bits. */
 typedef struct {
     int64_t group_chunk, row_chunk, column_chunk;
     int64_t group_units, row_units, column_units;
+    int64_t sum_rows, sum_columns;
     double *sums;
     float *scales;
 } Cut;
 
 typedef struct {
-    double *sums;
+    double *sums, *some;
     float *few, *scales;
 } Scratch;
 
@@ -222,18 +224,24 @@ static int shares_means(const Part *part, const Cut *cut) {
     return part->rule == ADAMW_MEAN && cut->row_units * cut->column_units > 1;
 }
 
-static Cut cut_of(const Part *part) {
+/* A group of up to FUSED entries is a unit, which reads its gradient twice while it is in the cache, unless that would
+ * leave threads without work; `share` is how many entries each has. */
+static Cut cut_of(const Part *part, int64_t share) {
     int64_t size = run_size(part), entries = part->rows * part->columns;
-    Cut cut = {1, part->rows, part->columns, 0, 0, 0, NULL, NULL};
-    if (part->rule == ADAMW_MEAN && entries <= FUSED) {
-        cut.group_chunk = entries < UNIT ? UNIT / entries : 1;
+    Cut cut = {1, part->rows, part->columns, 0, 0, 0, part->rows, part->columns, NULL, NULL};
+    if (part->rule == ADAMW_MEAN && entries <= UNIT) {
+        cut.group_chunk = UNIT / entries;
     } else if (part->columns >= UNIT && !part->per_column) {
-        cut.row_chunk = 1;
-        cut.column_chunk = UNIT / size * size;
+        cut.sum_rows = 1;
+        cut.sum_columns = UNIT / size * size;
     } else {
-        cut.row_chunk = parts_of(UNIT, part->columns);
+        cut.sum_rows = parts_of(UNIT, part->columns);
         /* The units' sums take eight bytes a column, which is to be little beside the entries. */
-        if (part->per_column && cut.row_chunk < LEAST_ROWS) cut.row_chunk = LEAST_ROWS;
+        if (part->per_column && cut.sum_rows < LEAST_ROWS) cut.sum_rows = LEAST_ROWS;
+    }
+    if (part->rule != ADAMW_MEAN || entries > least(FUSED, share)) {
+        cut.row_chunk = cut.sum_rows;
+        cut.column_chunk = cut.sum_columns;
     }
     cut.group_units = parts_of(part->groups, cut.group_chunk);
     cut.row_units = parts_of(part->rows, cut.row_chunk);
@@ -271,6 +279,28 @@ CLONES static void combine(const Part *part, const Cut *cut) {
     }
 }
 
+/* Sum the squares of a whole group, in the order of units that share it. */
+INLINE void sum_group(const Part *part, const Cut *cut, int64_t group, Scratch scratch) {
+    int64_t count = means_of_group(part);
+    for (int64_t row = 0; row < part->rows; row += cut->sum_rows) {
+        for (int64_t column = 0; column < part->columns; column += cut->sum_columns) {
+            Range range = {
+                group,  group + 1,
+                row,    least(row + cut->sum_rows, part->rows),
+                column, least(column + cut->sum_columns, part->columns),
+            };
+            double *to = row + column ? scratch.some : scratch.sums;
+            if (part->per_column) {
+                memset(to, 0, (size_t)count * sizeof *to);
+                sum_column_squares(part, group, &range, scratch.few, to);
+            } else {
+                *to = sum_squares(part, group, &range);
+            }
+            if (row + column) SIMD for (int64_t i = 0; i < count; i++) scratch.sums[i] += to[i];
+        }
+    }
+}
+
 /* Step a unit, or, if it only `sums`, average what its own groups have found. */
 CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scratch scratch, int sums) {
     if (sums && (cut->scales || part->rule != ADAMW_MEAN)) return;
@@ -281,14 +311,7 @@ CLONES static void step_unit(const Part *part, const Cut *cut, int64_t unit, Scr
         if (cut->scales) {
             scales = cut->scales + group * count;
         } else if (part->rule == ADAMW_MEAN) {
-            if (part->averaged) {
-                scratch.sums[0] = 0; /* it is not read */
-            } else if (part->per_column) {
-                memset(scratch.sums, 0, (size_t)count * sizeof *scratch.sums);
-                sum_column_squares(part, group, &range, scratch.few, scratch.sums);
-            } else {
-                scratch.sums[0] = sum_squares(part, group, &range);
-            }
+            if (!part->averaged) sum_group(part, cut, group, scratch);
             average(part, group, scratch.sums, scratch.scales);
             scales = scratch.scales;
         }
@@ -351,7 +374,7 @@ static Part part_from(const PartRow *row, const ScalarRow *scalars, const Map *m
  * are. Returns 0, or 1 without having changed anything when there is no memory for the sums. */
 int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *maps, int64_t count, int pass,
                    int threads) {
-    int64_t widest = 1, sums = 0, shared_scales = 0;
+    int64_t widest = 1, sums = 0, shared_scales = 0, entries = 0;
     Part *parts = malloc((size_t)count * sizeof *parts);
     Cut *cuts = malloc((size_t)count * sizeof *cuts);
     int64_t *first_unit = malloc((size_t)(count + 1) * sizeof *first_unit);
@@ -359,9 +382,10 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
     float *all_scales = NULL;
     if (!parts || !cuts || !first_unit) goto failed;
     for (int64_t p = 0; p < count; p++) parts[p] = part_from(rows + p, scalars + p, maps, pass);
+    for (int64_t p = 0; p < count; p++) entries += parts[p].groups * parts[p].rows * parts[p].columns;
     first_unit[0] = 0;
     for (int64_t p = 0; p < count; p++) {
-        cuts[p] = cut_of(parts + p);
+        cuts[p] = cut_of(parts + p, entries / threads);
         int64_t units = cuts[p].group_units * cuts[p].row_units * cuts[p].column_units;
         first_unit[p + 1] = first_unit[p] + units;
         if (parts[p].per_column && parts[p].columns > widest) widest = parts[p].columns;
@@ -370,10 +394,10 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
             shared_scales += parts[p].groups * means_of_group(parts + p);
         }
     }
-    all_sums = calloc((size_t)(sums + widest * threads), sizeof *all_sums);
+    all_sums = calloc((size_t)(sums + 2 * widest * threads), sizeof *all_sums);
     all_scales = malloc((size_t)(shared_scales + 2 * widest * threads) * sizeof *all_scales);
     if (!all_sums || !all_scales) goto failed;
-    double *next_sums = all_sums + widest * threads;
+    double *next_sums = all_sums + 2 * widest * threads;
     float *next_scales = all_scales + 2 * widest * threads;
     for (int64_t p = 0; p < count; p++) {
         if (!shares_means(parts + p, cuts + p)) continue;
@@ -384,8 +408,8 @@ int hf_lowmem_step(const PartRow *rows, const ScalarRow *scalars, const Map *map
     _Pragma("omp parallel num_threads(threads)")
     {
         int thread = thread_number();
-        Scratch scratch = {all_sums + widest * thread, all_scales + 2 * widest * thread, NULL};
-        scratch.scales = scratch.few + widest;
+        Scratch scratch = {all_sums + 2 * widest * thread, NULL, all_scales + 2 * widest * thread, NULL};
+        scratch.some = scratch.sums + widest, scratch.scales = scratch.few + widest;
         if (sums) {
             _Pragma("omp for schedule(dynamic)")
             for (int64_t unit = 0; unit < first_unit[count]; unit++) {

@@ -90,6 +90,7 @@ class Table:
         rows = [(number, row) for number, step in enumerate(steps) for row in rows_of(rule, step)]
         self.owners = torch.tensor([number for number, _ in rows], dtype=torch.int64, device="cpu")
         self.rows = torch.tensor([row for _, row in rows], dtype=torch.int64, device="cpu")
+        self._grads, self._numbers = self.rows.numpy()[:, GRAD], self.owners.tolist()
         self._gradients = [step.grad.data_ptr() for step in steps]
 
     def take_gradients(self, bucket: Bucket) -> None:
@@ -97,7 +98,7 @@ class Table:
         found = bucket.gradient_addresses()
         if found != self._gradients:
             self._gradients = found
-            self.rows[:, GRAD] = torch.tensor(found, dtype=torch.int64, device="cpu")[self.owners]
+            self._grads[:] = [found[number] for number in self._numbers]
 
 
 def rows_of(rule: str, step: ParamStep) -> list[list[int]]:
