@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -177,7 +178,13 @@ class LowMemOptimizer(StatefulOptimizer):
 
     # -- gradient release -------------------------------------------------------------------------------------------
 
-    def release_gradients(self, clip: Clip = "host", replicas: Any = None) -> GradientRelease:
+    def release_gradients(
+        self,
+        clip: Clip = "host",
+        replicas: Any = None,
+        max_norm: float = math.inf,
+        counted: Iterable[Tensor] | None = None,
+    ) -> GradientRelease:
         """Step each parameter as soon as its gradient is complete from now on, and free the gradient.
 
         One gradient at a time is on the device then. `step` goes on being called after the backward passes, and takes
@@ -188,9 +195,12 @@ class LowMemOptimizer(StatefulOptimizer):
                 see `release.py`.
             replicas: the `DistributedDataParallel` module of the weights, without which the processes would train each
                 for itself. FSDP2 needs nothing.
+            max_norm: what clip="recompute" clips to; under the others `clip_grad_norm_` says it.
+            counted: the parameters whose gradients count in that norm, in the order in which it adds them up; by
+                default all of this optimizer, in the order of its groups.
 
         Raises:
-            ValueError: `clip` has no such value, or an option of a group does not go with it.
+            ValueError: `clip` has no such value, or an option of a group or the processes do not go with it.
             RuntimeError: gradients are held that the last release was to step.
 
         >>> model = torch.nn.Linear(64, 64)
@@ -206,7 +216,7 @@ class LowMemOptimizer(StatefulOptimizer):
                 "Gradients of the last backward pass are still to be stepped: call step or zero_grad first."
             )
         self.keep_gradients()
-        self._release = GradientRelease(self, clip, replicas)
+        self._release = GradientRelease(self, clip, replicas, max_norm, counted)
         return self._release
 
     def keep_gradients(self) -> None:

@@ -222,9 +222,10 @@ class Options(Declared):
         "step each weight as soon as its gradient is complete, and free the gradient, so that one at a time is on the "
         "device; in a loop of your own, `release_gradients` does it.",
     )
-    clip: Literal["auto", "none", "host", "previous"] = run(
+    clip: Literal["auto", "none", "host", "recompute", "previous"] = run(
         "auto",
         'where the norm that clips released gradients comes from: "host" keeps gradients in host memory until it is '
-        'known, and adds up those of several batches there; "previous" takes the norm of the step before, which is '
+        'known, and adds up those of several batches there; "recompute" finds it by a backward pass of its own; '
+        '"previous" takes the norm of the step before, which is '
         'not exact; "none" neither clips nor accumulates; "auto" is "none" if the Trainer does neither, else "host".',
     )

@@ -6,6 +6,7 @@ gradients before the first step, and accumulation a place for the sums; `clip` s
 - `none`: nothing is clipped or accumulated, and the backward pass takes the steps.
 - `host`: gradients leave for host memory as they come, and are added up there. The optimizer's step brings them back
   one by one, clipped by their norm.
+- `recompute`: `backward` goes through the graph twice, first for the norm, then for the steps.
 - `previous`: the backward pass takes the steps, clipped by the norm of the step before, which is not exact. The first
   step goes by the host.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -27,12 +28,12 @@ from hf_lowmem.log import get_logger
 from hf_lowmem.param_layouts import ParamLayout
 from hf_lowmem.placement import HeldGradients
 from hf_lowmem.replicas import AveragedGradients, warn_if_apart
-from hf_lowmem.sharding import is_placed_as, local, local_grad, placed_like, whole
+from hf_lowmem.sharding import is_placed_as, is_sharded, local, local_grad, placed_like, whole
 from hf_lowmem.step_checks import check_released
 
 logger = get_logger(__name__)
 
-Clip = Literal["none", "host", "previous"]
+Clip = Literal["none", "host", "recompute", "previous"]
 _RELEASED: Any = WeakIdKeyDictionary()  # a weak reference to the release of each parameter
 
 
@@ -97,15 +98,30 @@ class GradientRelease:
         optimizer: the optimizer, whose `take_step` steps a parameter.
         clip: see the module's docstring.
         replicas: the DistributedDataParallel module that holds the parameters, if one does.
+        max_norm: what `recompute` clips the norm of all gradients to.
+        counted: the parameters whose gradients count in that norm, in the order in which it adds them up; those of
+            the optimizer by default.
 
     Raises:
-        ValueError: `clip` is none of these, or an option of the optimizer does not go with it.
+        ValueError: `clip` is none of these, or an option of the optimizer or the processes do not go with it.
     """
 
-    def __init__(self, optimizer: Any, clip: Clip, replicas: Any = None) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        clip: Clip,
+        replicas: Any = None,
+        max_norm: float = math.inf,
+        counted: Iterable[Tensor] | None = None,
+    ) -> None:
         if clip not in get_args(Clip):
             raise ValueError(f"clip={clip!r} must be one of {', '.join(map(repr, get_args(Clip)))}.")
         check_released(optimizer.param_groups)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if clip == "recompute" and (replicas is not None or any(map(is_sharded, params))):
+            raise ValueError("clip=recompute goes with one process, but not with DDP or FSDP2: use clip=host.")
+        self._max_norm, self._counted = max_norm, params if counted is None else list(counted)
+        self._finds_norm = False  # whether the backward pass only looks at gradients
         self.optimizer, self._clip = optimizer, clip
         self.watcher: Watcher | None = None
         self._views: dict[Tensor, OneParam] = {}
@@ -126,7 +142,7 @@ class GradientRelease:
         if self._averaged is not None:
             self._averaged.go_to(take)
         else:
-            warn_if_apart(param for group in optimizer.param_groups for param in group["params"])
+            warn_if_apart(params)
         self._watch_params()
 
     def _watch_params(self) -> None:
@@ -153,6 +169,8 @@ class GradientRelease:
         """Forget gradients that have come and were not stepped."""
         self._held.clear()
         self._norms.clear()
+        if self.recomputes:
+            self._scale = None
 
     def forget_buckets(self, param: Tensor | None = None) -> None:
         """Forget what was prepared for the next step of a parameter, or of all."""
@@ -165,8 +183,50 @@ class GradientRelease:
         return bool(self._held)
 
     @property
+    def recomputes(self) -> bool:
+        """Return whether the backward pass is to be taken by `backward`."""
+        return self._clip == "recompute"
+
+    @property
     def _holds(self) -> bool:
         return self._clip == "host" or (self._clip == "previous" and self._scale is None)
+
+    def backward(self, loss: Tensor, backward: Callable[..., Any] = Tensor.backward) -> None:
+        """Go through the graph of a loss under clip="recompute": for the norm of all gradients, and for clipped steps.
+
+        Activations that are checkpointed are computed twice, and what the graph holds is kept until the second pass.
+
+        Args:
+            loss: the loss, 0-D.
+            backward: what computes the gradients, which takes the loss and `retain_graph`.
+
+        Raises:
+            RuntimeError: `clip` has another value, under which the loss's own `backward` is called; or the last
+                gradients were stepped, and the optimizer's `step` has not ended their step.
+
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = hf_lowmem.build_optimizer(model, "slim_adamw_8bit", lr=1e-3)
+        >>> release = optimizer.release_gradients(clip="recompute", max_norm=1.0)
+        >>> release.backward(model(torch.ones(1, 64)).sum())
+        >>> optimizer.step()
+        """
+        if self._clip != "recompute":
+            raise RuntimeError(f'Under clip="{self._clip}" one backward pass is enough: call loss.backward().')
+        if self._norms:
+            raise RuntimeError(
+                "The gradients of the last loss were stepped already, to which those of another cannot be added: call "
+                'optimizer.step() after each backward, or use clip="host" to accumulate gradients.'
+            )
+        if self._max_norm < math.inf:
+            self._watch_params()
+            self._finds_norm = True
+            try:
+                backward(loss, retain_graph=True)
+            finally:
+                self._finds_norm = False
+            self._scale = scale_for(self._norm(self._counted), self._max_norm)
+            self._norms.clear()
+        backward(loss)
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
@@ -181,6 +241,16 @@ class GradientRelease:
             self._norms[param] = norm_of(grad)
             param.grad = None
             return
+        if self._finds_norm:
+            self._norms[param] = norm_of(grad)
+            param.grad = None
+            return
+        if self._clip == "recompute" and self._scale is None and self._max_norm < math.inf:
+            raise RuntimeError(
+                'Under clip="recompute" gradients are clipped by the norm of a first backward pass: call '
+                "optimizer.gradient_release.backward(loss) in place of loss.backward(), or hf_lowmem.register() for a "
+                "Trainer."
+            )
         if param in self._norms:
             raise RuntimeError(
                 f"A second gradient of {self._views[param].name} has come before the optimizer's step, and under "
@@ -221,16 +291,21 @@ class GradientRelease:
                 'norm was known: use clip="host".'
             )
         params = list(params)
-        left = [param for param in params if param.grad is not None and param not in self._norms]
+        total = self._norm(params)
+        self._next_scale = scale_for(total, max_norm)
+        for param in params:
+            if self._next_scale is not None and param.grad is not None and param not in self._norms:
+                grad = local(param.grad)  # its step is still to be taken, as without release
+                grad.mul_(self._next_scale.to(grad.device))
+        return total
+
+    def _norm(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the norm of the gradients that have come, and of those that are still there, 0-D."""
         norms = [self._norms[param] for param in params if param in self._norms]
-        norms += [norm_of(param.grad) for param in left if param.grad is not None]
+        norms += [norm_of(param.grad) for param in params if param.grad is not None and param not in self._norms]
         if not norms:
             return torch.zeros(())
         total: Tensor = whole(torch.linalg.vector_norm(torch.stack(in_torchs_order(norms))))
-        if max_norm < math.inf:
-            self._next_scale = scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-            for grad in (local(param.grad) for param in left):  # whose step is still to be taken, as without release
-                grad.mul_(scale.to(grad.device))
         return total
 
     def finish(self) -> list[Tensor]:
@@ -269,6 +344,11 @@ def in_torchs_order(norms: list[Tensor]) -> list[Tensor]:
     """Return the norms of gradients in the order in which torch adds them up, on the device of the first."""
     alike: dict[Any, Any] = torch.utils._foreach_utils._group_tensors_by_device_and_dtype([[*norms]])
     return [norm.to(norms[0].device) for (group,), _ in alike.values() for norm in group]
+
+
+def scale_for(norm: Tensor, max_norm: float) -> Tensor | None:
+    """Return what multiplies gradients of this norm as `torch.nn.utils.clip_grad_norm_` does, or None for nothing."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm < math.inf else None
 
 
 def norm_of(grad: Tensor) -> Tensor:

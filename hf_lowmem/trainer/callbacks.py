@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, cast
@@ -230,13 +231,16 @@ class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.trainer: Any = None  # which registration sets, as callbacks are not given the wrapped model
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, LowMemOptimizer) or not any(g["release"] for g in optimizer.param_groups):
             return
         clip = clip_of(args, optimizer.param_groups[0]["clip"])
         optimizer.keep_gradients()  # those of a run that was interrupted are of no use
-        optimizer.release_gradients(clip, self._replicas(args, optimizer))
+        max_norm = args.max_grad_norm or math.inf
+        optimizer.release_gradients(clip, self._replicas(args, optimizer), max_norm, model and model.parameters())
 
     def _replicas(self, args: Any, optimizer: LowMemOptimizer) -> Any:
         """Return the DistributedDataParallel module of a run, or None where there is one process or FSDP2.
@@ -281,6 +285,11 @@ def clip_of(args: Any, wanted: str) -> Clip:
         raise ValueError(
             f"clip={wanted} does not add up gradients over gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}: use clip=host."
+        )
+    if wanted == "recompute" and args.torch_compile:
+        raise ValueError(
+            "clip=recompute does not go with torch_compile=True, whose graphs are gone after one backward pass: use "
+            "clip=host."
         )
     if wanted == "previous" and clips:
         logger.warning("clip=previous is not exact: each step is clipped by the norm of the step before.")

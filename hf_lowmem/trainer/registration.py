@@ -1,6 +1,6 @@
 """The registration of our optim names, and the only file that changes internals of transformers and accelerate.
 
-It changes five places, each of which `tests/contract/test_transformers_internals.py` pins:
+It changes six places, each of which `tests/contract/test_transformers_internals.py` pins:
 
 - `OptimizerNames` gets a member per name. A member pickles as a call of `optim_member`, so that a `training_args.bin`
   can be loaded in a process that has not registered.
@@ -9,6 +9,7 @@ It changes five places, each of which `tests/contract/test_transformers_internal
   `DEFAULT_CALLBACKS` gets the callbacks of `callbacks.py`, which act on our optimizers only.
 - `Trainer.train` first checks a checkpoint that is given by its path, and calls what `before_train` was given.
 - `Accelerator.clip_grad_norm_`, which the Trainer clips with, lets our optimizers clip under `fused_clip=true`.
+- `Accelerator.backward`, which the Trainer computes gradients with, takes two passes under `clip=recompute`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hf_lowmem.trainer.build import optimizer_cls_and_kwargs, refuse_sharding, r
 from hf_lowmem.trainer.callbacks import CALLBACKS, ReleaseGradients, unwrapped
 from hf_lowmem.trainer.checkpoint_layouts import DEEPSPEED, SINGLE, refuse_other_layout, refuse_ours
 from hf_lowmem.trainer.checkpoints import last_whole_checkpoint, refuse_incomplete
-from hf_lowmem.trainer.clipping import clip_grad_norm_
+from hf_lowmem.trainer.clipping import backward, clip_grad_norm_
 from hf_lowmem.trainer.names import legal_names, optim_name
 from hf_lowmem.trainer.optim_args import read_optim_args
 
@@ -84,7 +85,7 @@ def register() -> None:
     _trainer._parse_optim_args = _parse_optim_args
     _trainer.get_last_checkpoint = last_whole_checkpoint
     _trainer.Trainer.train = _train
-    Accelerator.clip_grad_norm_ = clip_grad_norm_
+    Accelerator.clip_grad_norm_, Accelerator.backward = clip_grad_norm_, backward
     _default_callbacks.extend(callback for callback in CALLBACKS if callback not in _default_callbacks)
 
 

@@ -35,9 +35,13 @@ def trained(
 ) -> tuple[Any, list[Tensor]]:
     """Train for three steps, and return the optimizer and the norms of the gradients."""
     optimizer = hf_lowmem.build_optimizer(model, optim, lr=1e-2, weight_decay=0.1, optim_args=options)
-    release, norms = None if clip is None else optimizer.release_gradients(clip=clip), []
+    release, norms = None, list[Tensor]()
+    if clip is not None:
+        counted = model.parameters() if clip == "recompute" else None
+        release = optimizer.release_gradients(clip=clip, max_norm=max_norm or float("inf"), counted=counted)
     for number, tokens in enumerate(batches(3 * accumulated)):
-        model(input_ids=tokens, labels=tokens).loss.div(accumulated).backward()
+        loss = model(input_ids=tokens, labels=tokens).loss.div(accumulated)
+        release.backward(loss) if release and clip == "recompute" else loss.backward()
         if (number + 1) % accumulated:
             continue
         params, bound = list(model.parameters()), max_norm or float("inf")
@@ -99,6 +103,42 @@ def test_one_gradient_is_alive_at_a_time() -> None:
         optimizer.step()
     assert len(alive) == 2 * len(list(model.parameters()))
     assert max(alive) == max(param.nbytes for param in model.parameters())
+
+
+@pytest.mark.parametrize("optim", OPTIM_NAMES)
+def test_every_optimizer_takes_clipped_steps_in_a_second_pass(optim: str) -> None:
+    model = llama()
+    other = copy.deepcopy(model)
+    optimizer, norms = trained(model, optim, None, 0.5)
+    released, found = trained(other, optim, "recompute", 0.5)
+    assert norms == found
+    assert min(norms) > 0.5
+    assert_same(model, optimizer, other, released)
+
+
+def test_a_pass_that_was_not_taken_twice_is_refused() -> None:
+    model = llama()
+    optimizer = hf_lowmem.build_optimizer(model, "slim_adamw_8bit", lr=1e-2)
+    release = optimizer.release_gradients(clip="recompute", max_norm=0.5)
+    (tokens,) = batches(1)
+
+    def loss() -> Tensor:
+        return model(input_ids=tokens, labels=tokens).loss
+
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"call optimizer\.gradient_release\.backward\(loss\) in place of"):
+        loss().backward()
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+    optimizer.zero_grad()
+    release.backward(loss())
+    with pytest.raises(RuntimeError, match=r"were stepped already.* call optimizer\.step\(\) after each backward"):
+        release.backward(loss())
+    optimizer.step()
+    release.backward(loss())
+    optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+    with pytest.raises(RuntimeError, match=r'Under clip="host" one backward pass is enough: call loss\.backward\(\)'):
+        optimizer.release_gradients(clip="host").backward(loss())
 
 
 def test_what_is_prepared_for_a_step_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +262,7 @@ def test_mistakes_are_answered() -> None:
     model = llama()
     optimizer = hf_lowmem.build_optimizer(model, "slim_adamw", lr=1e-2)
     for value in ("auto", "hosts", "", None, True):
-        with pytest.raises(ValueError, match=r"clip=.* must be one of 'none', 'host', 'previous'"):
+        with pytest.raises(ValueError, match=r"clip=.* must be one of 'none', 'host', 'recompute', 'previous'"):
             optimizer.release_gradients(clip=value)  # type: ignore[arg-type]
     assert optimizer.gradient_release is None
     optimizer.release_gradients(clip="host")

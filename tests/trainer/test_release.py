@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from hf_lowmem.trainer.names import OPTIM_NAMES
 from hf_lowmem.trainer.optim_args import recipe_for
@@ -51,9 +51,38 @@ def test_a_run_and_its_log_are_those_without_release(optim: str, arguments: dict
     assert released.optimizer.optimizer.gradient_release is None  # training is over
 
 
+@pytest.mark.parametrize("reentrant", [None, False, slow(True)])
+@pytest.mark.parametrize("arguments", [CLIPPED, slow(PLAIN)], ids=["clipped", "plain"])
+@pytest.mark.parametrize("optim", ["slim_adamw_8bit", slow("coap_adamw"), slow("lowmem_adamw")])
+def test_two_backward_passes_take_the_clipped_steps(
+    optim: str, arguments: dict[str, Any], reentrant: bool | None, tmp_path: Path
+) -> None:
+    options = "rounding=stochastic"
+    arguments = {**arguments, "dtype": torch.bfloat16}
+    if reentrant is not None:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    trainers = [
+        make_trainer(tmp_path / str(number), optim, given, **arguments)
+        for number, given in enumerate((options, f"{options},release=true,clip=recompute"))
+    ]
+    for trainer in trainers:
+        for module in trainer.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2  # both passes drop the same
+        set_seed(0)
+        trainer.train()
+    assert_same(*trainers)
+
+
 @pytest.mark.parametrize("arguments", [PLAIN, CLIPPED], ids=["plain", "clipped"])
 @pytest.mark.parametrize(
-    ("optim", "options"), [("adam_mini_8bit", "min_8bit_size=0"), ("slim_adamw", "rules=auto,calibration_steps=4")]
+    ("optim", "options"),
+    [
+        ("adam_mini_8bit", "min_8bit_size=0"),
+        ("slim_adamw", "rules=auto,calibration_steps=4"),
+        ("factored_adamw_8bit", "min_8bit_size=0,clip=recompute"),
+    ],
 )
 def test_a_resumed_run_is_the_one_that_went_on(
     optim: str, options: str, arguments: dict[str, Any], tmp_path: Path
@@ -81,7 +110,17 @@ def test_a_checkpoint_goes_on_with_and_without_release(tmp_path: Path) -> None:
     [
         ("clip=none", CLIPPED, r"clip=none does not clip to max_grad_norm=0\.1: use clip=host"),
         ("clip=previous", ACCUMULATED, r"clip=previous does not add up gradients over gradient_accumulation_steps=2"),
-        ("clip=sometimes", PLAIN, r"clip='sometimes' is not legal: expected one of auto, none, host, previous"),
+        (
+            "clip=recompute",
+            ACCUMULATED,
+            r"clip=recompute does not add up gradients over gradient_accumulation_steps",
+        ),
+        ("clip=recompute", {**CLIPPED, "torch_compile": True}, r"clip=recompute does not go with torch_compile=True"),
+        (
+            "clip=sometimes",
+            PLAIN,
+            r"clip='sometimes' is not legal: expected one of auto, none, host, recompute",
+        ),
         ("offload_state=true", PLAIN, r"offload_state=true does not go with release=true"),
     ],
 )

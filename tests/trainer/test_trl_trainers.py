@@ -129,6 +129,30 @@ def test_state_on_the_host_during_rollouts_changes_nothing(
     assert moved[1] > 0
 
 
+MAIN = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
+# With accumulation these do not resume under adamw_torch either.
+ACCUMULATED_NOT_SAVED = ("sdft", "gold", "iw_opd", "distillation")
+
+
+@pytest.mark.parametrize("clip", fast_only(("host", "recompute", "accumulated", "none"), ("host", "recompute")))
+@pytest.mark.parametrize("trainer", fast_only(TRAINERS, MAIN))
+def test_released_gradients_change_nothing(trainer: str, clip: str, run: Run, folders: dict, tmp_path: Path) -> None:
+    declared = TRAINERS[trainer]
+    more = {"gradient_accumulation_steps": 2} if clip == "accumulated" else {}
+    more |= {"max_grad_norm": 0.0} if clip == "none" else {"max_grad_norm": 0.01}
+    declared = replace(declared, config={**declared.config, **more})
+    options = OPTIMS["slim_adamw_8bit"]
+    kept = declared.build(*folders["llama"], tmp_path / "kept", optim="slim_adamw_8bit", optim_args=options)
+    kept.train()
+    options += f",release=true,clip={'recompute' if clip == 'recompute' else 'auto'}"
+    whole, resumed = run(declared, "llama", "slim_adamw_8bit", options)
+    assert_trained(whole)
+    resumes = not declared.not_saved and not (clip == "accumulated" and trainer in ACCUMULATED_NOT_SAVED)
+    for other in (kept, resumed) if resumes else (kept,):
+        assert same_weights(whole, other)
+        assert same_state(whole, other)
+
+
 def installed_trainers() -> set[str]:
     """All classes called Trainer of the installed TRL, by the shortest module that holds them; nothing is imported."""
     (root,) = map(Path, find_spec("trl").submodule_search_locations)
