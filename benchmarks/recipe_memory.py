@@ -5,11 +5,12 @@
 The model is built on the meta device from the facts in MODELS, with the adapters that the recipe asks TRL for. These
 parts are exact: the weights, the adapters (which PEFT keeps in float32 beside a bfloat16 model), the reference model
 (DPO, KTO, and GRPO and RLOO with beta above 0 load a second copy of the model; with LoRA the adapters are switched off
-instead), the reward model, the gradients (one per trainable weight, in its dtype), the optimizer state (from its
-declared tensors) and the step's temporaries. The temporaries are what the launches of the Triton kernels hold: tables
-of addresses, and tables that say to which part each tile, partial sum and reduction belongs, and the partial sums and
-scalars of the largest launch. For a weight that is projected, or not covered by these kernels, they are the float32
-temporaries with which plain torch steps one tile of up to 2^24 entries.
+instead, and with precompute_ref_log_probs it is used before training), the reward model, the gradients (one per
+trainable weight, in its dtype), the optimizer state (from its declared tensors) and the step's temporaries. The
+temporaries are what the launches of the Triton kernels hold: tables of addresses, and tables that say to which part
+each tile, partial sum and reduction belongs, and the partial sums and scalars of the largest launch. For a weight that
+is projected, or not covered by these kernels, they are the float32 temporaries with which plain torch steps one tile
+of up to 2^24 entries.
 
 The other parts follow from formulas for TRL 1.16 with gradient checkpointing, bf16 autocast and attention that stores
 no scores. T is the number of tokens in a batch of full rows, h the hidden size, i the intermediate size, q and k the
@@ -27,7 +28,9 @@ widths of queries and keys, v the vocabulary, and L the number of layers. All si
 A prompt of a rollout is assumed to have PROMPT_TOKENS tokens. The planned peak is what is always in memory (the
 weights to the optimizer state) and the largest of three moments: the backward pass (gradients, checkpoints, and one
 layer or the LM head), the update (gradients and temporaries), and the rollout, before which the gradients are freed.
-The CUDA context, fragmentation, the data, and the workspace of matrix products are not counted.
+Released gradients leave for pinned host memory as they come, where TRL clips or accumulates, and one at a time is on
+the GPU: the largest is counted. The CUDA context, fragmentation, the data, and the workspace of matrix products are
+not counted.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ from hf_lowmem.kernels.bucket import Bucket, ParamStep  # noqa: E402
 from hf_lowmem.kernels.columns import SCALARS  # noqa: E402
 from hf_lowmem.kernels.means import tile_size  # noqa: E402
 from hf_lowmem.kernels.triton import launch, variants  # noqa: E402
+from hf_lowmem.trainer.callbacks import clip_of  # noqa: E402
+from hf_lowmem.trainer.optim_args import recipe_for  # noqa: E402
 from hf_lowmem.trainer.trl_script import make_parser  # noqa: E402
 
 RECIPES = ROOT / "scripts" / "recipes"
@@ -131,7 +136,8 @@ def plan(recipe: Path) -> Plan:
         always["adapters"] = nbytes(model.parameters()) - base
     trainable = [param for param in model.parameters() if param.requires_grad]
     beta = getattr(training, "beta", 0.0)
-    if task in ("dpo", "kto", "grpo", "rloo") and beta > 0:
+    precomputed = getattr(training, "precompute_ref_log_probs", False)
+    if task in ("dpo", "kto", "grpo", "rloo") and beta > 0 and not precomputed:
         if model_args.use_peft:
             notes["weights"] += ", the reference model too, with the adapters off"
         else:
@@ -149,6 +155,10 @@ def plan(recipe: Path) -> Plan:
 
     rows, length = batch(task, training)
     gradients = {"gradients": nbytes(trainable)}
+    if recipe_for(training.optim, training.optim_args).release:
+        assert clip_of(training, "auto") == "host", "steps in the backward pass are not planned"
+        gradients = {"one gradient": max(param.nbytes for param in trainable)}
+        notes["one gradient"] = "the others are in pinned host memory"
     notes["checkpoints"] = f"{rows} x {length} tokens"
     moments = {
         "backward pass": {**gradients, **activations(task, config, rows * length, model_args.use_peft)},

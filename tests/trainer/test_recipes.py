@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 import hf_lowmem
 from hf_lowmem.kernels import forced
 from hf_lowmem.kernels.triton import backend, launch, variants
+from hf_lowmem.trainer.names import optim_name
 from hf_lowmem.trainer.optim_args import recipe_for
 from tests import ROOT
 
@@ -22,6 +23,7 @@ peft = pytest.importorskip("peft")
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 TASKS = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 REPORT = json.loads((ROOT / "benchmarks" / "results" / "recipe_memory.json").read_text())
+CARDS = {"24gb": 23.5, "32gb": 31.5}  # GiB that such cards have
 SIZES = {"0.5b": "Qwen2.5-0.5B", "1.5b": "Qwen2.5-1.5B", "8b": "Llama-3.1-8B"}
 
 
@@ -34,7 +36,14 @@ def recipe_memory():
 
 def test_every_task_has_a_recipe_for_every_size_in_full_and_with_lora():
     wanted = {f"{task}_{size}_{kind}" for task in TASKS for size in SIZES for kind in ("full", "lora")}
+    wanted |= {f"{task}_8b_full_{card}" for task in ("sft", "dpo") for card in CARDS}
     assert {path.stem for path in RECIPES} == wanted
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem.endswith("gb")], ids=lambda path: path.stem)
+def test_what_is_planned_for_a_card_leaves_a_gib_of_it(recipe, recipe_memory):
+    peak = recipe_memory.Plan(**REPORT["recipes"][recipe.stem]).peak
+    assert peak <= (CARDS[recipe.stem.split("_")[-1]] - 1) * recipe_memory.GIB
 
 
 @cache
@@ -46,14 +55,14 @@ def options_of(task):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_keys_are_known_and_the_optimizer_is_ours(recipe):
-    task, size, kind = recipe.stem.split("_")
+    task, size, kind, *_ = recipe.stem.split("_")
     given = yaml.safe_load(recipe.read_text())
     options = options_of(task)
     assert given.keys() <= options.keys()
     for key, value in given.items():  # "1e-6" without a dot is text in YAML
         assert isinstance(value, (int, float)) or options[key] is not float, key
     assert SIZES[size] in given["model_name_or_path"]
-    assert given["optim"] in hf_lowmem.optim_names()
+    assert optim_name(given["optim"])
     narrow = recipe_for(given["optim"], given.get("optim_args")).rounding != "nearest"
     assert narrow == (kind == "full" or task == "reward")  # adapters are float32, a reward model's head is not
     assert given.get("use_peft", False) == (kind == "lora")
