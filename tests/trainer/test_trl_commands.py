@@ -95,6 +95,24 @@ def help_of(task, option, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize("card", ["24gb", "32gb"])
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_recipe_for_a_card_trains_a_small_model(task, card, model_folder, tmp_path, launched_here):
+    more = dict(gradient_accumulation_steps=2, per_device_train_batch_size=1, bf16=True)
+    options = options_for("dpo", model_folder, tmp_path, **more)
+    if task == "sft":
+        rows = [{"text": pair["prompt"] + pair["chosen"]} for pair in PAIRS]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not main([task, "--config", str(SCRIPTS / "recipes" / f"{task}_8b_full_{card}.yaml"), *options])
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    arguments = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert arguments.optim == {"24gb": "smmf_layerwise", "32gb": "slim_adamw_8bit_layerwise"}[card]
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert all(group["release"] for group in optimizer["param_groups"])
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["grad_norm"] > 0 for entry in log if "grad_norm" in entry)
+
+
 OF_A_TASK = {
     "sft": ["packing", "completion_only_loss"],
     "reward": ["center_rewards_coefficient"],
