@@ -435,4 +435,6 @@ def test_the_command_exits_as_the_started_process_does(processes, mistaken_folde
     options = "--dataset_name hub/id {model} --load_best_model_at_end True --num_processes " + processes
     with pytest.raises(SystemExit, match="2"):
         main(["dpo", *words(options)])
-    assert capfd.readouterr().err.count("hf-lowmem dpo: --load_best_model_at_end requires") == int(processes)
+    # The launcher ends the other process once one has failed, which may be before it has said anything.
+    said = capfd.readouterr().err.count("hf-lowmem dpo: --load_best_model_at_end requires")
+    assert 1 <= said <= int(processes)

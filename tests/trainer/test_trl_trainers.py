@@ -26,7 +26,7 @@ from tests.support.resumed_runs import (
     same_state,
     same_weights,
 )
-from tests.support.slow import fast_only
+from tests.support.slow import fast_only, slow
 from tests.support.trl_trainers import EXCLUDED, MODELS, NOT_SAVED, TRAINERS, TrlTrainer, save_model
 
 pytestmark = pytest.mark.usefixtures("trl_ready")
@@ -134,8 +134,14 @@ MAIN = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 ACCUMULATED_NOT_SAVED = ("sdft", "gold", "iw_opd", "distillation")
 
 
-@pytest.mark.parametrize("clip", fast_only(("host", "recompute", "accumulated", "none"), ("host", "recompute")))
-@pytest.mark.parametrize("trainer", fast_only(TRAINERS, MAIN))
+@pytest.mark.parametrize(
+    ("trainer", "clip"),
+    [
+        *((trainer, clip) for trainer in MAIN for clip in ("host", "recompute")),
+        *(slow(trainer, clip) for trainer in MAIN for clip in ("accumulated", "none")),
+        *(slow(trainer, "accumulated") for trainer in TRAINERS if trainer not in MAIN),
+    ],
+)
 def test_released_gradients_change_nothing(trainer: str, clip: str, run: Run, folders: dict, tmp_path: Path) -> None:
     declared = TRAINERS[trainer]
     more = {"gradient_accumulation_steps": 2} if clip == "accumulated" else {}
