@@ -103,7 +103,8 @@ class GradientRelease:
             the optimizer by default.
 
     Raises:
-        ValueError: `clip` is none of these, or an option of the optimizer or the processes do not go with it.
+        ValueError: `clip` is none of these, `max_norm` is negative or does not go with it, or an option of the
+            optimizer or the processes do not.
     """
 
     def __init__(
@@ -116,6 +117,12 @@ class GradientRelease:
     ) -> None:
         if clip not in get_args(Clip):
             raise ValueError(f"clip={clip!r} must be one of {', '.join(map(repr, get_args(Clip)))}.")
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm={max_norm} must be a number of at least 0.")
+        if clip != "recompute" and max_norm < math.inf:
+            raise ValueError(
+                f'max_norm={max_norm} goes with clip="recompute" alone: under others clip_grad_norm_ clips.'
+            )
         check_released(optimizer.param_groups)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if clip == "recompute" and (replicas is not None or any(map(is_sharded, params))):

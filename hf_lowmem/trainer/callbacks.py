@@ -239,7 +239,7 @@ class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
             return
         clip = clip_of(args, optimizer.param_groups[0]["clip"])
         optimizer.keep_gradients()  # those of a run that was interrupted are of no use
-        max_norm = args.max_grad_norm or math.inf
+        max_norm = args.max_grad_norm or math.inf if clip == "recompute" else math.inf
         optimizer.release_gradients(clip, self._replicas(args, optimizer), max_norm, model and model.parameters())
 
     def _replicas(self, args: Any, optimizer: LowMemOptimizer) -> Any:

@@ -38,7 +38,8 @@ def trained(
     release, norms = None, list[Tensor]()
     if clip is not None:
         counted = model.parameters() if clip == "recompute" else None
-        release = optimizer.release_gradients(clip=clip, max_norm=max_norm or float("inf"), counted=counted)
+        bound = max_norm or float("inf") if clip == "recompute" else float("inf")
+        release = optimizer.release_gradients(clip=clip, max_norm=bound, counted=counted)
     for number, tokens in enumerate(batches(3 * accumulated)):
         loss = model(input_ids=tokens, labels=tokens).loss.div(accumulated)
         release.backward(loss) if release and clip == "recompute" else loss.backward()
@@ -137,6 +138,10 @@ def test_a_pass_that_was_not_taken_twice_is_refused() -> None:
     release.backward(loss())
     optimizer.step()
     assert all(state["step"] == 2 for state in optimizer.state.values())
+    with pytest.raises(ValueError, match=r"max_norm=-1 must be a number of at least 0"):
+        optimizer.release_gradients(clip="recompute", max_norm=-1)
+    with pytest.raises(ValueError, match=r'max_norm=1\.0 goes with clip="recompute" alone'):
+        optimizer.release_gradients(clip="host", max_norm=1.0)
     with pytest.raises(RuntimeError, match=r'Under clip="host" one backward pass is enough: call loss\.backward\(\)'):
         optimizer.release_gradients(clip="host").backward(loss())
 
