@@ -240,7 +240,8 @@ class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
         clip = clip_of(args, optimizer.param_groups[0]["clip"])
         optimizer.keep_gradients()  # those of a run that was interrupted are of no use
         max_norm = args.max_grad_norm or math.inf if clip == "recompute" else math.inf
-        optimizer.release_gradients(clip, self._replicas(args, optimizer), max_norm, model and model.parameters())
+        counted = None if model is None else model.parameters()
+        optimizer.release_gradients(clip, self._replicas(args, optimizer), max_norm, counted)
 
     def _replicas(self, args: Any, optimizer: LowMemOptimizer) -> Any:
         """Return the DistributedDataParallel module of a run, or None where there is one process or FSDP2.
