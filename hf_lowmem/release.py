@@ -217,7 +217,7 @@ class GradientRelease:
         >>> release.backward(model(torch.ones(1, 64)).sum())
         >>> optimizer.step()
         """
-        if self._clip != "recompute":
+        if not self.recomputes:
             raise RuntimeError(f'Under clip="{self._clip}" one backward pass is enough: call loss.backward().')
         if self._norms:
             raise RuntimeError(
@@ -231,7 +231,8 @@ class GradientRelease:
                 backward(loss, retain_graph=True)
             finally:
                 self._finds_norm = False
-            self._scale = scale_for(self._norm(self._counted), self._max_norm)
+            norm = self._norm(self._counted)
+            self._scale = None if norm is None else scale_for(norm, self._max_norm)
             self._norms.clear()
         backward(loss)
 
@@ -252,7 +253,7 @@ class GradientRelease:
             self._norms[param] = norm_of(grad)
             param.grad = None
             return
-        if self._clip == "recompute" and self._scale is None and self._max_norm < math.inf:
+        if self.recomputes and self._scale is None and self._max_norm < math.inf:
             raise RuntimeError(
                 'Under clip="recompute" gradients are clipped by the norm of a first backward pass: call '
                 "optimizer.gradient_release.backward(loss) in place of loss.backward(), or hf_lowmem.register() for a "
@@ -299,6 +300,8 @@ class GradientRelease:
             )
         params = list(params)
         total = self._norm(params)
+        if total is None:
+            return torch.zeros(())
         self._next_scale = scale_for(total, max_norm)
         for param in params:
             if self._next_scale is not None and param.grad is not None and param not in self._norms:
@@ -306,14 +309,11 @@ class GradientRelease:
                 grad.mul_(self._next_scale.to(grad.device))
         return total
 
-    def _norm(self, params: Sequence[Tensor]) -> Tensor:
-        """Return the norm of the gradients that have come, and of those that are still there, 0-D."""
+    def _norm(self, params: Sequence[Tensor]) -> Tensor | None:
+        """Return the norm of the gradients that have come and of those that are still there, 0-D; None without any."""
         norms = [self._norms[param] for param in params if param in self._norms]
         norms += [norm_of(param.grad) for param in params if param.grad is not None and param not in self._norms]
-        if not norms:
-            return torch.zeros(())
-        total: Tensor = whole(torch.linalg.vector_norm(torch.stack(in_torchs_order(norms))))
-        return total
+        return whole(torch.linalg.vector_norm(torch.stack(in_torchs_order(norms)))) if norms else None
 
     def finish(self) -> list[Tensor]:
         """Step what is held, and return all parameters that were stepped since the last call."""

@@ -72,7 +72,7 @@ def rows_on_host(bucket: Bucket, hyper: Hyper, parts: Tensor, grad_scale: float 
     for step in dict.fromkeys(bucket.steps):
         found[step] = (*scalars_of(step, hyper), *shares, 0, grad_scale)
     if len(found) == 1:
-        rows = torch.tensor([*found.values()] * len(parts), dtype=torch.float64, device="cpu")
+        rows = torch.tensor([*found.values()], dtype=torch.float64, device="cpu").expand(len(parts), -1).contiguous()
     else:
         every = torch.tensor([found[step] for step in bucket.steps], dtype=torch.float64, device="cpu")
         rows = every[parts]

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, trainer, trainer_optimizer,
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lowmem.cli import TRL_TASKS
-from hf_lowmem.trainer import registration
+from hf_lowmem.trainer import clipping, registration
 
 
 def test_optimizer_names_is_an_enum_of_strings_with_the_tables_that_a_member_is_added_to():
@@ -145,6 +145,27 @@ def test_a_trainer_clips_by_its_accelerator(tmp_path, monkeypatch):
     Trainer(Model(2, 2), args, train_dataset=[{"x": torch.ones(2)}] * 4).train()
     assert clipped == [(2, 0.5, 1)]
     assert {"parameters", "max_norm", "norm_type"} <= set(inspect.signature(registration.clip_grad_norm_).parameters)
+
+
+def test_a_trainer_computes_gradients_by_its_accelerator(tmp_path, monkeypatch):
+    losses = []
+
+    def backward(self, loss, **kwargs):
+        losses.append((loss.ndim, len(self._optimizers)))
+        clipping._backward(self, loss, **kwargs, retain_graph=True)
+        clipping._backward(self, loss, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+
+    class Model(torch.nn.Linear):
+        def forward(self, x, labels=None):
+            return {"loss": super().forward(x).sum()}
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, max_grad_norm=0.0, use_cpu=True, report_to="none")
+    trainer = Trainer(Model(2, 2), args, train_dataset=[{"x": torch.ones(2)}] * 4)
+    trainer.train()
+    assert losses == [(0, 1)]
+    assert trainer.state.log_history[-1]["train_loss"] != 0
 
 
 def test_the_decay_rule_needs_no_trainer():

@@ -146,6 +146,22 @@ def test_a_pass_that_was_not_taken_twice_is_refused() -> None:
         optimizer.release_gradients(clip="host").backward(loss())
 
 
+def test_a_step_without_gradients_leaves_the_next_one_clipped() -> None:
+    """Under "previous", a norm that no gradient has is not taken for the one of the step before."""
+    model = llama()
+    other = copy.deepcopy(model)
+    for each, clip in ((model, "host"), (other, "previous")):
+        optimizer = hf_lowmem.build_optimizer(each, "slim_adamw_8bit", lr=1e-2)
+        optimizer.release_gradients(clip=clip)  # type: ignore[arg-type]
+        assert optimizer.clip_grad_norm_(0.5) == 0
+        optimizer.step()
+        (tokens,) = batches(1)
+        each(input_ids=tokens, labels=tokens).loss.backward()
+        assert optimizer.clip_grad_norm_(0.5) > 0.5
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_what_is_prepared_for_a_step_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[buckets.PreparedBuckets]()
 
